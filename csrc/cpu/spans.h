@@ -1,0 +1,99 @@
+// How a tensor list is cut for the threads.
+//
+// Note [partition]: a tile is 16 Ki elements from the start of a tensor, a span is a run of
+// consecutive tiles with one float64 slot for its result. The cut depends on sizes, groups and
+// list order alone, and slots are added in order: neither the thread count nor the alignment
+// changes a bit.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "../tensor_list.h"
+
+namespace fastclip::cpu {
+
+constexpr int64_t kTile = 16384;
+// 2 048 spans bound the slots and the cut itself to 48 KiB, beyond one span per group.
+constexpr int64_t kMaxSpans = 2048;
+// A thread is woken for no less than this many elements.
+constexpr int64_t kGrain = 65536;
+// Of a tensor to come, see Note [prefetch]; its further bytes the processor foresees.
+constexpr size_t kPrefetch = 512;
+
+class Spans {
+ public:
+  // All tensors as one group.
+  explicit Spans(const FlatList& tensors) : Spans(tensors, [](size_t) { return false; }) {}
+
+  // A span ends at its group's border; without groups each tensor is its own.
+  static Spans by_group(const FlatList& tensors, at::OptionalIntArrayRef group) {
+    return Spans(tensors, [=](size_t i) { return !group || (*group)[i] != (*group)[i - 1]; });
+  }
+
+  int64_t size() const { return static_cast<int64_t>(begins_.size()) - 1; }
+
+  // The tensor in which span k begins; all its tensors are of one group.
+  size_t first_tensor(int64_t k) const { return begins_[k].tensor; }
+
+  // Calls visit(tensor index, address of the first element, elements) for each tile of span k.
+  template <class Visit>
+  void for_each_tile(int64_t k, Visit&& visit) const {
+    const Begin from = begins_[k], to = begins_[k + 1];
+    for (size_t i = from.tensor; i <= to.tensor && i < tensors_.size(); ++i) {
+      const Flat& t = tensors_[i];
+      if (i + kAhead < tensors_.size()) {
+        const Flat& next = tensors_[i + kAhead];
+        prefetch(next.data, std::min<size_t>(kPrefetch, next.numel * next.element_size()));
+      }
+      const int64_t first = i == from.tensor ? from.element : 0;
+      const int64_t last = i == to.tensor ? to.element : t.numel;
+      for (int64_t e = first; e < last; e += kTile)
+        visit(i, static_cast<char*>(t.data) + e * t.element_size(), std::min(kTile, last - e));
+    }
+  }
+
+  // Calls work(first span, last span) on as many threads as the data deserves.
+  template <class Work>
+  void parallel(Work&& work) const {
+    const int64_t grain = 1 + size() * kGrain / std::max<int64_t>(1, tensors_.elements());
+    at::parallel_for(0, size(), grain, std::forward<Work>(work));
+  }
+
+ private:
+  struct Begin {
+    size_t tensor;
+    int64_t element;
+  };
+
+  // border(i): whether a new group begins with tensor i > 0.
+  template <class Border>
+  Spans(const FlatList& tensors, Border&& border) : tensors_(tensors) {
+    int64_t tiles = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) tiles += tiles_of(tensors[i]);
+    const int64_t length = std::max<int64_t>(1, (tiles + kMaxSpans - 1) / kMaxSpans);
+    int64_t room = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (i > 0 && border(i)) room = 0;
+      const int64_t count = tiles_of(tensors[i]);
+      for (int64_t tile = 0; tile < count;) {
+        if (room == 0) {
+          begins_.push_back({i, tile * kTile});
+          room = length;
+        }
+        const int64_t step = std::min(room, count - tile);
+        tile += step;
+        room -= step;
+      }
+    }
+    begins_.push_back({tensors.size(), 0});
+  }
+
+  static int64_t tiles_of(const Flat& t) { return (t.numel + kTile - 1) / kTile; }
+
+  const FlatList& tensors_;
+  std::vector<Begin> begins_;
+};
+
+}  // namespace fastclip::cpu

@@ -1,0 +1,222 @@
+// The loops over one tile, written so that the compiler vectorises them, and cloned for three
+// generations of x86-64. They are called from other files only: g++ 12 cannot clone a function
+// that is also used where it is defined.
+#include "tile.h"
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <type_traits>
+
+#include "half.h"
+
+namespace fastclip::cpu {
+namespace {
+
+// Independent accumulators: enough to hide the latency of an addition at any vector width.
+constexpr int64_t kLanes = 32;
+// float16 goes through a float32 buffer of this many elements, which stays in the L1 cache.
+constexpr int64_t kBuffer = 2048;
+
+[[gnu::always_inline]] inline float widen(float x) { return x; }
+[[gnu::always_inline]] inline double widen(double x) { return x; }
+[[gnu::always_inline]] inline float widen(c10::BFloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
+}
+[[gnu::always_inline]] inline float widen(c10::Half x) { return static_cast<float>(x); }
+
+[[gnu::always_inline]] inline c10::BFloat16 round_to_bfloat16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u), c10::BFloat16::from_bits()};
+}
+
+template <Norm kind, class acc_t>
+[[gnu::always_inline]] inline acc_t term(acc_t x) {
+  return kind == Norm::kSquares ? x * x : std::abs(x);
+}
+
+// The sum of the lanes, as a tree: a chain of additions would outlast a small tensor.
+[[gnu::always_inline]] inline double sum_lanes(const double (&acc)[kLanes]) {
+  double x[8];
+  for (int64_t j = 0; j < 8; ++j) x[j] = (acc[j] + acc[j + 8]) + (acc[j + 16] + acc[j + 24]);
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+template <Norm kind, class scalar_t>
+[[gnu::always_inline]] inline double sum_wide(const scalar_t* x, int64_t n) {
+  double acc[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) acc[j] += term<kind>(static_cast<double>(widen(x[i + j])));
+  double total = sum_lanes(acc);
+  for (; i < n; ++i) total += term<kind>(static_cast<double>(widen(x[i])));
+  return total;
+}
+
+// Squares of bfloat16 are exact in float32, so a tree of four terms costs two roundings of 2^-24
+// and a quarter of the conversions to float64. Where squares overflow or turn subnormal, and in a
+// tile of zeros, the sum is taken again in float64.
+template <Norm kind>
+[[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
+  double acc[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const c10::BFloat16* y = x + i + j;
+      const float a = term<kind>(widen(y[0])) + term<kind>(widen(y[kLanes]));
+      const float b = term<kind>(widen(y[2 * kLanes])) + term<kind>(widen(y[3 * kLanes]));
+      acc[j] += a + b;
+    }
+  }
+  const double total = sum_lanes(acc) + sum_wide<kind>(x + i, n - i);
+  return total > 1e-32 && std::isfinite(total) ? total : sum_wide<kind>(x, n);
+}
+
+template <Norm kind>
+[[gnu::always_inline]] inline double sum_half(const c10::Half* x, int64_t n) {
+  float buffer[kBuffer];
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kBuffer) {
+    const int64_t m = std::min(kBuffer, n - i);
+    decode(x + i, buffer, m);
+    total += sum_wide<kind>(buffer, m);
+  }
+  return total;
+}
+
+template <Norm kind, class scalar_t>
+[[gnu::always_inline]] inline double sum(const scalar_t* x, int64_t n) {
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
+    return sum_bfloat16<kind>(x, n);
+  else if constexpr (std::is_same_v<scalar_t, c10::Half>)
+    return sum_half<kind>(x, n);
+  else
+    return sum_wide<kind>(x, n);
+}
+
+// Without its sign bit a float orders as an integer, NaN above infinity: the integer maximum is
+// the norm, NaN kept, for every dtype.
+template <class scalar_t>
+[[gnu::always_inline]] inline double maximum(const scalar_t* x, int64_t n) {
+  using bits_t = std::conditional_t<sizeof(scalar_t) == 8, int64_t,
+                                    std::conditional_t<sizeof(scalar_t) == 4, int32_t, int16_t>>;
+  constexpr bits_t kMagnitude = std::numeric_limits<bits_t>::max();
+  constexpr int64_t kWide = 256 / sizeof(scalar_t);
+  const auto* bits = reinterpret_cast<const bits_t*>(x);
+  bits_t most[kWide] = {};
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide)
+    for (int64_t j = 0; j < kWide; ++j)
+      most[j] = std::max<bits_t>(most[j], bits[i + j] & kMagnitude);
+  for (; i < n; ++i) most[0] = std::max<bits_t>(most[0], bits[i] & kMagnitude);
+  return widen(std::bit_cast<scalar_t>(*std::max_element(most, most + kWide)));
+}
+
+template <class scalar_t>
+[[gnu::always_inline]] inline double power_norm(const scalar_t* x, int64_t n, double p) {
+  const double most = maximum(x, n);
+  if (most == 0 || !std::isfinite(most)) return most;
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += std::pow(std::abs(widen(x[i]) / most), p);
+  return most * std::pow(total, 1 / p);
+}
+
+template <class scalar_t>
+[[gnu::always_inline]] inline double measure_as(const void* data, int64_t n, Norm kind, double p) {
+  const auto* x = static_cast<const scalar_t*>(data);
+  switch (kind) {
+    case Norm::kSum:
+      return sum<Norm::kSum>(x, n);
+    case Norm::kSquares:
+      return sum<Norm::kSquares>(x, n);
+    case Norm::kMax:
+      return maximum(x, n);
+    case Norm::kPower:
+      return power_norm(x, n, p);
+  }
+  return 0;
+}
+
+template <class scalar_t, class acc_t>
+[[gnu::always_inline]] inline void scale_as(void* data, int64_t n, acc_t coef) {
+  auto* x = static_cast<scalar_t*>(data);
+  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+    float buffer[kBuffer];
+    for (int64_t i = 0; i < n; i += kBuffer) {
+      const int64_t m = std::min(kBuffer, n - i);
+      decode(x + i, buffer, m);
+      for (int64_t j = 0; j < m; ++j) buffer[j] *= coef;
+      encode(buffer, x + i, m);
+    }
+  } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    for (int64_t i = 0; i < n; ++i) x[i] = round_to_bfloat16(widen(x[i]) * coef);
+  } else {
+    for (int64_t i = 0; i < n; ++i) x[i] *= coef;
+  }
+}
+
+template <class scalar_t>
+[[gnu::always_inline]] inline void clamp_as(void* data, int64_t n, double bound) {
+  auto* x = static_cast<scalar_t*>(data);
+  const auto high = static_cast<scalar_t>(bound);
+  const auto limit = widen(high);
+  // A NaN hides a tile's maximum, so such a tile is always written.
+  if (maximum(x, n) <= limit) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto value = widen(x[i]);
+    x[i] = value > limit ? high : value < -limit ? -high : x[i];
+  }
+}
+
+}  // namespace
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+[[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
+#endif
+double measure(const void* data, at::ScalarType dtype, int64_t n, Norm kind, double p) {
+  switch (dtype) {
+    case at::kFloat:
+      return measure_as<float>(data, n, kind, p);
+    case at::kBFloat16:
+      return measure_as<c10::BFloat16>(data, n, kind, p);
+    case at::kHalf:
+      return measure_as<c10::Half>(data, n, kind, p);
+    default:
+      return measure_as<double>(data, n, kind, p);
+  }
+}
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+[[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
+#endif
+void scale(void* data, at::ScalarType dtype, int64_t n, double coef) {
+  switch (dtype) {
+    case at::kFloat:
+      return scale_as<float>(data, n, static_cast<float>(coef));
+    case at::kBFloat16:
+      return scale_as<c10::BFloat16>(data, n, static_cast<float>(coef));
+    case at::kHalf:
+      return scale_as<c10::Half>(data, n, static_cast<float>(coef));
+    default:
+      return scale_as<double>(data, n, coef);
+  }
+}
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+[[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
+#endif
+void clamp(void* data, at::ScalarType dtype, int64_t n, double bound) {
+  switch (dtype) {
+    case at::kFloat:
+      return clamp_as<float>(data, n, bound);
+    case at::kBFloat16:
+      return clamp_as<c10::BFloat16>(data, n, bound);
+    case at::kHalf:
+      return clamp_as<c10::Half>(data, n, bound);
+    default:
+      return clamp_as<double>(data, n, bound);
+  }
+}
+
+}  // namespace fastclip::cpu

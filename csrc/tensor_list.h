@@ -1,0 +1,168 @@
+// One look at a tensor list, shared by every device: whether the kernels can take it as flat
+// memory, what dtype the answer has, and what every host function owes its caller besides the
+// kernel. A host function looks first and hands what it cannot take to the default op.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace fastclip {
+
+// What is accumulated: p = 1, 2, infinity, and any other p > 0.
+enum class Norm { kSum, kSquares, kMax, kPower };
+
+inline Norm norm_kind(double p) {
+  if (p == 1) return Norm::kSum;
+  if (p == 2) return Norm::kSquares;
+  return std::isinf(p) ? Norm::kMax : Norm::kPower;
+}
+
+inline bool has_kernel(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+         dtype == at::kDouble;
+}
+
+// True if `tensor` can be walked as numel() consecutive elements, in whatever order.
+inline bool is_flat(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && has_kernel(tensor.scalar_type()) &&
+         tensor.is_non_overlapping_and_dense();
+}
+
+// What is left of a tensor for a kernel.
+struct Flat {
+  void* data;
+  int64_t numel;
+  at::ScalarType dtype;
+
+  int64_t element_size() const { return dtype == at::kDouble ? 8 : dtype == at::kFloat ? 4 : 2; }
+};
+
+// Note [prefetch]: thousands of tensors are thousands of objects anywhere in memory, and the
+// processor foresees none of them. Loops over tensors ask for what lies kAhead tensors on.
+constexpr size_t kAhead = 16;
+
+inline void prefetch(const void* begin, size_t bytes) {
+  for (size_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch(static_cast<const char*>(begin) + line);
+}
+
+// A list the kernels can take: flat tensors of one device. Each tensor is looked at once, for its
+// object is more memory than a small tensor's data.
+class FlatList {
+ public:
+  // Nothing if any tensor is not flat or elsewhere: that list is for the default op.
+  static std::optional<FlatList> look(at::TensorList tensors) {
+    FlatList list;
+    list.items_.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (i + 2 * kAhead < tensors.size())
+        prefetch(tensors[i + 2 * kAhead].unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+      if (i + kAhead < tensors.size()) prefetch(storage_of(tensors[i + kAhead]), 64);
+      const at::Tensor& t = tensors[i];
+      if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
+      list.items_.push_back({t.mutable_data_ptr(), t.numel(), t.scalar_type()});
+      list.elements_ += t.numel();
+      list.wide_ |= t.scalar_type() == at::kDouble;
+    }
+    return list;
+  }
+
+  // Norms of order p <= 0 have no kernel.
+  static std::optional<FlatList> look(at::TensorList tensors, double p) {
+    return p > 0 ? look(tensors) : std::nullopt;
+  }
+
+  size_t size() const { return items_.size(); }
+  const Flat& operator[](size_t i) const { return items_[i]; }
+  int64_t elements() const { return elements_; }
+
+  // float64 if any tensor is, else float32.
+  at::ScalarType result_dtype() const { return wide_ ? at::kDouble : at::kFloat; }
+
+ private:
+  static const void* storage_of(const at::Tensor& t) {
+    return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  }
+
+  std::vector<Flat> items_;
+  int64_t elements_ = 0;
+  bool wide_ = false;
+};
+
+// The ops, as their schemas read in C++.
+using NormOp = at::Tensor(at::TensorList, double);
+using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool);
+using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef);
+using ClampOp = void(at::TensorList, double);
+using ClipNormOp = at::Tensor(at::TensorList, double, double);
+using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double);
+
+template <class Op>
+auto find_op(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Op>();
+}
+
+// Calls the plain-PyTorch default of an op from inside a kernel of the same op: an empty key set
+// reaches it, whichever device has kernels.
+template <class Op, class... Args>
+auto call_default(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
+  return op.redispatch(c10::DispatchKeySet(), std::forward<Args>(args)...);
+}
+
+// How many slots `norms` and `scale_` speak of: the groups, or the tensors without groups.
+inline int64_t count_groups(at::TensorList tensors, at::OptionalIntArrayRef group) {
+  if (!group) return static_cast<int64_t>(tensors.size());
+  TORCH_CHECK_VALUE(group->size() == tensors.size(), "group: expected one index per tensor, ",
+                    tensors.size(), ", got ", group->size());
+  int64_t groups = 0;
+  for (const int64_t g : *group) {
+    TORCH_CHECK_VALUE(g >= 0, "group: expected indices from 0, got ", g);
+    groups = std::max(groups, g + 1);
+  }
+  return groups;
+}
+
+// coef of `scale_`: 0-d, or 1-d with one value per group.
+inline void check_coef(at::TensorList tensors, const at::Tensor& coef,
+                       at::OptionalIntArrayRef group) {
+  if (coef.dim() == 0) return;
+  const int64_t groups = count_groups(tensors, group);
+  TORCH_CHECK_VALUE(coef.dim() == 1 && coef.numel() >= groups,
+                    "coef: expected a 0-d tensor or one value for each of ", groups,
+                    " groups, got shape ", coef.sizes());
+}
+
+// The in-place ops promise this for every tensor they are given, written or not. The counters of a
+// batch are read before the first is bumped: plain loads overlap their cache misses, atomics wait
+// for each.
+inline void bump_versions(at::TensorList tensors) {
+  constexpr size_t kBatch = 64;
+  for (; !tensors.empty(); tensors = tensors.slice(std::min(kBatch, tensors.size()))) {
+    const at::TensorList batch = tensors.slice(0, std::min(kBatch, tensors.size()));
+    for (const at::Tensor& t : batch) {
+      const c10::VariableVersion& version = t.unsafeGetTensorImpl()->version_counter();
+      if (version.enabled()) static_cast<void>(version.current_version());
+    }
+    for (const at::Tensor& t : batch) t.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
+// only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
+// where a negative multiplier would silently turn descent into ascent.
+template <class acc_t>
+acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
+  if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;
+  if (!(max_norm >= 0)) return std::numeric_limits<acc_t>::quiet_NaN();
+  const acc_t coef = max_norm / (total_norm + static_cast<acc_t>(1e-6));
+  return coef >= 1 ? 1 : coef;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,222 @@
+"""Parameters in, local gradients out: plain strided tensors that the ops can take.
+
+The C++ walk reads a list of ordinary gradients; what it hands back (sparse, complex, several
+devices, tensors with gaps, subclasses, bad input) is read here. Both results have the same verbs.
+"""
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _device_has_foreach_support
+
+from . import _ops
+from ._reference import clip_coef
+
+_SUPPORTED = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
+
+
+class Grads:
+    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @torch.no_grad()
+    def norm(self, p: float) -> Tensor:
+        tensors = [_measured(t, p) for t in self.tensors]
+        devices = _by_device(tensors)
+        if len(devices) < 2 or p <= 0:
+            return _ops.norm(tensors, p)
+        first = tensors[0].device
+        return _ops.norm([_ops.norm(part, p).to(first) for part in devices.values()], p)
+
+    @torch.no_grad()
+    def scale_(self, coef: Tensor) -> None:
+        for device, tensors in _by_device([_scaled(t) for t in self.tensors]).items():
+            _ops.scale_(tensors, coef.to(device))
+        self._bump_versions()
+
+    @torch.no_grad()
+    def clamp_(self, bound: float) -> None:
+        for tensors in _by_device([_clamped(t) for t in self.tensors]).values():
+            _ops.clamp_(tensors, bound)
+        self._bump_versions()
+
+    @torch.no_grad()
+    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
+        if len(_by_device(self.tensors)) < 2 and all(map(_is_ordinary, self.tensors)):
+            return _ops.clip_norm_(self.tensors, max_norm, p)
+        total_norm = self.norm(p)
+        self.scale_(clip_coef(total_norm, max_norm))
+        return total_norm
+
+    def _bump_versions(self) -> None:
+        """The ops bump what they are given; a sparse tensor's values count for themselves."""
+        others = [t for t in self.tensors if t.is_sparse]
+        if others:
+            torch.autograd.graph.increment_version(others)
+
+
+def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None, write: bool = True) -> Grads:
+    """The gradients of `parameters`, None and repeated ones left out.
+
+    Raises:
+        TypeError: `parameters` is or holds something else than tensors, or a gradient's dtype or
+            layout cannot be clipped.
+        RuntimeError: `write`, and elements of a gradient share memory; or `foreach` is True and
+            torch has no foreach kernels for a gradient's device.
+    """
+    items = _as_list(parameters, "parameters")
+    fast = not (foreach or torch.compiler.is_compiling())
+    if fast and _ops.extension is not None:
+        grads = _ops.extension.read_grads(items)
+        if grads is not None:
+            return grads
+    found: dict[int, Tensor] = {}
+    for position, parameter in enumerate(items):
+        _check_tensor(parameter, f"parameters[{position}]")
+        grad = parameter.grad
+        if grad is not None:
+            _check_supported(grad, f"the gradient of parameters[{position}]", write)
+            found.setdefault(id(grad), grad)
+    tensors = list(found.values())
+    _check_foreach(tensors, foreach)
+    return Grads(tensors)
+
+
+def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
+    """The tensors themselves, to be measured, checked as `read` checks gradients."""
+    items = _as_list(tensors, "tensors")
+    for position, tensor in enumerate(items):
+        _check_tensor(tensor, f"tensors[{position}]")
+        _check_supported(tensor, f"tensors[{position}]", write=False)
+    _check_foreach(items, foreach)
+    return Grads(items)
+
+
+def _as_list(tensors: Tensor | Iterable[Tensor], name: str) -> list[Tensor]:
+    if isinstance(tensors, list):
+        return tensors
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    try:
+        items = list(tensors)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected a tensor or an iterable of tensors, got {_describe(tensors)}; "
+            "of a module pass module.parameters()"
+        ) from None
+    if not items and isinstance(tensors, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
+        )
+    return items
+
+
+def _describe(value: object) -> str:
+    return (
+        f"{value!r} of type {type(value).__name__}"
+        if isinstance(value, int | float | str | tuple)
+        else type(value).__name__
+    )
+
+
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {_describe(value)}; of a module pass "
+            "module.parameters()"
+        )
+
+
+def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
+    if tensor.dtype not in _SUPPORTED:
+        raise TypeError(
+            f"{name}: dtype {tensor.dtype} cannot be clipped; cast it to one of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in _SUPPORTED)}"
+        )
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        raise TypeError(
+            f"{name}: layout {tensor.layout} cannot be clipped; convert it to torch.strided or "
+            "torch.sparse_coo"
+        )
+    if write and tensor.layout == torch.strided and _overlaps(tensor):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            f"single memory location. Please clone() the tensor before performing the operation. "
+            f"({name} has shape {tuple(tensor.shape)} and strides {tensor.stride()})"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a stride does not step over the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
+    for tensor in tensors if foreach else ():
+        if not _device_has_foreach_support(tensor.device):
+            raise RuntimeError(
+                "foreach=True was passed, but can't use the foreach API on "
+                f"{tensor.device.type} tensors"
+            )
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    devices: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        devices.setdefault(tensor.device, []).append(tensor)
+    return devices
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_complex()
+
+
+def _measured(tensor: Tensor, p: float) -> Tensor:
+    if tensor.is_sparse:
+        tensor = tensor.coalesce()._values()
+    if tensor.is_complex():
+        return _as_real(tensor) if p == 2 else tensor.abs()
+    return tensor
+
+
+def _scaled(tensor: Tensor) -> Tensor:
+    # Scaling is linear: uncoalesced values can be scaled one by one.
+    if tensor.is_sparse:
+        tensor = tensor._values()
+    return _as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _clamped(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        raise TypeError(
+            "parameters: a complex gradient has no order to clip by value in; clip by norm"
+        )
+    if not tensor.is_sparse:
+        return tensor
+    if not tensor.is_coalesced():
+        tensor.copy_(tensor.coalesce())
+    return tensor._values()
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """The stored numbers, real and imaginary; a lazy conjugate has the same magnitudes."""
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)

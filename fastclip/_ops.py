@@ -1,0 +1,123 @@
+"""The ops: schemas, fakes, defaults; the compiled kernels if they are there.
+
+`norm`, `norms`, `scale_`, `clamp_` and `clip_norm_` exist on every device with nothing built; the
+extension adds kernels device by device. The dispatcher is the only switch between them.
+"""
+
+import importlib
+import importlib.util
+import mmap
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _reference
+
+REBUILD = "pip install --no-build-isolation -e ."
+
+
+def _built_for(path: str) -> str:
+    """The torch version an extension file was built for, read without loading it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb"fastclip built for torch ([\w.+]+)", data)
+        return found[1].decode() if found else "unknown"
+
+
+def _load_extension() -> ModuleType | None:
+    """`_C`, or None if it is not built, or built for a torch of another minor version."""
+    spec = importlib.util.find_spec("fastclip._C")
+    if spec is None or spec.origin is None:
+        return None
+    built_for = _built_for(spec.origin)
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        warnings.warn(
+            f"fastclip was built for torch {built_for} and this is torch {torch.__version__}: its "
+            f"plain-PyTorch ops are in use. To rebuild, in its checkout: {REBUILD}",
+            stacklevel=2,
+        )
+        return None
+    return importlib.import_module("fastclip._C")
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any], default: Callable[..., Any]) -> None:
+    torch.library.define(f"fastclip::{name}", schema)
+    torch.library.register_fake(f"fastclip::{name}", fake)
+    torch.library.impl(f"fastclip::{name}", "CompositeExplicitAutograd", _announced(default))
+
+
+def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
+    """`default`, with a warning where a GPU's gradients reach it."""
+
+    def op(tensors: Sequence[Tensor], *args: Any) -> Any:
+        if tensors and tensors[0].is_cuda:
+            warnings.warn(
+                "fastclip has no compiled kernels for cuda: its plain-PyTorch ops are in use",
+                stacklevel=2,
+            )
+        return default(tensors, *args)
+
+    return op
+
+
+def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(shape, dtype=dtype) if tensors else torch.empty(shape, dtype=dtype)
+
+
+def _norm_fake(tensors: Sequence[Tensor], p: float) -> Tensor:
+    return _result(tensors, (), _reference.result_dtype(tensors))
+
+
+def _norms_fake(
+    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, root: bool = True
+) -> Tensor:
+    groups = len(tensors) if group is None else max(group, default=-1) + 1
+    return _result(tensors, (groups,), _reference.result_dtype(tensors) if root else torch.float64)
+
+
+def _in_place_fake(tensors: Sequence[Tensor], *args: Any) -> None:
+    return None
+
+
+def _clip_norm_fake(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+    return _norm_fake(tensors, p)
+
+
+_define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _reference.norm)
+_define(
+    "norms",
+    "(Tensor[] tensors, float p, int[]? group=None, bool root=True) -> Tensor",
+    _norms_fake,
+    _reference.norms,
+)
+_define(
+    "scale_",
+    "(Tensor(a!)[] tensors, Tensor coef, int[]? group=None) -> ()",
+    _in_place_fake,
+    _reference.scale_,
+)
+_define("clamp_", "(Tensor(a!)[] tensors, float bound) -> ()", _in_place_fake, _reference.clamp_)
+_define(
+    "clip_norm_",
+    "(Tensor(a!)[] tensors, float max_norm, float p) -> Tensor",
+    _clip_norm_fake,
+    _reference.clip_norm_,
+)
+_define(
+    "clip_norm_.tensor",
+    "(Tensor(a!)[] tensors, Tensor max_norm, float p) -> Tensor",
+    _clip_norm_fake,
+    _reference.clip_norm_,
+)
+
+extension = _load_extension()
+
+norm = torch.ops.fastclip.norm
+norms = torch.ops.fastclip.norms
+scale_ = torch.ops.fastclip.scale_
+clamp_ = torch.ops.fastclip.clamp_
+clip_norm_ = torch.ops.fastclip.clip_norm_

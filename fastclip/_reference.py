@@ -1,0 +1,145 @@
+"""Every op in plain PyTorch: the default on any device, and what the kernels are tested against.
+
+Exact at any size: tensors are measured in blocks, and everything above a block is float64.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# A block is converted to float64 to be measured; 1 Mi elements bound that to 8 MB.
+BLOCK = 1 << 20
+
+
+def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
+    if not tensors:
+        return torch.tensor(0.0)
+    return _norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
+
+
+def norms(
+    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, root: bool = True
+) -> Tensor:
+    if not (root or p > 0):
+        raise ValueError(f"p: power sums exist for p > 0, got {p}; pass root=True")
+    dtype = result_dtype(tensors) if root else torch.float64
+    values = _tensor_norms(tensors, p) if tensors else torch.zeros(0, dtype=torch.float64)
+    if group is not None:
+        check_groups(len(tensors), group)
+        members: list[list[int]] = [[] for _ in range(max(group, default=-1) + 1)]
+        for index, g in enumerate(group):
+            members[g].append(index)
+        empty = values.new_zeros(())
+        rows = [_norm_of(values[m], p) if m else empty for m in members]
+        values = torch.stack(rows) if rows else values
+    return (values if root or math.isinf(p) else values**p).to(dtype)
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor, group: Sequence[int] | None = None) -> None:
+    if not tensors:
+        return
+    coefs = [coef] * len(tensors)
+    if coef.dim():
+        slots = range(len(tensors)) if group is None else group
+        check_groups(len(tensors), slots)
+        if coef.dim() != 1 or coef.numel() <= max(slots):
+            raise ValueError(
+                f"coef: expected a 0-d tensor or one value for each of {max(slots) + 1} groups, "
+                f"got shape {list(coef.shape)}"
+            )
+        values = coef.unbind()
+        coefs = [values[slot] for slot in slots]
+    torch.autograd.graph.increment_version(tensors)
+    for tensor, value in zip(tensors, coefs, strict=True):
+        # Only where the host knows the value already; a device multiplies by 1 rather than wait.
+        if value.device.type == "cpu" and value >= 1:
+            continue
+        _multiply_(tensor, value.to(tensor.device).clamp(max=1))
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    for tensor in tensors:
+        tensor.clamp_(-bound, bound)
+
+
+def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+    total_norm = norm(tensors, p)
+    scale_(tensors, clip_coef(total_norm, max_norm))
+    return total_norm
+
+
+def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """Return min(1, max_norm / (total_norm + 1e-6)), 0-d.
+
+    An infinite threshold gives 1 for any norm. A NaN or negative threshold, which only a tensor
+    can bring here, gives NaN: loud, where a negative multiplier would silently reverse a step.
+    """
+    if isinstance(max_norm, Tensor):
+        threshold = max_norm.to(total_norm)
+    else:
+        threshold = torch.full_like(total_norm, max_norm)
+    coef = (threshold / (total_norm + 1e-6)).clamp(max=1)
+    return coef.where(threshold >= 0, math.nan).masked_fill(threshold == math.inf, 1)
+
+
+def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def check_groups(count: int, group: Sequence[int]) -> None:
+    if len(group) != count:
+        raise ValueError(f"group: expected one index per tensor, {count}, got {len(group)}")
+    if min(group, default=0) < 0:
+        raise ValueError(f"group: expected indices from 0, got {min(group)}")
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of at most BLOCK elements; of whole rows where memory has gaps."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dense = tensor.permute(order)
+    if dense.is_contiguous():
+        dense = dense.view(-1)
+    if tensor.numel():
+        yield from dense.split(max(1, BLOCK * dense.size(0) // tensor.numel()))
+
+
+def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """The norm of each tensor in float64, 1-d, on the first tensor's device."""
+    device = tensors[0].device
+    # No norm of order p <= 0 is a norm of norms: there a tensor is one block.
+    blocks = [list(_blocks(t)) if p > 0 else [t] * min(1, t.numel()) for t in tensors]
+    flat = iter(_block_norms([b for of_tensor in blocks for b in of_tensor], p))
+    rows = []
+    for of_tensor in blocks:
+        values = [next(flat).to(device) for _ in of_tensor]
+        rows.append(_norm_of(torch.stack(values), p) if len(values) > 1 else values)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(
+        [(row[0] if row else zero) if isinstance(row, list) else row for row in rows]
+    )
+
+
+def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:
+    if p in (1, 2) or math.isinf(p) or p <= 0:
+        return list(torch._foreach_norm(blocks, p, dtype=torch.float64)) if blocks else []
+    return [_norm_of(b.abs().to(torch.float64), p) for b in blocks]
+
+
+def _norm_of(values: Tensor, p: float) -> Tensor:
+    """The p-norm of a float64 tensor, for unusual p relative to its maximum: no power overflows."""
+    if p in (1, 2) or math.isinf(p) or p <= 0:
+        return torch.linalg.vector_norm(values, p)
+    most = values.abs().amax()
+    unit = most.where((most > 0) & most.isfinite(), 1)
+    return unit * torch.linalg.vector_norm(values / unit, p)
+
+
+def _multiply_(tensor: Tensor, coef: Tensor) -> None:
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        for block in _blocks(tensor):
+            block.copy_(block.float() * coef.float())
+    else:
+        tensor.mul_(coef.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32))

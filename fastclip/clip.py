@@ -1,0 +1,201 @@
+"""The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ._grads import read, take
+from ._reference import clip_coef
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scale the gradients in place so that their global norm is at most `max_norm`.
+
+    $g \leftarrow g \cdot \min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$; nothing is
+    written where the coefficient is 1. One read if nothing is clipped, no wait for the device
+    unless `error_if_nonfinite`, the same bits on every call.
+
+    Args:
+        parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
+            dtypes and devices, or one tensor; a parameter given twice counts once.
+        max_norm: threshold, >= 0; a 0-d tensor is used on its device. `inf` only measures.
+        norm_type: order p of the norm, any number or `'inf'`.
+        error_if_nonfinite: raise before any gradient changes; waits for the device.
+        foreach: as in torch; chooses nothing here.
+
+    Returns:
+        The norm before clipping, 0-d: float32, float64 if any gradient is.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite`; a gradient is expanded.
+        TypeError, ValueError: bad input, named; gradients untouched.
+
+    Reference: Pascanu et al. 2013, arXiv:1211.5063; `torch.nn.utils.clip_grad_norm_`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([w], max_norm=1.0), w.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    max_norm, p = _threshold(max_norm), _order(norm_type)
+    grads = read(parameters, foreach)
+    if not error_if_nonfinite:
+        return grads.clip_norm_(max_norm, p)
+    total_norm = grads.norm(p)
+    _raise_if_nonfinite(total_norm, p)
+    grads.scale_(clip_coef(total_norm, max_norm))
+    return total_norm
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    r"""Clamp every element of the gradients in place to `[-clip_value, clip_value]`.
+
+    $g_i \leftarrow \min(\max(g_i, -c), c)$; NaN stays NaN. One pass, no wait for the device.
+
+    Args:
+        parameters: tensors whose `.grad` is clipped, of any shapes, real floating dtypes and
+            devices, or one tensor.
+        clip_value: c >= 0, rounded to each gradient's dtype.
+        foreach: as in torch; chooses nothing here.
+
+    Raises:
+        TypeError, ValueError: bad input, named; gradients untouched.
+
+    Reference: `torch.nn.utils.clip_grad_value_`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([-3.0, 0.5])
+    >>> clip_grad_value_([w], clip_value=1.0); w.grad
+    tensor([-1.0000,  0.5000])
+    """
+    bound = _number("clip_value", clip_value)
+    if not bound >= 0:
+        raise ValueError(f"clip_value: expected a number >= 0, got {clip_value}")
+    read(parameters, foreach).clamp_(bound)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Return the norm of all `tensors` taken as one vector, $(\sum_i |x_i|^p)^{1/p}$.
+
+    One read, float64 above a tile, no wait for the device unless `error_if_nonfinite`.
+
+    Args:
+        tensors: gradients (not parameters) of any shapes, floating dtypes and devices, or one.
+        norm_type: order p of the norm, any number or `'inf'`.
+        error_if_nonfinite: raise if the norm is infinite or NaN; waits for the device.
+        foreach: as in torch; chooses nothing here.
+
+    Returns:
+        The norm, 0-d, on the first tensor's device: float32, float64 if any tensor is.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite`.
+        TypeError, ValueError: bad input, named.
+
+    Reference: `torch.nn.utils.get_total_norm`.
+
+    >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    p = _order(norm_type)
+    total_norm = take(tensors, foreach).norm(p)
+    if error_if_nonfinite:
+        _raise_if_nonfinite(total_norm, p)
+    return total_norm
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    r"""Scale the gradients in place by `min(1, max_norm / (total_norm + 1e-6))`.
+
+    The second half of `clip_grad_norm_`, for a norm that was measured or combined elsewhere. No
+    wait for the device; nothing is written where the coefficient is 1.
+
+    Args:
+        parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.
+        max_norm: threshold, >= 0, a number or a 0-d tensor.
+        total_norm: 0-d tensor on the gradients' device.
+        foreach: as in torch; chooses nothing here.
+
+    Raises:
+        TypeError, ValueError: bad input, named; gradients untouched.
+
+    Reference: `torch.nn.utils.clip_grads_with_norm_`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grads_with_norm_([w], max_norm=1.0, total_norm=get_total_norm([w.grad])); w.grad
+    tensor([0.6000, 0.8000])
+    """
+    max_norm = _threshold(max_norm)
+    if not isinstance(total_norm, Tensor):
+        raise TypeError(
+            f"total_norm: expected a 0-d tensor, got {type(total_norm).__name__}; pass what "
+            "get_total_norm returned, or torch.tensor(value)"
+        )
+    total_norm = _scalar("total_norm", total_norm)
+    grads = read(parameters, foreach)
+    if not len(grads):
+        warnings.warn(
+            "parameters: no parameter has a gradient, nothing was scaled; pass the parameters "
+            "whose .grad is to be scaled, not the gradients themselves",
+            stacklevel=3,
+        )
+    precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
+    grads.scale_(clip_coef(precise, max_norm))
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+
+
+def _order(norm_type: float) -> float:
+    p = _number("norm_type", norm_type)
+    if math.isnan(p):
+        raise ValueError("norm_type: expected a number or 'inf', got nan")
+    return p
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(value.shape)}")
+    return value.reshape(())
+
+
+def _threshold(max_norm: float | Tensor) -> float | Tensor:
+    if isinstance(max_norm, Tensor):
+        return _scalar("max_norm", max_norm)
+    value = _number("max_norm", max_norm)
+    if not value >= 0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
+    return value
+
+
+def _raise_if_nonfinite(total_norm: Tensor, p: float) -> None:
+    if not total_norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "
+            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
+            "norm anyway, set `error_if_nonfinite=False`"
+        )
