@@ -57,12 +57,12 @@ class Grads {
 
 bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
-         (others.empty() || tensor.device() == others[0].device());
+         !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
 }
 
-// The gradients of a list or tuple of parameters, None and repeated ones left out; nothing if any
-// of them is not plain and Python has to look. Each step of a batch only follows one pointer of
-// every parameter, so that the cache misses of thousands of scattered objects overlap.
+// The gradients of a list or tuple of parameters, without None and of each parameter once; nothing
+// if any of them is not plain and Python has to look. Each step of a batch only follows one pointer
+// of every parameter, so that the cache misses of thousands of scattered objects overlap.
 std::optional<Grads> read_grads(const py::object& parameters) {
   constexpr Py_ssize_t kBatch = 64;
   PyObject** items = PySequence_Fast_ITEMS(parameters.ptr());
@@ -88,7 +88,7 @@ std::optional<Grads> read_grads(const py::object& parameters) {
     for (Py_ssize_t i = 0; i < batch; ++i) {
       if (!grads[i]->defined()) continue;
       if (!is_plain(*grads[i], tensors)) return std::nullopt;
-      if (seen.insert(grads[i]->unsafeGetTensorImpl()).second) tensors.push_back(*grads[i]);
+      if (seen.insert(impls[i]).second) tensors.push_back(*grads[i]);
     }
   }
   return Grads(std::move(tensors));

@@ -30,31 +30,31 @@ class Grads:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    @torch.no_grad()
     def norm(self, p: float) -> Tensor:
-        tensors = [_measured(t, p) for t in self.tensors]
-        devices = _by_device(tensors)
-        if len(devices) < 2 or p <= 0:
-            return _ops.norm(tensors, p)
-        first = tensors[0].device
-        return _ops.norm([_ops.norm(part, p).to(first) for part in devices.values()], p)
+        with torch.no_grad():
+            tensors = [_measured(t, p) for t in self.tensors]
+            devices = _by_device(tensors)
+            if len(devices) < 2 or p <= 0:
+                return _ops.norm(tensors, p)
+            first = tensors[0].device
+            return _ops.norm([_ops.norm(part, p).to(first) for part in devices.values()], p)
 
-    @torch.no_grad()
     def scale_(self, coef: Tensor) -> None:
-        for device, tensors in _by_device([_scaled(t) for t in self.tensors]).items():
-            _ops.scale_(tensors, coef.to(device))
-        self._bump_versions()
+        with torch.no_grad():
+            for device, tensors in _by_device([_scaled(t) for t in self.tensors]).items():
+                _ops.scale_(tensors, coef.to(device))
+            self._bump_versions()
 
-    @torch.no_grad()
     def clamp_(self, bound: float) -> None:
-        for tensors in _by_device([_clamped(t) for t in self.tensors]).values():
-            _ops.clamp_(tensors, bound)
-        self._bump_versions()
+        with torch.no_grad():
+            for tensors in _by_device([_clamped(t) for t in self.tensors]).values():
+                _ops.clamp_(tensors, bound)
+            self._bump_versions()
 
-    @torch.no_grad()
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        if len(_by_device(self.tensors)) < 2 and all(map(_is_ordinary, self.tensors)):
-            return _ops.clip_norm_(self.tensors, max_norm, p)
+        if len(_by_device(self.tensors)) < 2 and all(_is_ordinary(t) for t in self.tensors):
+            with torch.no_grad():
+                return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
         self.scale_(clip_coef(total_norm, max_norm))
         return total_norm
@@ -66,14 +66,14 @@ class Grads:
             torch.autograd.graph.increment_version(others)
 
 
-def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None, write: bool = True) -> Grads:
-    """The gradients of `parameters`, None and repeated ones left out.
+def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
+    """The gradients of `parameters`, to be changed; without None, and of each parameter once.
 
     Raises:
         TypeError: `parameters` is or holds something else than tensors, or a gradient's dtype or
             layout cannot be clipped.
-        RuntimeError: `write`, and elements of a gradient share memory; or `foreach` is True and
-            torch has no foreach kernels for a gradient's device.
+        RuntimeError: elements of a gradient share memory; or `foreach` is True and torch has no
+            foreach kernels for a gradient's device.
     """
     items = _as_list(parameters, "parameters")
     fast = not (foreach or torch.compiler.is_compiling())
@@ -81,13 +81,15 @@ def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None, write: boo
         grads = _ops.extension.read_grads(items)
         if grads is not None:
             return grads
+    # By parameter: a compiled graph may depend on which parameters it gets, not on gradients that
+    # every step makes anew.
     found: dict[int, Tensor] = {}
     for position, parameter in enumerate(items):
         _check_tensor(parameter, f"parameters[{position}]")
         grad = parameter.grad
         if grad is not None:
-            _check_supported(grad, f"the gradient of parameters[{position}]", write)
-            found.setdefault(id(grad), grad)
+            _check_supported(grad, f"the gradient of parameters[{position}]", write=True)
+            found[id(parameter)] = grad
     tensors = list(found.values())
     _check_foreach(tensors, foreach)
     return Grads(tensors)
@@ -187,22 +189,18 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_complex()
+    return tensor.layout == torch.strided and not (tensor.is_complex() or _is_negated(tensor))
 
 
 def _measured(tensor: Tensor, p: float) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce()._values()
-    if tensor.is_complex():
-        return _as_real(tensor) if p == 2 else tensor.abs()
-    return tensor
+    return tensor.abs() if tensor.is_complex() and p != 2 else _stored(tensor)
 
 
 def _scaled(tensor: Tensor) -> Tensor:
     # Scaling is linear: uncoalesced values can be scaled one by one.
-    if tensor.is_sparse:
-        tensor = tensor._values()
-    return _as_real(tensor) if tensor.is_complex() else tensor
+    return _stored(tensor._values() if tensor.is_sparse else tensor)
 
 
 def _clamped(tensor: Tensor) -> Tensor:
@@ -211,12 +209,19 @@ def _clamped(tensor: Tensor) -> Tensor:
             "parameters: a complex gradient has no order to clip by value in; clip by norm"
         )
     if not tensor.is_sparse:
-        return tensor
+        return _stored(tensor)
     if not tensor.is_coalesced():
         tensor.copy_(tensor.coalesce())
     return tensor._values()
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    """The stored numbers, real and imaginary; a lazy conjugate has the same magnitudes."""
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+def _stored(tensor: Tensor) -> Tensor:
+    """The stored real numbers: lazy conjugates and negatives have the same magnitudes."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+    return torch._neg_view(tensor) if _is_negated(tensor) else tensor
+
+
+def _is_negated(tensor: Tensor) -> bool:
+    """Whether the signs are lazily flipped, which the compiler cannot ask and has no need to."""
+    return not torch.compiler.is_compiling() and tensor.is_neg()

@@ -5,8 +5,9 @@ extension adds kernels device by device. The dispatcher is the only switch betwe
 """
 
 import importlib
-import importlib.util
+import importlib.machinery
 import mmap
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ def _built_for(path: str) -> str:
 
 def _load_extension() -> ModuleType | None:
     """`_C`, or None if it is not built, or built for a torch of another minor version."""
-    spec = importlib.util.find_spec("fastclip._C")
+    # Beside this file and nowhere else: an editable install of another checkout would be found.
+    spec = importlib.machinery.PathFinder.find_spec("fastclip._C", [os.path.dirname(__file__)])
     if spec is None or spec.origin is None:
         return None
     built_for = _built_for(spec.origin)

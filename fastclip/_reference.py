@@ -61,7 +61,9 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor, group: Sequence[int] | None 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     for tensor in tensors:
-        tensor.clamp_(-bound, bound)
+        # torch refuses a bound that overflows the dtype.
+        limit = bound if bound <= torch.finfo(tensor.dtype).max else math.inf
+        tensor.clamp_(-limit, limit)
 
 
 def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
@@ -111,15 +113,13 @@ def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     device = tensors[0].device
     # No norm of order p <= 0 is a norm of norms: there a tensor is one block.
     blocks = [list(_blocks(t)) if p > 0 else [t] * min(1, t.numel()) for t in tensors]
-    flat = iter(_block_norms([b for of_tensor in blocks for b in of_tensor], p))
+    norms = iter(_block_norms([b for of_tensor in blocks for b in of_tensor], p))
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     rows = []
     for of_tensor in blocks:
-        values = [next(flat).to(device) for _ in of_tensor]
-        rows.append(_norm_of(torch.stack(values), p) if len(values) > 1 else values)
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(
-        [(row[0] if row else zero) if isinstance(row, list) else row for row in rows]
-    )
+        row = [next(norms).to(device) for _ in of_tensor] or [zero]
+        rows.append(_norm_of(torch.stack(row), p) if len(row) > 1 else row[0])
+    return torch.stack(rows)
 
 
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:

@@ -73,6 +73,7 @@ class Spans {
     int64_t tiles = 0;
     for (size_t i = 0; i < tensors.size(); ++i) tiles += tiles_of(tensors[i]);
     const int64_t length = std::max<int64_t>(1, (tiles + kMaxSpans - 1) / kMaxSpans);
+    begins_.reserve(std::min(tiles, kMaxSpans + static_cast<int64_t>(tensors.size())) + 1);
     int64_t room = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (i > 0 && border(i)) room = 0;

@@ -1,0 +1,89 @@
+"""Fixtures, the float64 oracle, and the tolerances, derived once from eps and the sizes."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip import _ops, _reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ORDERS = [1.0, 2.0, math.inf, 3.0, 0.5, 20.0]
+
+
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=name_of)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[_ops, _reference], ids=["op", "default"])
+def ops(request: pytest.FixtureRequest):
+    """The dispatched ops (kernels where they are built) and the plain-PyTorch defaults."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def oracle(tensors: list[Tensor], p: float) -> float:
+    """The p-norm of all elements as one vector, in float64, relative to the largest, blockwise."""
+    blocks = [
+        b.double().abs() for t in tensors for b in t.detach().cpu().reshape(-1).split(1 << 22)
+    ]
+    most = max((float(b.max()) for b in blocks if b.numel()), default=0.0)
+    if any(bool(b.isnan().any()) for b in blocks):
+        return math.nan
+    if most == 0 or math.isinf(most) or math.isinf(p):
+        return most
+    return most * math.fsum(float(((b / most) ** p).sum()) for b in blocks) ** (1 / p)
+
+
+def ulps(value: Tensor, expected: float) -> float:
+    """Distance in units of the last float32 place, whatever the dtype of `value`."""
+    rounded = torch.tensor(expected, dtype=torch.float32)
+    step = torch.nextafter(rounded, torch.tensor(math.inf)) - rounded
+    return abs(float(value) - expected) / float(step)
+
+
+def parameters(grads: list[Tensor | None]) -> list[torch.nn.Parameter]:
+    """Parameters that carry these gradients (copies of them)."""
+    made = []
+    for grad in grads:
+        like = torch.zeros(1) if grad is None else grad
+        parameter = torch.nn.Parameter(torch.zeros_like(like))
+        parameter.grad = None if grad is None else grad.clone()
+        made.append(parameter)
+    return made
+
+
+def awkward(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Sizes round every border of the kernels: lanes, buffers, tiles; 0-d and empty; any order."""
+    sizes = [(), (0,), (1,), (31,), (32,), (33,), (127, 3), (2048,), (2049,), (16383,), (16385, 2)]
+    return [(torch.randn(size) * (1 + i)).to(dtype).to(device) for i, size in enumerate(sizes)]

@@ -1,0 +1,118 @@
+"""What happens when the extension is missing, or was built for another torch."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastclip
+from fastclip import _ops
+
+SCRIPT = """
+import torch, fastclip
+from fastclip import _ops
+w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+print(fastclip.clip_grad_norm_([w], 1.0).item(), [round(g, 4) for g in w.grad.tolist()], _ops.extension)
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package without its extension, in a folder of its own."""
+    source = Path(fastclip.__file__).parent
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(source, tmp_path / "fastclip", ignore=ignore)
+    return tmp_path
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+
+
+def test_a_missing_extension_is_no_error(copy):
+    result = run(copy)
+    assert result.stdout.startswith("5.0 [0.6, 0.8]")
+    assert result.stdout.endswith("None\n")
+    assert "fastclip" not in result.stderr
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+def test_an_extension_for_another_torch_is_left_alone_with_one_warning(copy):
+    path = Path(_ops.extension.__file__)
+    version = torch.__version__.split("+")[0]
+    data = path.read_bytes()
+    old, new = (f"fastclip built for torch {v}".encode() for v in (version, "0" + version[1:]))
+    assert data.count(old) == 1
+    (copy / "fastclip" / path.name).write_bytes(data.replace(old, new))
+    result = run(copy)
+    assert result.stdout.endswith("None\n")
+    assert result.stderr.count("UserWarning") == 1
+    for part in (f"torch 0{version[1:]}", f"torch {torch.__version__}", _ops.REBUILD):
+        assert part in result.stderr
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+def test_the_walk_serves_ordinary_gradients(monkeypatch):
+    # A guard against a fast path that silently stops being taken.
+    calls = []
+    read_grads = _ops.extension.read_grads
+
+    class Spy:
+        def read_grads(self, items):
+            calls.append(read_grads(items))
+            return calls[-1]
+
+    monkeypatch.setattr(_ops, "extension", Spy())
+    w = torch.nn.Parameter(torch.zeros(2))
+    w.grad = torch.ones(2)
+    fastclip.clip_grad_norm_([w], 1.0)
+    assert isinstance(calls[0], sys.modules["fastclip._C"].Grads)
+    w.grad = torch.ones(2).to_sparse()
+    fastclip.clip_grad_norm_([w], 1.0)
+    assert calls[1] is None
+
+
+def test_the_ops_are_seen_by_the_profiler():
+    w = torch.nn.Parameter(torch.zeros(2))
+    w.grad = torch.ones(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fastclip.clip_grad_norm_([w], 1.0)
+    assert "fastclip::clip_norm_" in {event.key for event in profile.key_averages()}
+
+
+def test_the_ops_are_seen_by_modes():
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    w = torch.nn.Parameter(torch.zeros(2))
+    w.grad = torch.ones(2)
+    with Mode():
+        fastclip.clip_grad_norm_([w], 1.0)
+    assert "fastclip.clip_norm_.default" in seen
+
+
+def test_fake_gradients_give_a_fake_norm():
+    with torch._subclasses.FakeTensorMode():
+        w = torch.nn.Parameter(torch.zeros(2))
+        w.grad = torch.ones(2)
+        norm = fastclip.clip_grad_norm_([w], 1.0)
+    assert isinstance(norm, torch._subclasses.FakeTensor)
+    assert norm.shape == ()
+
+
+def test_a_gpu_without_kernels_warns(monkeypatch):
+    # A stand-in for a CUDA tensor, which this machine may not have.
+    class Cuda:
+        is_cuda = True
+
+    default = _ops._announced(lambda tensors: len(tensors))
+    with pytest.warns(UserWarning, match="no compiled kernels for cuda"):
+        assert default([Cuda()]) == 1

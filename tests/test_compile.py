@@ -1,0 +1,125 @@
+"""torch.compile, torch.export and opcheck: the ops are good citizens of the compiler."""
+
+import pytest
+import torch
+from conftest import awkward, parameters
+
+import fastclip
+from fastclip import _ops
+
+
+def fastclip_nodes(graph: torch.fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if "fastclip" in str(n.target)]
+
+
+class Recorder:
+    """A backend that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.Graph] = []
+
+    def __call__(self, module, example_inputs):
+        self.graphs.append(module.graph)
+        return module.forward
+
+
+def fresh_gradients(made, scale=1.0):
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter) * scale
+
+
+@pytest.fixture(autouse=True)
+def _clean_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["recorder", "aot_eager", "inductor"])
+def test_compiled_clip_is_the_eager_clip(backend):
+    made = parameters([torch.zeros(5), torch.zeros(3, 4)])
+    recorder = Recorder()
+    compiled = torch.compile(
+        lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
+        fullgraph=True,
+        backend=recorder if backend == "recorder" else backend,
+    )
+    for step in range(4):
+        fresh_gradients(made, scale=0.01 if step == 3 else 1.0)
+        expected = parameters([p.grad for p in made])
+        held = [p.grad for p in made]
+        norm = fastclip.clip_grad_norm_(expected, 1.0)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            assert torch.equal(compiled(made), norm)
+        assert all(p.grad is g for p, g in zip(made, held, strict=True))
+        assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
+    if backend == "recorder":
+        assert [fastclip_nodes(g) for g in recorder.graphs] == [["fastclip.clip_norm_"]]
+
+
+def test_compiled_clip_is_reinplaced():
+    # Without reinplacing, functionalisation would copy every gradient around the op.
+    made = parameters([torch.zeros(1000), torch.zeros(1000)])
+    fresh_gradients(made)
+    compiled = torch.compile(lambda ps: fastclip.clip_grad_norm_(ps, 1.0), fullgraph=True)
+    _, code = torch._inductor.utils.run_and_get_code(compiled, made)
+    assert "fastclip.clip_norm_" in code[0]
+    assert "empty_strided" not in code[0].split("def call")[1]
+    assert "clone" not in code[0].split("def call")[1]
+
+
+def test_other_functions_compile():
+    made = parameters([torch.zeros(5), torch.zeros(3, 4)])
+
+    def step(ps, threshold):
+        fastclip.clip_grad_value_(ps, 0.5)
+        norm = fastclip.get_total_norm([p.grad for p in ps], 1.0)
+        fastclip.clip_grads_with_norm_(ps, 0.7, norm)
+        return norm, fastclip.clip_grad_norm_(ps, threshold, "inf")
+
+    recorder = Recorder()
+    fresh_gradients(made)
+    expected = parameters([p.grad for p in made])
+    threshold = torch.tensor(0.01)
+    results = torch.compile(step, fullgraph=True, backend=recorder)(made, threshold)
+    assert all(map(torch.equal, results, step(expected, threshold)))
+    assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
+    assert [fastclip_nodes(g) for g in recorder.graphs] == [
+        [f"fastclip.{name}" for name in ("clamp_", "norm", "scale_", "clip_norm_")]
+    ]
+
+
+def test_a_parameter_given_twice_counts_once_under_compile():
+    (parameter,) = parameters([torch.tensor([3.0, 4.0])])
+    compiled = torch.compile(lambda ps: fastclip.clip_grad_norm_(ps, 1.0), fullgraph=True)
+    assert compiled([parameter, parameter]).item() == 5
+
+
+def test_export_keeps_the_op():
+    class Norm(torch.nn.Module):
+        def forward(self, x, y):
+            return fastclip.get_total_norm([x, y])
+
+    x, y = torch.randn(4), torch.randn(2, 3)
+    program = torch.export.export(Norm(), (x, y))
+    graphs = [m.graph for m in program.graph_module.modules()]
+    assert sum(map(fastclip_nodes, graphs), []) == ["fastclip.norm.default"]
+    assert torch.equal(program.module()(x, y), fastclip.get_total_norm([x, y]))
+
+
+def samples(dtype):
+    coef = torch.tensor(0.5)
+    return {
+        "norm": [(awkward(dtype), 2.0), (awkward(dtype), 3.0), ([], 2.0)],
+        "norms": [(awkward(dtype), 2.0), (awkward(dtype), 1.0, [0, 1] * 5 + [3], False)],
+        "scale_": [(awkward(dtype), coef), (awkward(dtype), coef.repeat(2), [0, 1] * 5 + [0])],
+        "clamp_": [(awkward(dtype), 0.5)],
+        "clip_norm_": [(awkward(dtype), 0.5, 2.0), (awkward(dtype), 1e9, 2.0)],
+        "clip_norm_.tensor": [(awkward(dtype), coef, 2.0)],
+    }
+
+
+@pytest.mark.parametrize("name", list(samples(torch.float32)))
+def test_opcheck(name, dtype):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(_ops, packet), overload or "default")
+    for args in samples(dtype)[name]:
+        torch.library.opcheck(op, args)

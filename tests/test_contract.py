@@ -1,0 +1,439 @@
+"""The contract row by row: what torch does and what fastclip promises, side by side."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import oracle, parameters, ulps
+from torch.nn import utils
+
+import fastclip
+from fastclip import _grads, _ops
+
+HUGE = 1e30
+
+
+def clipped(function, grads, *args, **kwargs):
+    """The norm and the gradients after `function` on copies of `grads`."""
+    made = parameters(grads)
+    norm = function(made, *args, **kwargs)
+    return norm, [p.grad for p in made if p.grad is not None]
+
+
+def same(ours, theirs) -> bool:
+    return all(
+        torch.allclose(a.to_dense(), b.to_dense(), rtol=2e-6, atol=0, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.fixture(params=["walk", "python"])
+def path(request, monkeypatch):
+    """Both readers of gradients: the C++ walk, if it is built, and Python."""
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+
+
+@pytest.mark.usefixtures("path")
+class TestNorm:
+    @pytest.mark.parametrize("max_norm", [0.5, 3, 100.0])
+    def test_coefficient_is_torchs(self, device, dtype, max_norm):
+        grads = [torch.randn(50, device=device).to(dtype), None, torch.ones(3, 4, device=device)]
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
+        expected = oracle([g for g in grads if g is not None], 2.0)
+        coef = min(1.0, max_norm / (expected + 1e-6))
+        assert ulps(norm, expected) <= 2
+        for now, then in zip(ours, [grads[0], grads[2]], strict=True):
+            eps = 2 * torch.finfo(now.dtype).eps + 1e-6
+            torch.testing.assert_close(now.double(), then.double() * coef, rtol=eps, atol=0)
+        if dtype in (torch.float32, torch.float64):
+            assert same(ours, clipped(utils.clip_grad_norm_, grads, max_norm)[1])
+
+    def test_nothing_to_clip_writes_nothing(self, device):
+        # torch multiplies by 1.0, which turns a signalling NaN quiet: a write that shows.
+        signalling = torch.tensor([0x7F800001], dtype=torch.int32, device=device)
+        grad = signalling.view(torch.float32)
+        made = parameters([torch.ones(3, device=device)])
+        extra = torch.nn.Parameter(torch.zeros(1, device=device))
+        extra.grad = grad
+        fastclip.clip_grads_with_norm_([*made, extra], 10.0, torch.tensor(2.0, device=device))
+        assert signalling.item() == 0x7F800001
+        if device == "cpu":
+            utils.clip_grads_with_norm_([extra], 10.0, torch.tensor(2.0))
+            assert signalling.item() != 0x7F800001
+
+    def test_returned_dtype_is_float32_or_float64(self, device):
+        half = torch.ones(3, dtype=torch.bfloat16, device=device)
+        wide = torch.ones(3, dtype=torch.float64, device=device)
+        assert clipped(utils.clip_grad_norm_, [half], 1.0)[0].dtype == torch.bfloat16
+        assert clipped(fastclip.clip_grad_norm_, [half], 1.0)[0].dtype == torch.float32
+        assert clipped(fastclip.clip_grad_norm_, [half, wide], 1.0)[0].dtype == torch.float64
+
+    def test_fp16_norm_beyond_65504_is_finite(self, device):
+        grads = [torch.full((100,), 9486.8, dtype=torch.float16, device=device)]
+        norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
+        assert norm.item() == math.inf
+        assert theirs[0].abs().max() == 0
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
+        assert ulps(norm, oracle(grads, 2.0)) <= 2
+        assert fastclip.get_total_norm(ours).item() == pytest.approx(1, rel=1e-3)
+
+    def test_fp32_squares_do_not_overflow(self, device):
+        grads = [torch.full((128,), 1e19, device=device)]
+        norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
+        assert norm.item() == math.inf
+        assert theirs[0].abs().max() == 0
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
+        assert ulps(norm, oracle(grads, 2.0)) <= 2
+        assert fastclip.get_total_norm(ours).item() == pytest.approx(1, rel=1e-6)
+
+    def test_fp64_squares_overflow_as_torchs(self, device):
+        grads = [torch.full((3,), 2e200, dtype=torch.float64, device=device)]
+        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+            assert clipped(function, grads, 1.0)[0].item() == math.inf
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_one_nonfinite_element_propagates(self, device, bad):
+        grads = [torch.ones(5, device=device), torch.ones(3, device=device)]
+        grads[0][2] = bad
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
+        expected, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
+        assert same([norm, *ours], [expected, *theirs])
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    @pytest.mark.parametrize("norm_type", [2.0, math.inf])
+    def test_error_if_nonfinite_raises_before_any_gradient_changes(self, device, bad, norm_type):
+        grads = [torch.ones(5, device=device), torch.full((3,), bad, device=device)]
+        messages = []
+        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+            made = parameters(grads)
+            with pytest.raises(RuntimeError) as error:
+                function(made, 1.0, norm_type, error_if_nonfinite=True)
+            messages.append(str(error.value))
+            assert same([p.grad for p in made], grads)
+        assert messages[0] == messages[1]
+        assert messages[1].startswith(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite"
+        )
+
+    def test_error_if_nonfinite_clips_finite_gradients(self, device):
+        grads = [torch.ones(5, device=device)]
+        ours = clipped(fastclip.clip_grad_norm_, grads, 1.0, error_if_nonfinite=True)
+        plain = clipped(fastclip.clip_grad_norm_, grads, 1.0)
+        assert torch.equal(ours[0], plain[0])
+        assert torch.equal(ours[1][0], plain[1][0])
+
+    @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+    def test_infinite_threshold_only_measures(self, device, as_tensor):
+        grads = [torch.tensor([1.0, math.inf, 2.0], device=device)]
+        assert clipped(utils.clip_grad_norm_, grads, math.inf)[1][0].isnan().all()
+        max_norm = torch.tensor(math.inf, device=device) if as_tensor else math.inf
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
+        assert norm.item() == math.inf
+        assert torch.equal(ours[0], grads[0])
+
+    @pytest.mark.parametrize("max_norm", [-1.0, math.nan, -math.inf])
+    def test_threshold_below_zero_raises(self, device, max_norm):
+        grads = [torch.ones(3, device=device)]
+        assert not same(clipped(utils.clip_grad_norm_, grads, max_norm)[1], grads)
+        made = parameters(grads)
+        with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
+            fastclip.clip_grad_norm_(made, max_norm)
+        with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
+            fastclip.clip_grads_with_norm_(made, max_norm, torch.tensor(1.0))
+        assert torch.equal(made[0].grad, grads[0])
+
+    def test_threshold_zero_gives_zeros(self, device):
+        grads = [torch.ones(3, device=device)]
+        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+            assert clipped(function, grads, 0.0)[1][0].abs().max() == 0
+
+    @pytest.mark.parametrize("max_norm", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(2)])
+    def test_threshold_tensor_equals_the_number(self, device, max_norm):
+        grads = [torch.ones(9, device=device)]
+        ours = clipped(fastclip.clip_grad_norm_, grads, max_norm.to(device))
+        number = clipped(fastclip.clip_grad_norm_, grads, max_norm.item())
+        assert torch.equal(ours[0], number[0])
+        assert torch.equal(ours[1][0], number[1][0])
+
+    def test_same_parameter_twice_counts_once(self, device):
+        (parameter,) = parameters([torch.tensor([3.0, 4.0], device=device)])
+        assert utils.clip_grad_norm_([parameter] * 2, HUGE).item() == pytest.approx(50**0.5)
+        assert fastclip.clip_grad_norm_([parameter] * 2, 1.0).item() == 5
+        torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.6, 0.8]))
+        fastclip.clip_grads_with_norm_([parameter] * 2, 0.5, torch.tensor(1.0, device=device))
+        torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.3, 0.4]))
+
+    @pytest.mark.parametrize("grads", [[], [None, None]])
+    def test_no_gradients_give_a_cpu_zero(self, grads):
+        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+            norm = clipped(function, grads, 1.0)[0]
+            assert torch.equal(norm, torch.tensor(0.0))
+
+    def test_exhausted_generator_warns_once(self):
+        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+            with pytest.warns(UserWarning, match="is an empty generator") as caught:
+                assert function((p for p in []), 1.0).item() == 0
+            assert len(caught) == 1
+            assert caught[0].filename == __file__
+
+    @pytest.mark.parametrize("norm_type", ["inf", math.inf, 1, 2, 3.5, "2"])
+    def test_order_and_container_may_be_anything_torch_takes(self, device, norm_type):
+        grads = [torch.randn(20, device=device), torch.randn(4, 5, device=device)]
+        expected = clipped(utils.clip_grad_norm_, grads, 0.5, norm_type)
+        for wrap in (list, tuple, iter, lambda ps: (p for p in ps), torch.nn.ParameterList):
+            made = parameters(grads)
+            norm = fastclip.clip_grad_norm_(wrap(made), 0.5, norm_type)
+            assert same([norm, *(p.grad for p in made)], [expected[0], *expected[1]])
+        single = parameters(grads[:1])[0]
+        expected = clipped(utils.clip_grad_norm_, grads[:1], 0.5, norm_type)
+        assert same([fastclip.clip_grad_norm_(single, 0.5, norm_type)], [expected[0]])
+        assert same([single.grad], expected[1])
+
+    @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
+    def test_zero_size_tensor_counts_as_zero(self, device, norm_type):
+        grads = [torch.zeros(0, device=device)]
+        assert clipped(fastclip.clip_grad_norm_, grads, 1.0, norm_type)[0].item() == 0
+        if math.isinf(norm_type):
+            with pytest.raises(RuntimeError):
+                clipped(utils.clip_grad_norm_, grads, 1.0, norm_type)
+
+    @pytest.mark.parametrize("norm_type", [0.0, -1.0, -math.inf])
+    def test_orders_up_to_zero_have_torchs_values(self, device, norm_type):
+        grads = [torch.rand(20, device=device) + 1, torch.rand(3, device=device) + 1]
+        expected = clipped(utils.clip_grad_norm_, grads, 0.1, norm_type)
+        ours = clipped(fastclip.clip_grad_norm_, grads, 0.1, norm_type)
+        assert same([ours[0], *ours[1]], [expected[0], *expected[1]])
+
+    def test_mixed_dtypes_are_one_norm(self, device):
+        grads = [torch.randn(33).to(d).to(device) for d in (torch.float16, torch.float32)]
+        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 0.5)
+        assert ulps(norm, oracle(grads, 2.0)) <= 2
+        assert [g.dtype for g in ours] == [torch.float16, torch.float32]
+        assert fastclip.get_total_norm(ours).item() == pytest.approx(0.5, rel=1e-3)
+
+    def test_dense_layouts_keep_their_strides(self, device):
+        grads = [torch.randn(4, 6, device=device).t(), torch.randn(2, 3, 4, 5, device=device)]
+        grads[1] = grads[1].to(memory_format=torch.channels_last)
+        made = parameters(grads)
+        for parameter, grad in zip(made, grads, strict=True):
+            parameter.grad = grad.clone()
+        assert ulps(fastclip.clip_grad_norm_(made, 0.5), oracle(grads, 2.0)) <= 2
+        assert [p.grad.stride() for p in made] == [g.stride() for g in grads]
+
+    def test_tensor_with_gaps_is_clipped(self, device):
+        memory = torch.randn(10, 10, device=device)
+        before = memory.clone()
+        (parameter,) = parameters([memory[::2, ::3]])
+        parameter.grad = memory[::2, ::3]
+        norm = fastclip.clip_grad_norm_([parameter], 0.5)
+        assert ulps(norm, oracle([before[::2, ::3]], 2.0)) <= 2
+        torch.testing.assert_close(memory[::2, ::3], before[::2, ::3] * (0.5 / (norm + 1e-6)))
+        assert torch.equal(memory[1::2], before[1::2])
+
+    @pytest.mark.parametrize(
+        "grad",
+        [
+            torch.ones(1).expand(3),
+            torch.ones(4, 1).expand(4, 2),
+            torch.ones(6).as_strided((3, 2), (1, 1)),
+        ],
+        ids=["expanded", "expanded-2d", "overlapping"],
+    )
+    def test_elements_that_share_memory_raise(self, grad):
+        first, second = parameters([torch.ones(3), grad.clone()])
+        second.grad = grad
+        for call in (
+            lambda: fastclip.clip_grad_norm_([first, second], 0.1),
+            lambda: fastclip.clip_grad_value_([first, second], 0.1),
+            lambda: fastclip.clip_grads_with_norm_([first, second], 0.1, torch.tensor(9.0)),
+        ):
+            with pytest.raises(RuntimeError, match=r"single memory location.*parameters\[1\]"):
+                call()
+        assert torch.equal(first.grad, torch.ones(3))
+        assert (second.grad == 1).all()
+        assert ulps(fastclip.get_total_norm([grad]), oracle([grad], 2.0)) <= 2
+
+    def test_version_counters_are_bumped(self, device):
+        made = parameters([torch.ones(3, device=device), torch.ones(4, device=device)])
+        for max_norm in (HUGE, 0.5):
+            versions = [p.grad._version for p in made]
+            fastclip.clip_grad_norm_(made, max_norm)
+            assert all(p.grad._version > v for p, v in zip(made, versions, strict=True))
+
+    def test_same_call_twice_gives_the_same_bits(self, device, dtype):
+        grads = [torch.randn(40_000).to(dtype).to(device) for _ in range(3)]
+        runs = [clipped(fastclip.clip_grad_norm_, grads, 0.5) for _ in range(3)]
+        for norm, after in runs[1:]:
+            assert torch.equal(norm, runs[0][0])
+            assert all(torch.equal(a, b) for a, b in zip(after, runs[0][1], strict=True))
+
+    def test_two_halves_equal_the_whole(self, device, dtype):
+        grads = [torch.randn(40_000).to(dtype).to(device) for _ in range(3)]
+        whole = clipped(fastclip.clip_grad_norm_, grads, 0.5)
+        made = parameters(grads)
+        norm = fastclip.get_total_norm([p.grad for p in made])
+        fastclip.clip_grads_with_norm_(made, 0.5, norm)
+        assert torch.equal(norm, whole[0])
+        assert all(torch.equal(p.grad, g) for p, g in zip(made, whole[1], strict=True))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_type, coalesced):
+    indices = torch.tensor([[0, 2, 2, 5]])
+    sparse = torch.sparse_coo_tensor(
+        indices, torch.tensor([3.0, 1.0, 2.0, -4.0]), (9,), device=device
+    )
+    sparse = sparse.coalesce() if coalesced else sparse
+    dense = sparse.to_dense()
+    with pytest.raises(NotImplementedError):
+        clipped(utils.clip_grad_norm_, [sparse], 1.0)
+    version = sparse._version
+    parameter = torch.nn.Parameter(torch.zeros(9, device=device))
+    other = torch.nn.Parameter(torch.zeros(2, device=device))
+    parameter.grad, other.grad = sparse, torch.ones(2, device=device)
+    expected = oracle([dense, other.grad], norm_type)
+    norm = fastclip.clip_grad_norm_([parameter, other], 1.0, norm_type)
+    assert ulps(norm, expected) <= 2
+    assert parameter.grad.is_sparse
+    assert parameter.grad._version > version
+    torch.testing.assert_close(parameter.grad.to_dense(), dense / expected)
+    torch.testing.assert_close(other.grad, torch.ones(2, device=device) / expected)
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_sparse_gradient_is_clamped_coalesced(device, coalesced):
+    indices, values = torch.tensor([[0, 2, 2, 5]]), torch.tensor([3.0, 0.6, 0.6, -4.0])
+    sparse = torch.sparse_coo_tensor(indices, values, (9,), device=device)
+    sparse = sparse.coalesce() if coalesced else sparse
+    expected = sparse.to_dense().clamp(-1, 1)
+    parameter = torch.nn.Parameter(torch.zeros(9, device=device))
+    parameter.grad = sparse
+    fastclip.clip_grad_value_([parameter], 1.0)
+    assert parameter.grad.is_sparse
+    assert torch.equal(parameter.grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("lazy", [False, True], ids=["plain", "conjugate"])
+def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
+    grad = torch.randn(50, dtype=dtype, device=device)
+    made = [torch.nn.Parameter(torch.zeros_like(grad)) for _ in range(2)]
+    for parameter in made:
+        parameter.grad = grad.clone().conj() if lazy else grad.clone()
+    # torch refuses to scale a list with a lazy conjugate.
+    made[0].grad = made[0].grad.resolve_conj()
+    expected = utils.clip_grad_norm_(made[0], 0.5, norm_type)
+    norm = fastclip.clip_grad_norm_(made[1], 0.5, norm_type)
+    assert norm.dtype == (torch.float32 if dtype == torch.complex64 else torch.float64)
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(made[1].grad, made[0].grad)
+
+
+def test_lazily_negated_gradient_is_clipped(device):
+    grad = torch.randn(50, dtype=torch.complex64, device=device).conj().imag
+    assert grad.is_neg()
+    parameter = torch.nn.Parameter(torch.zeros(50, device=device))
+    parameter.grad, expected = grad, grad.resolve_neg().clamp(-0.3, 0.3)
+    fastclip.clip_grad_value_(parameter, 0.3)
+    assert torch.equal(parameter.grad, expected)
+    norm = fastclip.clip_grad_norm_(parameter, 0.5)
+    torch.testing.assert_close(parameter.grad, expected * (0.5 / norm))
+
+
+def test_several_devices_have_one_norm(monkeypatch):
+    # One CPU stands for two devices: what is grouped here is grouped there by device.
+    def alternate(tensors):
+        return {i: tensors[i::2] for i in range(2)}
+
+    monkeypatch.setattr(_ops, "extension", None)
+    grads = [torch.randn(1000) for _ in range(5)]
+    for norm_type in (1.0, 2.0, 3.0, math.inf):
+        with monkeypatch.context() as patch:
+            patch.setattr(_grads, "_by_device", alternate)
+            patch.setattr(torch.Tensor, "to", _to_any_device(torch.Tensor.to))
+            norm, ours = clipped(fastclip.clip_grad_norm_, grads, 0.5, norm_type)
+        assert ulps(norm, oracle(grads, norm_type)) <= 2
+        assert ulps(fastclip.get_total_norm(ours, norm_type), 0.5) <= 20
+
+
+def _to_any_device(to):
+    return lambda self, *args, **kwargs: (
+        self if args and isinstance(args[0], int) else to(self, *args, **kwargs)
+    )
+
+
+def test_foreach_is_accepted_and_raises_as_torchs(device):
+    grads = [torch.ones(4, device=device)]
+    for foreach in (None, True, False):
+        assert clipped(fastclip.clip_grad_norm_, grads, 1.0, foreach=foreach)[0].item() == 2
+    meta = [torch.ones(4, device="meta")]
+    for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+        with pytest.raises(
+            RuntimeError, match="foreach=True was passed, but can't use the foreach"
+        ):
+            clipped(function, meta, 1.0, foreach=True)
+    for function in (utils.clip_grad_value_, fastclip.clip_grad_value_):
+        with pytest.raises(
+            RuntimeError, match="foreach=True was passed, but can't use the foreach"
+        ):
+            clipped(function, meta, 1.0, foreach=True)
+
+
+def test_clip_grads_with_norm_given_bare_tensors_warns():
+    tensors = [torch.ones(3)]
+    utils.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
+    with pytest.warns(
+        UserWarning, match="no parameter has a gradient.*pass the parameters"
+    ) as seen:
+        fastclip.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
+    assert seen[0].filename == __file__
+    assert torch.equal(tensors[0], torch.ones(3))
+
+
+def test_bfloat16_total_norm_is_taken_as_it_is(device):
+    made = parameters([torch.ones(4, device=device)])
+    fastclip.clip_grads_with_norm_(
+        made, 1.0, torch.tensor(2.0, dtype=torch.bfloat16, device=device)
+    )
+    torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
+
+
+@pytest.mark.usefixtures("path")
+def test_clip_grad_value_is_torchs(device, dtype):
+    grads = [torch.randn(100).to(dtype).to(device), None, torch.randn(3, 5).to(dtype).to(device)]
+    grads[0][7] = math.nan
+    ours, theirs = parameters(grads), parameters(grads)
+    assert fastclip.clip_grad_value_(ours, 0.3) is None
+    utils.clip_grad_value_(theirs, 0.3)
+    for a, b in zip(ours, theirs, strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_gradient_that_requires_grad_is_clipped(device):
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=device))
+    (w**3).sum().backward(create_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm = fastclip.clip_grad_norm_([w], 0.5)
+    assert not norm.requires_grad
+    assert fastclip.get_total_norm([w.grad]).item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_inference_tensors_are_clipped_in_inference_mode(device):
+    with torch.inference_mode():
+        made = parameters([torch.ones(4, device=device)])
+        fastclip.clip_grad_norm_(made, 1.0)
+        torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
+
+
+def test_meta_gradients_give_a_meta_norm():
+    norm, grads = clipped(fastclip.clip_grad_norm_, [torch.ones(3, device="meta")], 1.0)
+    assert norm.is_meta
+    assert norm.shape == ()
+    assert grads[0].is_meta

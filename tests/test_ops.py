@@ -1,0 +1,304 @@
+"""The five ops against a float64 oracle, on awkward lists, and the laws they keep."""
+
+import math
+
+import pytest
+import torch
+from conftest import ORDERS, awkward, name_of, oracle, ulps
+
+from fastclip import _ops, _reference
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_norm_matches_the_oracle(ops, device, dtype, p):
+    tensors = awkward(dtype, device)
+    norm = ops.norm(tensors, p)
+    assert norm.shape == ()
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert norm.device.type == device
+    assert ulps(norm, oracle(tensors, p)) <= 2
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1.0])
+def test_norm_of_equal_elements_has_no_systematic_error(ops, device, dtype, p, value):
+    tensors = [torch.full((50_000,), value, dtype=dtype, device=device)]
+    assert ulps(ops.norm(tensors, p), oracle(tensors, p)) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("fill", ["random", "equal"])
+def test_norm_of_a_hundred_million_elements_is_exact(device, dtype, fill):
+    n = 100_000_000
+    tensor = torch.rand(n) if fill == "random" else torch.full((n,), 0.1)
+    tensors = [tensor.to(dtype).to(device)]
+    assert ulps(_ops.norm(tensors, 2.0), oracle(tensors, 2.0)) <= 2
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-18, 1e18, 3e38])
+def test_norm_of_finite_elements_is_finite_and_exact(ops, device, p, magnitude):
+    tensors = [torch.full((40,), magnitude, device=device), torch.zeros(99, device=device)]
+    expected = oracle(tensors, p)
+    if expected > torch.finfo(torch.float32).max:
+        assert ops.norm(tensors, p).item() == math.inf
+    else:
+        assert ulps(ops.norm(tensors, p), expected) <= 2
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-30, 1e-18, 1e19, 1e30])
+def test_bfloat16_norm_is_exact_where_float32_squares_are_not(ops, device, p, magnitude):
+    tensors = [torch.full((20_000,), magnitude, dtype=torch.bfloat16, device=device)]
+    assert ulps(ops.norm(tensors, p), oracle(tensors, p)) <= 2
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("where", [0, 5, 40, 16_389])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_norm_keeps_nan_and_inf(ops, device, dtype, p, where, bad):
+    tensors = [torch.ones(16_390, dtype=dtype, device=device), torch.ones(3, device=device)]
+    tensors[0][where] = bad
+    norm = ops.norm(tensors, p).item()
+    assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
+    tensors[1][1] = math.nan
+    assert math.isnan(ops.norm(tensors, p).item())
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_norm_of_mixed_dtypes_is_one_norm(ops, device, p):
+    tensors = [
+        t for d in (torch.bfloat16, torch.float32, torch.float16) for t in awkward(d, device)
+    ]
+    norm = ops.norm(tensors, p)
+    assert norm.dtype == torch.float32
+    assert ulps(norm, oracle(tensors, p)) <= 2
+    tensors.append(torch.ones(7, dtype=torch.float64, device=device))
+    assert ops.norm(tensors, p).dtype == torch.float64
+
+
+def test_norm_of_many_tensors_matches_the_oracle(ops, device):
+    tensors = list(torch.randn(10_000, 7, device=device).unbind())
+    assert ulps(ops.norm(tensors, 2.0), oracle(tensors, 2.0)) <= 2
+
+
+@pytest.mark.parametrize("p", [0.0, -1.0, -2.5, -math.inf])
+def test_norm_of_other_orders_is_torchs(ops, device, p):
+    tensors = [torch.rand(50, device=device) + 0.5, torch.rand(3, 4, device=device) + 0.5]
+    expected = torch.nn.utils.get_total_norm(tensors, p)
+    torch.testing.assert_close(ops.norm(tensors, p), expected)
+
+
+def test_norm_of_nothing_is_a_cpu_zero(ops):
+    norm = ops.norm([], 2.0)
+    assert norm.item() == 0
+    assert norm.device.type == "cpu"
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("group", [None, [0] * 11, [1, 0, 3, 3, 0, 1, 1, 5, 0, 3, 5]])
+def test_norms_are_the_norms_of_their_groups(ops, device, dtype, p, group):
+    tensors = awkward(dtype, device)
+    slots = range(len(tensors)) if group is None else group
+    norms = ops.norms(tensors, p, group)
+    sums = ops.norms(tensors, p, group, False)
+    assert norms.shape == sums.shape == (max(slots) + 1,)
+    assert sums.dtype == torch.float64
+    for g, (norm, total) in enumerate(zip(norms, sums, strict=True)):
+        members = [t for t, slot in zip(tensors, slots, strict=True) if slot == g]
+        expected = oracle(members, p)
+        assert ulps(norm, expected) <= 2
+        power = expected if math.isinf(p) else expected**p
+        assert float(total) == pytest.approx(power, rel=1e-6)
+
+
+def test_norms_of_one_group_are_the_norm(ops, device, dtype):
+    tensors = awkward(dtype, device)
+    norms = ops.norms(tensors, 2.0, [0] * len(tensors))
+    assert torch.equal(norms, ops.norm(tensors, 2.0).reshape(1))
+
+
+def test_norms_of_nothing_are_empty(ops):
+    assert ops.norms([], 2.0).shape == (0,)
+    assert ops.norms([], 2.0, []).shape == (0,)
+
+
+@pytest.mark.parametrize("coef", [0.3, 0.0, 1e-5, math.nan])
+def test_scale_rounds_once(ops, device, dtype, coef):
+    tensors = awkward(dtype, device)
+    before = [t.clone() for t in tensors]
+    coef = torch.tensor(coef, device=device)
+    ops.scale_(tensors, coef)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for now, then in zip(tensors, before, strict=True):
+        expected = (then.to(wide) * coef.to(wide)).to(dtype)
+        torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("coef", [1.0, 7.0, math.inf])
+def test_scale_of_one_or_more_writes_nothing(ops, device, dtype, coef):
+    tensors = awkward(dtype, device)
+    tensors[4].fill_(math.nan)
+    before = [t.clone() for t in tensors]
+    ops.scale_(tensors, torch.tensor(coef, device=device))
+    for now, then in zip(tensors, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("group", [None, [0, 2, 1]])
+def test_scale_takes_a_coefficient_per_group(ops, device, group):
+    tensors = [torch.ones(5, device=device) for _ in range(3)]
+    ops.scale_(tensors, torch.tensor([0.5, 1.0, 0.25], device=device), group)
+    expected = [0.5, 1.0, 0.25] if group is None else [0.5, 0.25, 1.0]
+    assert [float(t[0]) for t in tensors] == expected
+
+
+@pytest.mark.parametrize("group", [[0, 1], [0, 1, 2, 3], [0, -1, 0]])
+def test_groups_that_do_not_fit_raise(ops, group):
+    tensors = [torch.ones(2) for _ in range(3)]
+    with pytest.raises(ValueError, match="group"):
+        ops.norms(tensors, 2.0, group)
+    with pytest.raises(ValueError, match="group"):
+        ops.scale_(tensors, torch.ones(4) * 0.5, group)
+    with pytest.raises(ValueError, match="coef"):
+        ops.scale_(tensors, torch.ones(2) * 0.5)
+    assert all(torch.equal(t, torch.ones(2)) for t in tensors)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.1, 1.0, 1e9, math.inf])
+def test_clamp_is_torchs_with_the_bound_rounded(ops, device, dtype, bound):
+    tensors = awkward(dtype, device)
+    tensors[3][:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    expected = [t.double().clamp(-bound, bound).to(dtype) for t in tensors]
+    ops.clamp_(tensors, bound)
+    for now, then in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("share", [0.1, 0.999, 1.5, math.inf])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_clip_norm_is_measure_then_scale(ops, device, dtype, p, share, as_tensor):
+    tensors = awkward(dtype, device)
+    apart = [t.clone() for t in tensors]
+    norm = ops.norm(apart, p)
+    max_norm = float(norm) * share
+    ops.scale_(apart, _reference.clip_coef(norm, max_norm))
+    threshold = torch.tensor(max_norm, dtype=norm.dtype, device=device) if as_tensor else max_norm
+    assert torch.equal(ops.clip_norm_(tensors, threshold, p), norm)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, apart, strict=True))
+
+
+def test_clip_norm_is_within_the_threshold_and_idempotent(ops, device, dtype):
+    tensors = awkward(dtype, device)
+    ops.clip_norm_(tensors, 1.0, 2.0)
+    once = [t.clone() for t in tensors]
+    # The 1e-6 in the coefficient makes a second clip at the same threshold scale by 1 - 1e-6.
+    slack = 1 + 4e-6 + torch.finfo(dtype).eps
+    norm = ops.clip_norm_(tensors, slack, 2.0)
+    assert norm <= slack
+    assert all(torch.equal(a, b) for a, b in zip(tensors, once, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_threshold_tensor_that_is_none_gives_nan(ops, device, max_norm):
+    tensors = [torch.ones(3, device=device)]
+    ops.clip_norm_(tensors, torch.tensor(max_norm, device=device), 2.0)
+    assert tensors[0].isnan().all()
+
+
+def test_norm_doubles_with_its_tensors(ops, device, dtype):
+    tensors = awkward(dtype, device)
+    norm = ops.norm(tensors, 2.0)
+    assert ops.norm([t * 2 for t in tensors], 2.0) == norm * 2
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_norm_does_not_depend_on_the_order(ops, device, dtype, p):
+    tensors = awkward(dtype, device)
+    assert ulps(ops.norm(tensors[::-1], p), oracle(tensors, p)) <= 2
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_any_element_offset_gives_the_same_bits(ops, device, dtype, p):
+    source = torch.randn(20_000).to(dtype)
+    guard = torch.full((1,), 77.0).to(dtype)
+    results = []
+    for offset in range(0, 9):
+        memory = guard.repeat(20_000 + 32).to(device)
+        view = memory[offset : offset + 20_000].copy_(source)
+        norm = ops.clip_norm_([view], 0.5, p)
+        results.append((norm.cpu(), view.cpu().clone()))
+        view.fill_(77.0)
+        assert (memory == guard.to(device)).all()
+    for norm, view in results:
+        assert torch.equal(norm, results[0][0])
+        assert torch.equal(view, results[0][1])
+
+
+def test_any_thread_count_gives_the_same_bits(ops, dtype):
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            tensors = [t * 3 for _ in range(8) for t in _seeded(dtype)]
+            results.append([ops.clip_norm_(tensors, 1.0, p) for p in ORDERS] + tensors)
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def _seeded(dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return awkward(dtype)
+
+
+def _layouts(dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    base = torch.randn(6, 8, 10, 12).to(dtype).to(device)
+    return {
+        "transposed": base.transpose(0, 3).clone(memory_format=torch.preserve_format),
+        "channels_last": base.clone(memory_format=torch.channels_last),
+        "gaps": base[:, ::2, 1:7],
+        "flipped": base.permute(2, 0, 3, 1)[1:],
+    }
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "gaps", "flipped"])
+def test_layouts_are_clipped_with_strides_kept(ops, device, dtype, layout):
+    tensor = _layouts(dtype, device)[layout]
+    strides, flat = tensor.stride(), tensor.contiguous().clone()
+    others = [torch.ones(3, dtype=dtype, device=device)]
+    norm = ops.clip_norm_([tensor, *others], 1.0, 2.0)
+    expected = ops.clip_norm_([flat, torch.ones(3, dtype=dtype, device=device)], 1.0, 2.0)
+    assert ulps(norm, float(expected)) <= 1
+    assert tensor.stride() == strides
+    torch.testing.assert_close(tensor.contiguous(), flat)
+
+
+@pytest.mark.parametrize("op", ["scale_", "clamp_", "clip_norm_"])
+@pytest.mark.parametrize("strength", ["written", "unwritten"])
+def test_in_place_ops_bump_every_version(ops, device, op, strength):
+    tensors = [torch.ones(4, device=device), torch.ones(8, device=device)[::2]]
+    for part in ([tensors[0]], tensors):
+        before = [t._version for t in part]
+        value = 0.5 if strength == "written" else 100.0
+        if op == "scale_":
+            ops.scale_(part, torch.tensor(value, device=device))
+        elif op == "clamp_":
+            ops.clamp_(part, value)
+        else:
+            ops.clip_norm_(part, value, 2.0)
+        assert all(t._version > v for t, v in zip(part, before, strict=True))
+
+
+def test_the_defaults_split_large_tensors(device, monkeypatch):
+    tensors = [*awkward(torch.float32, device), *_layouts(torch.float16, device).values()]
+    whole = [_reference.norm(tensors, p) for p in ORDERS]
+    monkeypatch.setattr(_reference, "BLOCK", 100)
+    for p, norm in zip(ORDERS, whole, strict=True):
+        assert ulps(_reference.norm(tensors, p), float(norm)) <= 1
+    halves = [t.clone() for t in tensors]
+    _reference.scale_(halves, torch.tensor(0.5, device=device))
+    assert all(torch.equal(h, t * 0.5) for h, t in zip(halves, tensors, strict=True))
