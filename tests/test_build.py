@@ -15,7 +15,8 @@ SCRIPT = """
 import torch, fastclip
 from fastclip import _ops
 w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
-print(fastclip.clip_grad_norm_([w], 1.0).item(), [round(g, 4) for g in w.grad.tolist()], _ops.extension)
+norm = fastclip.clip_grad_norm_([w], 1.0)
+print(norm.item(), [round(g, 4) for g in w.grad.tolist()], _ops.extension)
 """
 
 

@@ -101,7 +101,7 @@ def test_export_keeps_the_op():
     x, y = torch.randn(4), torch.randn(2, 3)
     program = torch.export.export(Norm(), (x, y))
     graphs = [m.graph for m in program.graph_module.modules()]
-    assert sum(map(fastclip_nodes, graphs), []) == ["fastclip.norm.default"]
+    assert [node for g in graphs for node in fastclip_nodes(g)] == ["fastclip.norm.default"]
     assert torch.equal(program.module()(x, y), fastclip.get_total_norm([x, y]))
 
 

@@ -1,0 +1,245 @@
+"""Everyday training loops, against NumPy and torch; and other frameworks' names for our functions.
+
+`NAMES` pairs each name with our call. The calls are run as printed, and checked against the
+formula the other framework publishes, restated in NumPy float64.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import name_of, oracle, parameters, ulps
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import fastclip
+
+EPS = torch.finfo(torch.float32).eps
+# A clipped element: the norm 2 eps, then half an eps for the sum, the quotient and the product.
+ROUNDINGS = 4
+
+BY_NORM = "clip_grad_norm_(parameters, max_norm)"
+BY_NORM_EACH = "clip_grad_norm_(parameter, max_norm)"
+BY_VALUE = "clip_grad_value_(parameters, clip_value)"
+MEASURED = "get_total_norm(tensors)"
+
+
+def l2(values: np.typing.ArrayLike) -> float:
+    return math.sqrt(np.sum(np.square(values)))
+
+
+# t: one tensor; c: the bound; n: the norm of all tensors in the call. The last column is what our
+# denominator has and theirs has not: torch adds 1e-6 to the norm, TensorFlow, Keras, optax do not.
+CLIPS = [
+    ("torch.nn.utils.clip_grad_norm_", BY_NORM, lambda t, c, n: t * min(1, c / (n + 1e-6)), 0),
+    ("tf.clip_by_global_norm", BY_NORM, lambda t, c, n: t * c / max(n, c), 1e-6),
+    ("Keras global_clipnorm", BY_NORM, lambda t, c, n: t * (c * min(1 / n, 1 / c)), 1e-6),
+    ("optax.clip_by_global_norm", BY_NORM, lambda t, c, n: t if n < c else t / n * c, 1e-6),
+    ("tf.clip_by_norm", BY_NORM_EACH, lambda t, c, n: t if n <= c else t * c / n, 1e-6),
+    ("Keras clipnorm", BY_NORM_EACH, lambda t, c, n: t * c / max(n, c), 1e-6),
+    ("torch.nn.utils.clip_grad_value_", BY_VALUE, lambda t, c, n: np.clip(t, -c, c), 0),
+    ("tf.clip_by_value(t, -c, c)", BY_VALUE, lambda t, c, n: np.maximum(np.minimum(t, c), -c), 0),
+    ("Keras clipvalue", BY_VALUE, lambda t, c, n: np.clip(t, -c, c), 0),
+    ("optax.clip", BY_VALUE, lambda t, c, n: np.sign(t) * np.minimum(abs(t), c), 0),
+]
+NORMS = [
+    ("torch.nn.utils.get_total_norm", MEASURED, lambda ts: l2([l2(t) for t in ts])),
+    ("tf.linalg.global_norm", MEASURED, lambda ts: math.sqrt(sum(l2(t) ** 2 for t in ts))),
+    ("optax.global_norm", MEASURED, lambda ts: math.sqrt(sum(np.vdot(t, t) for t in ts))),
+]
+NAMES: list[tuple[str, str]] = [(theirs, ours) for theirs, ours, *_ in [*CLIPS, *NORMS]]
+
+SIZES = [(5, 7), (3,), (64, 4), (1,)]
+WAYS = {
+    # The bounds are powers of two, exact in every dtype. Clamping does not round.
+    "value": ("clip_grad_value_", 1 / 64, math.inf, 0.0),
+    "norm": ("clip_grad_norm_", 1 / 4, 2.0, EPS),
+}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Threads only slow nets this small, and badly where the cores are busy with something else.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(call: str, group: list[nn.Parameter], bound: float) -> Tensor | None:
+    names = dict(parameters=group, parameter=group[0], tensors=[p.grad for p in group])
+    return eval(call, vars(fastclip) | names | dict(max_norm=bound, clip_value=bound))
+
+
+def float64(tensors: Iterable[Tensor]) -> list[np.ndarray]:
+    return [t.detach().to(torch.float64, copy=True).numpy() for t in tensors]
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+
+
+def train(
+    module: ModuleType, way: str, kind: str, build: Callable, loss: Callable, batches: list
+) -> tuple[nn.Module, list[float], list[float]]:
+    """The trained net, and the gradients' p-norm before and after clipping, each step."""
+    name, bound, p, _ = WAYS[way]
+    torch.manual_seed(1)
+    net = build()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    before, after = [], []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss(net(x), y).backward()
+        before.append(oracle(gradients(net), p))
+        getattr(module, name)(net.parameters(), bound)
+        after.append(oracle(gradients(net), p))
+        optimizer.step()
+    return net, before, after
+
+
+def assert_trains_as_with_torch(
+    way: str, kind: str, build: Callable, loss: Callable, batches: list
+) -> nn.Module:
+    _, bound, _, rounding = WAYS[way]
+    net, before, after = train(fastclip, way, kind, build, loss, batches)
+    same, *_ = train(nn.utils, way, kind, build, loss, batches)
+    assert sum(norm > bound for norm in before) >= 10
+    assert max(after) <= bound * (1 + ROUNDINGS * rounding)
+    for mine, other in zip(net.parameters(), same.parameters(), strict=True):
+        # At each step either gradient is within ROUNDINGS of the exact one.
+        atol = 2 * ROUNDINGS * len(batches) * rounding * float(other.detach().abs().max())
+        torch.testing.assert_close(mine, other, rtol=0, atol=atol)
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_linear_regression_follows_numpy_step_by_step(dtype):
+    n, rate, bound, steps = 64, 1 / 8, 1.0, 25
+    x = torch.cat([torch.randn(n, 4), torch.ones(n, 1)], dim=1).to(dtype)
+    y = x @ torch.tensor([1.5, -1.0, 0.5, 0.75, 2.0], dtype=dtype) + 0.1 * torch.randn(n).to(dtype)
+    weights, expected = nn.Parameter(torch.zeros(5, dtype=dtype)), np.zeros(5)
+    a, b = float64([x, y])
+    # With a diagonally dominant Hessian a clipped step brings no two weights further apart in the
+    # maximum norm, so the rounding errors of the steps add up and never grow.
+    hessian = 2 / n * a.T @ a
+    assert (2 * hessian.diagonal() >= abs(hessian).sum(1)).all()
+    assert rate * hessian.diagonal().max() <= 1
+    error, clipped = 0.0, []
+    for _ in range(steps):
+        weights.grad = None
+        ((x @ weights - y) ** 2).mean().backward()
+        fastclip.clip_grad_value_(weights, bound)
+        with torch.no_grad():
+            weights -= rate * weights.grad
+        gradient = 2 / n * a.T @ (a @ expected - b)
+        sums = 2 / n * abs(a.T) @ (abs(a) @ abs(expected) + abs(b))
+        expected = expected - rate * np.clip(gradient, -bound, bound)
+        clipped.append(int((abs(gradient) > bound).sum()))
+        error += torch.finfo(dtype).eps * (rate * (n + 5) * sums.max() + abs(expected).max())
+        assert abs(float64([weights])[0] - expected).max() <= error
+    assert clipped[0] > 0
+    assert clipped[-1] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_digits_are_learned_as_with_torch(way):
+    digits = load_digits()
+    order = torch.randperm(len(digits.target))
+    x = torch.tensor(digits.images, dtype=torch.float32)[order, None] / 16
+    y = torch.tensor(digits.target)[order]
+    batches = list(zip(x[:1280].split(64), y[:1280].split(64), strict=True)) * 4
+
+    def build():
+        features = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        return nn.Sequential(*features, nn.Linear(128, 10))
+
+    net = assert_trains_as_with_torch(way, "Adam", build, nn.functional.cross_entropy, batches)
+    assert (net(x[1280:]).argmax(1) == y[1280:]).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_takes_the_steps_it_takes_with_torch(kind, way):
+    # Every third batch is an outlier: Adam and its kin would not notice a constant coefficient.
+    batches = [(torch.randn(32, 16), torch.randn(32, 4) * 10 ** (i % 3 == 0)) for i in range(20)]
+    assert_trains_as_with_torch(way, kind, lambda: mlp(16, 32, 4), nn.functional.mse_loss, batches)
+
+
+def test_gan_nets_are_clipped_apart():
+    generator, discriminator = mlp(8, 32, 2), mlp(2, 32, 1)
+    real, bound = torch.randn(64, 2) + 3, 1 / 32
+    for net, other, sign in [(discriminator, generator, 1), (generator, discriminator, -1)] * 3:
+        generator.zero_grad()
+        discriminator.zero_grad()
+        fake = generator(torch.randn(64, 8))
+        (sign * (discriminator(fake).mean() - discriminator(real).mean())).backward()
+        mine, others = gradients(net), gradients(other)
+        norm = fastclip.clip_grad_norm_(net.parameters(), bound)
+        assert ulps(norm, oracle(mine, 2.0)) <= 2
+        assert bound < norm
+        assert oracle(gradients(net), 2.0) <= bound * (1 + ROUNDINGS * EPS)
+        assert all(map(torch.equal, gradients(other), others))
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= p.grad
+
+
+def test_accumulated_gradients_clip_as_one_batch():
+    batch, parts, bound = 64, 4, 1 / 8
+    net, x, y = mlp(16, 32, 4), torch.randn(batch, 16), torch.randn(batch, 4)
+
+    def clipped(parts):
+        net.zero_grad()
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (nn.functional.mse_loss(net(a), b) / parts).backward()
+        return fastclip.clip_grad_norm_(net.parameters(), bound), gradients(net)
+
+    (norm, whole), (accumulated_norm, accumulated) = clipped(1), clipped(parts)
+    assert norm > bound
+    assert oracle(whole, 2.0) <= bound * (1 + ROUNDINGS * EPS)
+    # An element is a sum over the batch, and no sum is longer.
+    torch.testing.assert_close(accumulated_norm, norm, rtol=batch * EPS, atol=0)
+    torch.testing.assert_close(accumulated, whole, rtol=0, atol=batch * EPS * bound)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "formula", "addend"), CLIPS, ids=[r[0] for r in CLIPS])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-3])
+@pytest.mark.parametrize("tightness", [0.25, 1.0, 2.0])
+def test_clip_name_keeps_its_published_formula(theirs, ours, formula, addend, magnitude, tightness):
+    given = parameters([magnitude * torch.randn(size) for size in SIZES])
+    rtol = 0 if ours == BY_VALUE else ROUNDINGS * EPS
+    for group in [[p] for p in given] if ours == BY_NORM_EACH else [given]:
+        grads = float64(p.grad for p in group)
+        every = np.concatenate([t.ravel() for t in grads])
+        norm = l2(every)
+        most = abs(every).max() if ours == BY_VALUE else norm
+        bound = float(np.float32(tightness * most))
+        returned = run(ours, group, bound)
+        assert returned is None if ours == BY_VALUE else ulps(returned, norm) <= 2
+        for t, result in zip(grads, float64(p.grad for p in group), strict=True):
+            published, exact = formula(t, bound, norm), formula(t, bound, norm + addend)
+            np.testing.assert_allclose(result, published, rtol=addend / norm + rtol, atol=0)
+            np.testing.assert_allclose(result, exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "formula"), NORMS, ids=[r[0] for r in NORMS])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-3])
+def test_norm_name_keeps_its_published_formula(theirs, ours, formula, magnitude):
+    given = parameters([magnitude * torch.randn(size) for size in SIZES])
+    assert ulps(run(ours, given, 0.0), formula(float64(p.grad for p in given))) <= 2
