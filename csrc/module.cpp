@@ -94,6 +94,21 @@ std::optional<Grads> read_grads(const py::object& parameters) {
   return Grads(std::move(tensors));
 }
 
+// The tensors of a list or tuple themselves, or nothing if any of them is not plain.
+std::optional<Grads> take_tensors(const py::object& items) {
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), i);
+    if (!THPVariable_CheckExact(item)) return std::nullopt;
+    const at::Tensor& tensor = THPVariable_Unpack(item);
+    if (!is_plain(tensor, tensors)) return std::nullopt;
+    tensors.push_back(tensor);
+  }
+  return Grads(std::move(tensors));
+}
+
 }  // namespace
 }  // namespace fastclip
 
@@ -101,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   using fastclip::Grads;
   m.attr("built_for") = fastclip::kBuiltFor;
   m.def("read_grads", fastclip::read_grads);
+  m.def("take_tensors", fastclip::take_tensors);
   py::class_<Grads>(m, "Grads")
       .def("__len__", &Grads::size)
       .def("norm", &Grads::norm)

@@ -76,11 +76,10 @@ def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
             foreach kernels for a gradient's device.
     """
     items = _as_list(parameters, "parameters")
-    fast = not (foreach or torch.compiler.is_compiling())
-    if fast and _ops.extension is not None:
-        grads = _ops.extension.read_grads(items)
-        if grads is not None:
-            return grads
+    extension = None if foreach or torch.compiler.is_compiling() else _ops.extension
+    grads = extension and extension.read_grads(items)
+    if grads is not None:
+        return grads
     # By parameter: a compiled graph may depend on which parameters it gets, not on gradients that
     # every step makes anew.
     found: dict[int, Tensor] = {}
@@ -98,6 +97,10 @@ def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
 def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
     items = _as_list(tensors, "tensors")
+    extension = None if foreach or torch.compiler.is_compiling() else _ops.extension
+    grads = extension and extension.take_tensors(items)
+    if grads is not None:
+        return grads
     for position, tensor in enumerate(items):
         _check_tensor(tensor, f"tensors[{position}]")
         _check_supported(tensor, f"tensors[{position}]", write=False)

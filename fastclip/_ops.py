@@ -116,6 +116,12 @@ _define(
     _reference.clip_norm_,
 )
 
+
+def has_kernels(device_type: str) -> bool:
+    """Whether compiled kernels are registered for a device type, 'cpu' or 'cuda'."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fastclip::norm", device_type.upper())
+
+
 extension = _load_extension()
 
 norm = torch.ops.fastclip.norm

@@ -1,0 +1,72 @@
+"""Gradient shapes of real models, from their published architectures, and lists of tiny tensors."""
+
+import math
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+def resnet50() -> list[Shape]:
+    """25.6 M parameters in 161 tensors (He et al. 2015, arXiv:1512.03385)."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            for convolution in convolutions:
+                shapes += [convolution, convolution[:1], convolution[:1]]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2() -> list[Shape]:
+    """124 M parameters in 148 tensors (Radford et al. 2019)."""
+    d = 768
+    block: list[Shape] = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,)]
+    block += [(d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
+
+
+def llama(layers: int = 4, vocabulary: int = 32064) -> list[Shape]:
+    """A quarter of Llama 3.2 1B (16 layers, 128 256 words): 309 M parameters in 38 tensors."""
+    d, kv, hidden = 2048, 512, 8192
+    layer: list[Shape] = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden)]
+    layer += [(d,), (d,)]
+    return [(vocabulary, d), *layer * layers, (d,)]
+
+
+SHAPES: dict[str, list[Shape]] = {
+    "ResNet-50": resnet50(),
+    "GPT-2": gpt2(),
+    "Llama 1B / 4": llama(),
+    "150 x 1 Mi": [(1 << 20,)] * 150,
+    "1000 x 64": [(64,)] * 1000,
+    "20000 x 64": [(64,)] * 20000,
+}
+# Every benchmark and its correctness check in seconds.
+QUICK: dict[str, list[Shape]] = {"quick": [(300, 70), (70,), (3, 3), (), (0,)] * 3}
+
+DTYPES = ["fp32", "bf16", "fp16", "mixed"]
+_TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(shape: Shape, dtype: str) -> torch.dtype:
+    """`mixed` is what mixed-precision training makes: bf16 matrices, fp32 vectors."""
+    if dtype == "mixed":
+        return torch.bfloat16 if len(shape) > 1 or math.prod(shape) > 1 << 16 else torch.float32
+    return _TORCH[dtype]
+
+
+def parameters(shapes: list[Shape], dtype: str, device: str) -> list[torch.nn.Parameter]:
+    """Parameters (never touched) with normal gradients."""
+    torch.manual_seed(0)
+    made = []
+    for shape in shapes:
+        kind = dtype_of(shape, dtype)
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=kind, device=device))
+        parameter.grad = torch.randn(shape, device=device).to(kind)
+        made.append(parameter)
+    return made
