@@ -1,0 +1,66 @@
+"""README keeps its promises: its code runs, its names are the tested ones, its numbers measured."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+from test_scenarios import NAMES
+
+from fastclip import clip
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of the table that begins with this header."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_code_comes_early():
+    assert "```python" in README.splitlines()[:8]
+
+
+def test_docstring_examples_are_right():
+    assert doctest.testmod(clip, extraglobs={"torch": clip.torch}).failed == 0
+    assert all(t.examples for t in doctest.DocTestFinder().find(clip) if t.name.endswith("_"))
+
+
+def test_names_from_elsewhere_are_the_tested_ones():
+    found = {
+        (there, ours)
+        for cells in rows(README, "| There | Here |")
+        for ours in re.findall(r"`(.+?)`", cells[1])
+        for there in re.findall(r"`(.+?)`", cells[0])
+    }
+    assert found == set(NAMES)
+
+
+def test_numbers_are_measured():
+    measured = [
+        dict(zip(header, cells, strict=True))
+        for block in (ROOT / "benchmarks/RESULTS.md").read_text().split("\n## ")[1:]
+        for header in [
+            [c.strip() for c in re.search(r"\| work .*\|", block)[0].strip("|").split("|")]
+        ]
+        for cells in rows(block, "| work ")
+    ]
+    header = [c.strip() for c in re.search(r"\| work .*\|", README)[0].strip("|").split("|")]
+    shown = [dict(zip(header, cells, strict=True)) for cells in rows(README, "| work ")]
+    assert shown
+    for row in shown:
+        assert any(row.items() <= other.items() for other in measured), row
+
+
+def test_ci_runs_the_readmes_own_commands():
+    script = (ROOT / ".ci/run").read_text()
+    assert len(re.findall(r"^pip install .* && pytest$", README, re.M)) == 1
+    assert "README.md" in script
