@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# A block is converted to float64 to be measured; 1 Mi elements bound that to 8 MB.
+# A block is converted to float64 to be measured: 8 MB of it on a device. On the CPU torch divides
+# a reduction of 32 Ki elements or more among its threads, and its bits depend on how many.
 BLOCK = 1 << 20
+CPU_BLOCK = 1 << 14
 
 
 def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -99,13 +101,17 @@ def check_groups(count: int, group: Sequence[int]) -> None:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most BLOCK elements; of whole rows where memory has gaps."""
+    """Views of at most a block; of whole rows where memory has gaps."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     dense = tensor.permute(order)
     if dense.is_contiguous():
         dense = dense.view(-1)
     if tensor.numel():
-        yield from dense.split(max(1, BLOCK * dense.size(0) // tensor.numel()))
+        yield from dense.split(max(1, _block(tensor) * dense.size(0) // tensor.numel()))
+
+
+def _block(tensor: Tensor) -> int:
+    return CPU_BLOCK if tensor.device.type == "cpu" else BLOCK
 
 
 def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -125,11 +131,13 @@ def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:
     if p in (1, 2) or math.isinf(p) or p <= 0:
         return list(torch._foreach_norm(blocks, p, dtype=torch.float64)) if blocks else []
-    return [_norm_of(b.abs().to(torch.float64), p) for b in blocks]
+    return [_norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
 
 
 def _norm_of(values: Tensor, p: float) -> Tensor:
-    """The p-norm of a float64 tensor, for unusual p relative to its maximum: no power overflows."""
+    """The p-norm of float64 values, for unusual p relative to their maximum: no power overflows."""
+    if p > 0 and len(values) > _block(values):
+        values = torch.stack([_norm_of(part, p) for part in values.split(_block(values))])
     if p in (1, 2) or math.isinf(p) or p <= 0:
         return torch.linalg.vector_norm(values, p)
     most = values.abs().amax()

@@ -103,7 +103,7 @@ def test_a_file_opens_with_what_it_holds(path):
 @pytest.mark.parametrize("path", PYTHON + SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_have_a_size(path):
     text = path.read_text()
-    # One file of five public docstrings may be longer than the guide's 250 lines, none by half.
+    # 250 lines is the guide; a few more is an answer, a lot more is another file.
     assert len(text.splitlines()) <= 260
     for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
         if isinstance(node, ast.FunctionDef):

@@ -297,6 +297,7 @@ def test_the_defaults_split_large_tensors(device, monkeypatch):
     tensors = [*awkward(torch.float32, device), *_layouts(torch.float16, device).values()]
     whole = [_reference.norm(tensors, p) for p in ORDERS]
     monkeypatch.setattr(_reference, "BLOCK", 100)
+    monkeypatch.setattr(_reference, "CPU_BLOCK", 100)
     for p, norm in zip(ORDERS, whole, strict=True):
         assert ulps(_reference.norm(tensors, p), float(norm)) <= 1
     halves = [t.clone() for t in tensors]

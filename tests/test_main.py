@@ -1,0 +1,98 @@
+"""The command line: `info` says what is installed, `demo` trains, draws and explains."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastclip
+from fastclip import _ops
+from fastclip.__main__ import INSTALL_EXTRA, Run, main
+
+
+def final_losses(printed: str) -> dict[str, str]:
+    """The table's second column by its first."""
+    names = ("unclipped", "torch.nn.utils.clip_grad_norm_", "fastclip.clip_grad_norm_")
+    return {name: re.search(rf"^{name} +(\S+)", printed, re.M)[1] for name in names}
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_info_names_versions_and_devices(built, capsys, monkeypatch):
+    if not built:
+        monkeypatch.setattr(_ops, "extension", None)
+        monkeypatch.setattr(_ops, "has_kernels", lambda device_type: False)
+    elif _ops.extension is None:
+        pytest.skip("the extension is not built")
+    main(["info"])
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["fastclip"] == fastclip.__version__
+    assert rows["torch"] == torch.__version__
+    assert rows["package"] == str(Path(fastclip.__file__).parent)
+    assert rows["cpu"] == "compiled" if built else _ops.REBUILD in rows["cpu"]
+    assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
+    assert rows["cuda"]
+
+
+def test_has_kernels_agrees_with_the_extension():
+    assert _ops.has_kernels("cpu") == (_ops.extension is not None)
+
+
+def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "demo.png"
+    main(["demo", "--device", "cpu", "--steps", "3", "--out", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    _, torchs, ours = map(float, final_losses(printed).values())
+    assert ours == pytest.approx(torchs, rel=1e-4)
+    assert "ended at the same loss" in printed
+    assert str(picture) in printed
+
+
+def test_demo_runs_without_its_extras(capsys, monkeypatch, tmp_path):
+    for module in ("tqdm", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None)
+    picture = tmp_path / "demo.png"
+    main(["demo", "--device", "cpu", "--steps", "1", "--out", str(picture)])
+    out, err = capsys.readouterr()
+    for module in ("tqdm", "matplotlib"):
+        assert re.search(rf"^No .+: {module} .+{re.escape(INSTALL_EXTRA)}$", out, re.M)
+    assert len(final_losses(out)) == 3
+    assert not picture.exists()
+    assert not err
+
+
+def test_a_run_that_blows_up_is_drawn_and_told(tmp_path):
+    pytest.importorskip("matplotlib")
+    from fastclip.__main__ import _draw, _interpretation
+
+    lost = Run("unclipped", [4.0, math.inf, math.nan], [1.0, math.inf, math.nan], 0.0)
+    kept = Run("clipped", [4.0, 3.0, 2.0], [1.0, 1.0, 1.0], 1.0)
+    assert lost.diverged == 2
+    assert kept.diverged is None
+    told = _interpretation(lost, kept, kept._replace(clip_ms=2.0))
+    assert "diverged at step 2 and ended at loss nan" in told
+    assert "2.0 times more time" in told
+    _draw([lost, kept, kept], tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--steps", "0"),
+        ("--steps", "many"),
+        ("--device", "abacus"),
+        ("--device", "cuda:99"),
+        ("--out", "no/such/folder/demo.png"),
+        ("--out", "demo.txt"),
+    ],
+)
+def test_a_bad_option_is_named_before_training(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: " in capsys.readouterr().err
