@@ -15,7 +15,7 @@ namespace {
 
 // Independent accumulators: enough to hide the latency of an addition at any vector width.
 constexpr int64_t kLanes = 32;
-// float16 goes through a float32 buffer of this many elements, which stays in the L1 cache.
+// float16 is measured through a float32 buffer of this many elements, which stays in the L1 cache.
 constexpr int64_t kBuffer = 2048;
 
 [[gnu::always_inline]] inline float widen(float x) { return x; }
@@ -142,13 +142,7 @@ template <class scalar_t, class acc_t>
 [[gnu::always_inline]] inline void scale_as(void* data, int64_t n, acc_t coef) {
   auto* x = static_cast<scalar_t*>(data);
   if constexpr (std::is_same_v<scalar_t, c10::Half>) {
-    float buffer[kBuffer];
-    for (int64_t i = 0; i < n; i += kBuffer) {
-      const int64_t m = std::min(kBuffer, n - i);
-      decode(x + i, buffer, m);
-      for (int64_t j = 0; j < m; ++j) buffer[j] *= coef;
-      encode(buffer, x + i, m);
-    }
+    multiply(x, coef, n);
   } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
     for (int64_t i = 0; i < n; ++i) x[i] = round_to_bfloat16(widen(x[i]) * coef);
   } else {
