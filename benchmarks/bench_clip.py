@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from models import DTYPES, parameters
+from models import parameters
 from torch.nn import utils
 
 import fastclip
@@ -23,23 +23,27 @@ def contestants(made, threshold):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
-def bench_clip(race, shapes, dtype, clips, device):
-    name, sizes = shapes
-    made = parameters(sizes, dtype, device)
+def bench_clip(race, name, shapes, dtype, clips, device):
+    made = parameters(shapes, dtype, device)
     grads = [p.grad for p in made]
+    originals = [g.clone() for g in grads]
     norm = float(_reference.norm(grads, 2.0))
-    turn = itertools.count(1)
+    calls = itertools.count()
+
+    def restore() -> None:
+        nonlocal calls
+        torch._foreach_copy_(grads, originals)
+        calls = itertools.count(1)
 
     def shrinking() -> float:
-        # Every call finds a norm above its threshold: exactly so in fp32, and where rounding holds
-        # the gradients back, further and further.
-        return norm * 0.9998 ** next(turn)
+        # Every call of a turn finds a norm above its threshold; torch's in bf16, which overshoots
+        # by up to 0.4 %, included.
+        return norm * 0.98 ** next(calls)
 
     work = f"{name}, {'clipped' if clips else 'unclipped'}"
     threshold = shrinking if clips else lambda: 1e9
-    race(work, dtype, grads, contestants(made, threshold), writes=clips)
+    race(work, dtype, grads, contestants(made, threshold), writes=clips, restore=restore)
 
 
 def bench_host(benchmark, where):
@@ -53,20 +57,18 @@ def bench_host(benchmark, where):
         for parameter in made:
             parameter.grad = torch.ones_like(parameter)
 
-    def setup() -> None:
+    def both() -> None:
         fresh()
         grads = _ops.extension.read_grads(made)
         start = time.perf_counter()
         grads.clip_norm_(1e9, 2.0)
         kernels.append(time.perf_counter() - start)
         fresh()
-
-    def call() -> None:
         start = time.perf_counter()
         fastclip.clip_grad_norm_(made, 1e9)
         calls.append(time.perf_counter() - start)
 
-    benchmark.pedantic(call, setup=setup, rounds=300, warmup_rounds=10)
+    benchmark.pedantic(both, iterations=100, rounds=5, warmup_rounds=1)
     whole, kernel = (1e6 * statistics.median(times) for times in (calls, kernels))
     host = (
         f"300 parameters of 64, gradients fresh each call: {whole:.1f} µs a call, of which the op "

@@ -38,18 +38,18 @@ def llama(layers: int = 4, vocabulary: int = 32064) -> list[Shape]:
     return [(vocabulary, d), *layer * layers, (d,)]
 
 
-SHAPES: dict[str, list[Shape]] = {
-    "ResNet-50": resnet50(),
-    "GPT-2": gpt2(),
-    "Llama 1B / 4": llama(),
-    "150 x 1 Mi": [(1 << 20,)] * 150,
-    "1000 x 64": [(64,)] * 1000,
-    "20000 x 64": [(64,)] * 20000,
+DTYPES = ["fp32", "bf16", "fp16", "mixed"]
+SHAPES: dict[str, tuple[list[Shape], list[str]]] = {
+    "ResNet-50": (resnet50(), DTYPES),
+    "GPT-2": (gpt2(), DTYPES),
+    "Llama 1B / 4": (llama(), DTYPES),
+    "150 x 1 Mi": ([(1 << 20,)] * 150, ["fp32", "bf16"]),
+    "1000 x 64": ([(64,)] * 1000, ["fp32"]),
+    "20000 x 64": ([(64,)] * 20000, ["fp32"]),
 }
 # Every benchmark and its correctness check in seconds.
-QUICK: dict[str, list[Shape]] = {"quick": [(300, 70), (70,), (3, 3), (), (0,)] * 3}
+QUICK = {"quick": ([(300, 70), (70,), (3, 3), (), (0,)] * 3, DTYPES)}
 
-DTYPES = ["fp32", "bf16", "fp16", "mixed"]
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
