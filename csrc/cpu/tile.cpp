@@ -3,7 +3,6 @@
 // that is also used where it is defined.
 #include "tile.h"
 
-#include <array>
 #include <bit>
 #include <cmath>
 #include <type_traits>
@@ -54,22 +53,28 @@ template <Norm kind, class scalar_t>
   return total;
 }
 
-// Squares of bfloat16 are exact in float32, so a tree of four terms costs two roundings of 2^-24
-// and a quarter of the conversions to float64. Where squares overflow or turn subnormal, and in a
-// tile of zeros, the sum is taken again in float64.
-template <Norm kind>
-[[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
+// For the values of 16-bit floats, whose squares are exact in float32: a tree of four terms costs
+// two roundings of 2^-24 and a quarter of the conversions to float64.
+template <Norm kind, class scalar_t>
+[[gnu::always_inline]] inline double sum_narrow(const scalar_t* x, int64_t n) {
   double acc[kLanes] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) {
-      const c10::BFloat16* y = x + i + j;
+      const scalar_t* y = x + i + j;
       const float a = term<kind>(widen(y[0])) + term<kind>(widen(y[kLanes]));
       const float b = term<kind>(widen(y[2 * kLanes])) + term<kind>(widen(y[3 * kLanes]));
       acc[j] += a + b;
     }
   }
-  const double total = sum_lanes(acc) + sum_wide<kind>(x + i, n - i);
+  return sum_lanes(acc) + sum_wide<kind>(x + i, n - i);
+}
+
+// Where squares of bfloat16 overflow float32 or turn subnormal, and in a tile of zeros, the sum is
+// taken again in float64.
+template <Norm kind>
+[[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
+  const double total = sum_narrow<kind>(x, n);
   return total > 1e-32 && std::isfinite(total) ? total : sum_wide<kind>(x, n);
 }
 
@@ -80,7 +85,7 @@ template <Norm kind>
   for (int64_t i = 0; i < n; i += kBuffer) {
     const int64_t m = std::min(kBuffer, n - i);
     decode(x + i, buffer, m);
-    total += sum_wide<kind>(buffer, m);
+    total += sum_narrow<kind>(buffer, m);
   }
   return total;
 }
