@@ -139,7 +139,7 @@ def _train(name: str, clip: Clip, text: Tensor, steps: int, advance: Callable[[]
         optimizer.zero_grad()
         loss.backward()
         if clip is None:
-            norms.append(fastclip.get_total_norm([p.grad for p in parameters]))
+            norms.append(fastclip.get_total_norm(p.grad for p in parameters if p.grad is not None))
         else:
             began = _clock(text.device)
             norms.append(clip(parameters, MAX_NORM))

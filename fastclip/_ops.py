@@ -122,7 +122,7 @@ def has_kernels(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastclip::norm", device_type.upper())
 
 
-extension = _load_extension()
+extension: Any = _load_extension()
 
 norm = torch.ops.fastclip.norm
 norms = torch.ops.fastclip.norms

@@ -118,6 +118,23 @@ def test_norms_of_one_group_are_the_norm(ops, device, dtype):
     assert torch.equal(norms, ops.norm(tensors, 2.0).reshape(1))
 
 
+def test_groups_of_many_tensors_are_kept_apart(ops, device):
+    # More tiles than there can be spans: a span holds several tensors, all of one group.
+    count = 5000
+    tensors = list(torch.randn(count, 3, device=device).unbind())
+    group = [(i // 3) % 7 for i in range(count)]
+    each = torch.stack(tensors).double().norm(dim=1)
+    torch.testing.assert_close(ops.norms(tensors, 2.0).double(), each, rtol=1e-6, atol=0)
+    squares = torch.zeros(7, dtype=torch.float64, device=device)
+    squares.index_add_(0, torch.tensor(group, device=device), each.square())
+    found = ops.norms(tensors, 2.0, group).double()
+    torch.testing.assert_close(found, squares.sqrt(), rtol=1e-6, atol=0)
+    before = torch.stack(tensors)
+    coef = torch.arange(count, device=device) / count
+    ops.scale_(tensors, coef)
+    assert torch.equal(torch.stack(tensors), before * coef.unsqueeze(1))
+
+
 def test_norms_of_nothing_are_empty(ops):
     assert ops.norms([], 2.0).shape == (0,)
     assert ops.norms([], 2.0, []).shape == (0,)
