@@ -333,8 +333,10 @@ def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
     torch.testing.assert_close(made[1].grad, made[0].grad)
 
 
-def test_lazily_negated_gradient_is_clipped(device):
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "gaps"])
+def test_lazily_negated_gradient_is_clipped(device, dense):
     grad = torch.randn(50, dtype=torch.complex64, device=device).conj().imag
+    grad = torch._neg_view(grad.clone()) if dense else grad
     assert grad.is_neg()
     parameter = torch.nn.Parameter(torch.zeros(50, device=device))
     parameter.grad, expected = grad, grad.resolve_neg().clamp(-0.3, 0.3)
