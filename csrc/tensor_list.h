@@ -64,7 +64,8 @@ class FlatList {
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (i + 2 * kAhead < tensors.size())
         prefetch(tensors[i + 2 * kAhead].unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
-      if (i + kAhead < tensors.size()) prefetch(storage_of(tensors[i + kAhead]), 64);
+      if (i + kAhead < tensors.size())
+        prefetch(storage_of(tensors[i + kAhead]), sizeof(c10::StorageImpl));
       const at::Tensor& t = tensors[i];
       if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
       list.items_.push_back({t.mutable_data_ptr(), t.numel(), t.scalar_type()});

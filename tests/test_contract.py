@@ -12,6 +12,8 @@ import fastclip
 from fastclip import _grads, _ops
 
 HUGE = 1e30
+# What torch does wrong was seen on 2.13; a later torch may have mended it.
+SEEN = torch.__version__.startswith("2.13.")
 
 
 def clipped(function, grads, *args, **kwargs):
@@ -59,31 +61,34 @@ class TestNorm:
         extra.grad = grad
         fastclip.clip_grads_with_norm_([*made, extra], 10.0, torch.tensor(2.0, device=device))
         assert signalling.item() == 0x7F800001
-        if device == "cpu":
+        if SEEN and device == "cpu":
             utils.clip_grads_with_norm_([extra], 10.0, torch.tensor(2.0))
             assert signalling.item() != 0x7F800001
 
     def test_returned_dtype_is_float32_or_float64(self, device):
         half = torch.ones(3, dtype=torch.bfloat16, device=device)
         wide = torch.ones(3, dtype=torch.float64, device=device)
-        assert clipped(utils.clip_grad_norm_, [half], 1.0)[0].dtype == torch.bfloat16
+        if SEEN:
+            assert clipped(utils.clip_grad_norm_, [half], 1.0)[0].dtype == torch.bfloat16
         assert clipped(fastclip.clip_grad_norm_, [half], 1.0)[0].dtype == torch.float32
         assert clipped(fastclip.clip_grad_norm_, [half, wide], 1.0)[0].dtype == torch.float64
 
     def test_fp16_norm_beyond_65504_is_finite(self, device):
         grads = [torch.full((100,), 9486.8, dtype=torch.float16, device=device)]
-        norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
-        assert norm.item() == math.inf
-        assert theirs[0].abs().max() == 0
+        if SEEN:
+            norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
+            assert norm.item() == math.inf
+            assert theirs[0].abs().max() == 0
         norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
         assert ulps(norm, oracle(grads, 2.0)) <= 2
         assert fastclip.get_total_norm(ours).item() == pytest.approx(1, rel=1e-3)
 
     def test_fp32_squares_do_not_overflow(self, device):
         grads = [torch.full((128,), 1e19, device=device)]
-        norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
-        assert norm.item() == math.inf
-        assert theirs[0].abs().max() == 0
+        if SEEN:
+            norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
+            assert norm.item() == math.inf
+            assert theirs[0].abs().max() == 0
         norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
         assert ulps(norm, oracle(grads, 2.0)) <= 2
         assert fastclip.get_total_norm(ours).item() == pytest.approx(1, rel=1e-6)
@@ -127,7 +132,8 @@ class TestNorm:
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     def test_infinite_threshold_only_measures(self, device, as_tensor):
         grads = [torch.tensor([1.0, math.inf, 2.0], device=device)]
-        assert clipped(utils.clip_grad_norm_, grads, math.inf)[1][0].isnan().all()
+        if SEEN:
+            assert clipped(utils.clip_grad_norm_, grads, math.inf)[1][0].isnan().all()
         max_norm = torch.tensor(math.inf, device=device) if as_tensor else math.inf
         norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
         assert norm.item() == math.inf
@@ -136,7 +142,8 @@ class TestNorm:
     @pytest.mark.parametrize("max_norm", [-1.0, math.nan, -math.inf])
     def test_threshold_below_zero_raises(self, device, max_norm):
         grads = [torch.ones(3, device=device)]
-        assert not same(clipped(utils.clip_grad_norm_, grads, max_norm)[1], grads)
+        if SEEN:
+            assert not same(clipped(utils.clip_grad_norm_, grads, max_norm)[1], grads)
         made = parameters(grads)
         with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
             fastclip.clip_grad_norm_(made, max_norm)
@@ -159,7 +166,8 @@ class TestNorm:
 
     def test_same_parameter_twice_counts_once(self, device):
         (parameter,) = parameters([torch.tensor([3.0, 4.0], device=device)])
-        assert utils.clip_grad_norm_([parameter] * 2, HUGE).item() == pytest.approx(50**0.5)
+        if SEEN:
+            assert utils.clip_grad_norm_([parameter] * 2, HUGE).item() == pytest.approx(50**0.5)
         assert fastclip.clip_grad_norm_([parameter] * 2, 1.0).item() == 5
         torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.6, 0.8]))
         fastclip.clip_grads_with_norm_([parameter] * 2, 0.5, torch.tensor(1.0, device=device))
@@ -195,7 +203,7 @@ class TestNorm:
     def test_zero_size_tensor_counts_as_zero(self, device, norm_type):
         grads = [torch.zeros(0, device=device)]
         assert clipped(fastclip.clip_grad_norm_, grads, 1.0, norm_type)[0].item() == 0
-        if math.isinf(norm_type):
+        if SEEN and math.isinf(norm_type):
             with pytest.raises(RuntimeError):
                 clipped(utils.clip_grad_norm_, grads, 1.0, norm_type)
 
@@ -288,8 +296,9 @@ def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_typ
     )
     sparse = sparse.coalesce() if coalesced else sparse
     dense = sparse.to_dense()
-    with pytest.raises(NotImplementedError):
-        clipped(utils.clip_grad_norm_, [sparse], 1.0)
+    if SEEN:
+        with pytest.raises(NotImplementedError):
+            clipped(utils.clip_grad_norm_, [sparse], 1.0)
     version = sparse._version
     parameter = torch.nn.Parameter(torch.zeros(9, device=device))
     other = torch.nn.Parameter(torch.zeros(2, device=device))
