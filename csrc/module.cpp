@@ -2,13 +2,13 @@
 // op through the dispatcher, so that profilers and modes see it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <c10/util/flat_hash_map.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <bit>
 #include <optional>
 #include <vector>
 
@@ -60,51 +60,66 @@ bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
          !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
 }
 
-// The gradients of a list or tuple of parameters, without None and of each parameter once; nothing
-// if any of them is not plain and Python has to look. Each step of a batch only follows one pointer
-// of every parameter, so that the cache misses of thousands of scattered objects overlap.
-std::optional<Grads> read_grads(const py::object& parameters) {
-  constexpr Py_ssize_t kBatch = 64;
-  PyObject** items = PySequence_Fast_ITEMS(parameters.ptr());
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(parameters.ptr());
+// A set of addresses, as small as one can be: a third of a walk over thousands of parameters would
+// go to a general one.
+class Seen {
+ public:
+  explicit Seen(size_t count)
+      : slots_(std::bit_ceil(count + count / 2 + 1)), shift_(std::countl_zero(slots_.size() - 1)) {}
+
+  // Whether `address` is new.
+  bool insert(const void* address) {
+    size_t slot = (reinterpret_cast<uintptr_t>(address) * kGolden) >> shift_;
+    for (; slots_[slot] != nullptr; slot = (slot + 1) & (slots_.size() - 1))
+      if (slots_[slot] == address) return false;
+    slots_[slot] = address;
+    return true;
+  }
+
+ private:
+  // 2^64 over the golden ratio spreads addresses that differ by multiples of anything.
+  static constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
+
+  std::vector<const void*> slots_;
+  int shift_;
+};
+
+enum class What { kGrads, kTensors };
+
+// The gradients of a list or tuple of parameters, without None and of each parameter once, or the
+// tensors of such a list themselves; nothing if any of them is not plain and Python has to look.
+// Each step of a batch only follows one pointer of every item, so that the cache misses of
+// thousands of scattered objects overlap.
+template <What what>
+std::optional<Grads> read(const py::object& list) {
+  constexpr Py_ssize_t kBatch = 16;
+  PyObject** items = PySequence_Fast_ITEMS(list.ptr());
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
   std::vector<at::Tensor> tensors;
   tensors.reserve(count);
-  ska::flat_hash_set<const c10::TensorImpl*> seen;
-  seen.reserve(count);
+  Seen seen(what == What::kGrads ? count : 0);
   for (Py_ssize_t begin = 0; begin < count; begin += kBatch) {
     const Py_ssize_t batch = std::min(kBatch, count - begin);
     c10::TensorImpl* impls[kBatch];
-    const at::Tensor* grads[kBatch];
+    const at::Tensor* found[kBatch];
     for (Py_ssize_t i = 0; i < batch; ++i) {
       if (begin + i + kBatch < count) prefetch(items[begin + i + kBatch], sizeof(PyObject) + 8);
       if (!THPVariable_CheckExact(items[begin + i])) return std::nullopt;
-      impls[i] = THPVariable_Unpack(items[begin + i]).unsafeGetTensorImpl();
+      found[i] = &THPVariable_Unpack(items[begin + i]);
+      impls[i] = found[i]->unsafeGetTensorImpl();
+      prefetch(impls[i], 64);
     }
-    for (Py_ssize_t i = 0; i < batch; ++i) __builtin_prefetch(impls[i]->autograd_meta());
+    if (what == What::kGrads) {
+      for (Py_ssize_t i = 0; i < batch; ++i) prefetch(impls[i]->autograd_meta(), 128);
+      for (Py_ssize_t i = 0; i < batch; ++i) found[i] = &impls[i]->grad();
+    }
+    for (Py_ssize_t i = 0; i < batch; ++i)
+      prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
     for (Py_ssize_t i = 0; i < batch; ++i) {
-      grads[i] = &impls[i]->grad();
-      prefetch(grads[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+      if (!found[i]->defined()) continue;
+      if (!is_plain(*found[i], tensors)) return std::nullopt;
+      if (what == What::kTensors || seen.insert(impls[i])) tensors.push_back(*found[i]);
     }
-    for (Py_ssize_t i = 0; i < batch; ++i) {
-      if (!grads[i]->defined()) continue;
-      if (!is_plain(*grads[i], tensors)) return std::nullopt;
-      if (seen.insert(impls[i]).second) tensors.push_back(*grads[i]);
-    }
-  }
-  return Grads(std::move(tensors));
-}
-
-// The tensors of a list or tuple themselves, or nothing if any of them is not plain.
-std::optional<Grads> take_tensors(const py::object& items) {
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(count);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), i);
-    if (!THPVariable_CheckExact(item)) return std::nullopt;
-    const at::Tensor& tensor = THPVariable_Unpack(item);
-    if (!is_plain(tensor, tensors)) return std::nullopt;
-    tensors.push_back(tensor);
   }
   return Grads(std::move(tensors));
 }
@@ -115,8 +130,8 @@ std::optional<Grads> take_tensors(const py::object& items) {
 PYBIND11_MODULE(_C, m) {
   using fastclip::Grads;
   m.attr("built_for") = fastclip::kBuiltFor;
-  m.def("read_grads", fastclip::read_grads);
-  m.def("take_tensors", fastclip::take_tensors);
+  m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
+  m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   py::class_<Grads>(m, "Grads")
       .def("__len__", &Grads::size)
       .def("norm", &Grads::norm)
