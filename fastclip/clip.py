@@ -27,7 +27,8 @@ def clip_grad_norm_(
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
             dtypes and devices, or one tensor; a parameter given twice counts once.
-        max_norm: threshold, >= 0; a 0-d tensor is used on its device. `inf` only measures.
+        max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device, where
+            NaN or a negative value makes every gradient NaN.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
         foreach: as in torch; chooses nothing here.
