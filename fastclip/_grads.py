@@ -7,6 +7,7 @@ devices, tensors with gaps, subclasses, bad input) is read here. Both results ha
 import types
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +77,8 @@ def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
             foreach kernels for a gradient's device.
     """
     items = _as_list(parameters, "parameters")
-    extension = None if foreach or torch.compiler.is_compiling() else _ops.extension
-    grads = extension and extension.read_grads(items)
-    if grads is not None:
+    walk = _walk(foreach)
+    if walk is not None and (grads := walk.read_grads(items)) is not None:
         return grads
     # By parameter: a compiled graph may depend on which parameters it gets, not on gradients that
     # every step makes anew.
@@ -97,15 +97,19 @@ def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
 def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
     items = _as_list(tensors, "tensors")
-    extension = None if foreach or torch.compiler.is_compiling() else _ops.extension
-    grads = extension and extension.take_tensors(items)
-    if grads is not None:
+    walk = _walk(foreach)
+    if walk is not None and (grads := walk.take_tensors(items)) is not None:
         return grads
     for position, tensor in enumerate(items):
         _check_tensor(tensor, f"tensors[{position}]")
         _check_supported(tensor, f"tensors[{position}]", write=False)
     _check_foreach(items, foreach)
     return Grads(items)
+
+
+def _walk(foreach: bool | None) -> Any:
+    """The extension, unless Python has to look at `foreach` or the compiler at everything."""
+    return None if foreach or torch.compiler.is_compiling() else _ops.extension
 
 
 def _as_list(tensors: Tensor | Iterable[Tensor], name: str) -> list[Tensor]:

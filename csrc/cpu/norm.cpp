@@ -6,20 +6,6 @@
 #include "phases.h"
 
 namespace fastclip {
-namespace cpu {
-
-at::Tensor scalar_result(double value, at::ScalarType dtype) {
-  at::Tensor result = at::empty({}, at::TensorOptions().dtype(dtype));
-  if (dtype == at::kDouble) {
-    *result.mutable_data_ptr<double>() = value;
-  } else {
-    *result.mutable_data_ptr<float>() = static_cast<float>(value);
-  }
-  return result;
-}
-
-}  // namespace cpu
-
 namespace {
 
 at::Tensor norm_cpu(at::TensorList tensors, double p) {

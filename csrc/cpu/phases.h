@@ -1,6 +1,8 @@
 // The two halves of a clip, shared by the ops that measure, scale or do both.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 #include <vector>
 
@@ -88,6 +90,14 @@ void scale_phase(const FlatList& tensors, const Spans& spans, Coef&& coef) {
 }
 
 // A 0-d tensor on the CPU.
-at::Tensor scalar_result(double value, at::ScalarType dtype);
+inline at::Tensor scalar_result(double value, at::ScalarType dtype) {
+  at::Tensor result = at::empty({}, at::TensorOptions().dtype(dtype));
+  if (dtype == at::kDouble) {
+    *result.mutable_data_ptr<double>() = value;
+  } else {
+    *result.mutable_data_ptr<float>() = static_cast<float>(value);
+  }
+  return result;
+}
 
 }  // namespace fastclip::cpu
