@@ -7,42 +7,34 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "formulas.h"
+
 namespace fastclip {
 
-// What is accumulated: p = 1, 2, infinity, and any other p > 0.
-enum class Norm { kSum, kSquares, kMax, kPower };
-
-inline Norm norm_kind(double p) {
-  if (p == 1) return Norm::kSum;
-  if (p == 2) return Norm::kSquares;
-  return std::isinf(p) ? Norm::kMax : Norm::kPower;
-}
-
-inline bool has_kernel(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
-         dtype == at::kDouble;
+inline std::optional<Dtype> kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kDouble:
+      return Dtype::kDouble;
+    default:
+      return std::nullopt;
+  }
 }
 
 // True if `tensor` can be walked as numel() consecutive elements, in whatever order.
 inline bool is_flat(const at::Tensor& tensor) {
-  return tensor.layout() == at::kStrided && has_kernel(tensor.scalar_type()) &&
+  return tensor.layout() == at::kStrided && kernel_dtype(tensor.scalar_type()) &&
          tensor.is_non_overlapping_and_dense();
 }
-
-// What is left of a tensor for a kernel.
-struct Flat {
-  void* data;
-  int64_t numel;
-  at::ScalarType dtype;
-
-  int64_t element_size() const { return dtype == at::kDouble ? 8 : dtype == at::kFloat ? 4 : 2; }
-};
 
 // Note [prefetch]: thousands of tensors are thousands of objects anywhere in memory, and the
 // processor foresees none of them. Loops over tensors ask for what lies kAhead tensors on.
@@ -68,7 +60,8 @@ class FlatList {
         prefetch(storage_of(tensors[i + kAhead]), sizeof(c10::StorageImpl));
       const at::Tensor& t = tensors[i];
       if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
-      list.items_.push_back({t.mutable_data_ptr(), t.numel(), t.scalar_type()});
+      list.items_.push_back(
+          {static_cast<char*>(t.mutable_data_ptr()), t.numel(), *kernel_dtype(t.scalar_type())});
       list.elements_ += t.numel();
       list.wide_ |= t.scalar_type() == at::kDouble;
     }
@@ -153,17 +146,6 @@ inline void bump_versions(at::TensorList tensors) {
     }
     for (const at::Tensor& t : batch) t.unsafeGetTensorImpl()->bump_version();
   }
-}
-
-// Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
-// only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
-// where a negative multiplier would silently turn descent into ascent.
-template <class acc_t>
-acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
-  if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;
-  if (!(max_norm >= 0)) return std::numeric_limits<acc_t>::quiet_NaN();
-  const acc_t coef = max_norm / (total_norm + static_cast<acc_t>(1e-6));
-  return coef >= 1 ? 1 : coef;
 }
 
 }  // namespace fastclip

@@ -50,7 +50,7 @@ class Spans {
       const int64_t first = i == from.tensor ? from.element : 0;
       const int64_t last = i == to.tensor ? to.element : t.numel;
       for (int64_t e = first; e < last; e += kTile)
-        visit(i, static_cast<char*>(t.data) + e * t.element_size(), std::min(kTile, last - e));
+        visit(i, t.data + e * t.element_size(), std::min(kTile, last - e));
     }
   }
 

@@ -3,8 +3,12 @@
 // that is also used where it is defined.
 #include "tile.h"
 
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "half.h"
@@ -173,13 +177,13 @@ template <class scalar_t>
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
-double measure(const void* data, at::ScalarType dtype, int64_t n, Norm kind, double p) {
+double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p) {
   switch (dtype) {
-    case at::kFloat:
+    case Dtype::kFloat:
       return measure_as<float>(data, n, kind, p);
-    case at::kBFloat16:
+    case Dtype::kBFloat16:
       return measure_as<c10::BFloat16>(data, n, kind, p);
-    case at::kHalf:
+    case Dtype::kHalf:
       return measure_as<c10::Half>(data, n, kind, p);
     default:
       return measure_as<double>(data, n, kind, p);
@@ -189,13 +193,13 @@ double measure(const void* data, at::ScalarType dtype, int64_t n, Norm kind, dou
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
-void scale(void* data, at::ScalarType dtype, int64_t n, double coef) {
+void scale(void* data, Dtype dtype, int64_t n, double coef) {
   switch (dtype) {
-    case at::kFloat:
+    case Dtype::kFloat:
       return scale_as<float>(data, n, static_cast<float>(coef));
-    case at::kBFloat16:
+    case Dtype::kBFloat16:
       return scale_as<c10::BFloat16>(data, n, static_cast<float>(coef));
-    case at::kHalf:
+    case Dtype::kHalf:
       return scale_as<c10::Half>(data, n, static_cast<float>(coef));
     default:
       return scale_as<double>(data, n, coef);
@@ -205,13 +209,13 @@ void scale(void* data, at::ScalarType dtype, int64_t n, double coef) {
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
-void clamp(void* data, at::ScalarType dtype, int64_t n, double bound) {
+void clamp(void* data, Dtype dtype, int64_t n, double bound) {
   switch (dtype) {
-    case at::kFloat:
+    case Dtype::kFloat:
       return clamp_as<float>(data, n, bound);
-    case at::kBFloat16:
+    case Dtype::kBFloat16:
       return clamp_as<c10::BFloat16>(data, n, bound);
-    case at::kHalf:
+    case Dtype::kHalf:
       return clamp_as<c10::Half>(data, n, bound);
     default:
       return clamp_as<double>(data, n, bound);

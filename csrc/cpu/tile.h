@@ -1,22 +1,20 @@
 // The three loops over one tile: everything that depends on a dtype or an instruction set.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
-#include "../tensor_list.h"
+#include "../formulas.h"
 
 namespace fastclip::cpu {
 
 // The partial result of n elements: their sum, sum of squares or maximum (NaN wins), and for any
 // other p their norm, since powers of it may not fit a float64. Finite for finite elements, but
 // for float64 ones, which overflow as torch's do.
-double measure(const void* data, at::ScalarType dtype, int64_t n, Norm kind, double p);
+double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p);
 
 // data *= coef, in float32 with one rounding (float64 elements in float64).
-void scale(void* data, at::ScalarType dtype, int64_t n, double coef);
+void scale(void* data, Dtype dtype, int64_t n, double coef);
 
 // data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays. Writes nothing
 // if no element is outside.
-void clamp(void* data, at::ScalarType dtype, int64_t n, double bound);
+void clamp(void* data, Dtype dtype, int64_t n, double bound);
 
 }  // namespace fastclip::cpu

@@ -1,0 +1,45 @@
+// What both devices speak of and compute: dtypes, norms, the decision. Free of torch, and for
+// device code too.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace fastclip {
+
+// What the kernels take, in the order of their switches.
+enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
+
+// A tensor as flat memory: all that is left of it for a kernel.
+struct Flat {
+  char* data;
+  int64_t numel;
+  Dtype dtype;
+
+  int64_t element_size() const {
+    return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+  }
+};
+
+// What is accumulated: p = 1, 2, infinity, and any other p > 0.
+enum class Norm { kSum, kSquares, kMax, kPower };
+
+inline Norm norm_kind(double p) {
+  if (p == 1) return Norm::kSum;
+  if (p == 2) return Norm::kSquares;
+  return std::isinf(p) ? Norm::kMax : Norm::kPower;
+}
+
+// Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
+// only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
+// where a negative multiplier would silently turn descent into ascent.
+template <class acc_t>
+constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
+  if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;
+  if (!(max_norm >= 0)) return std::numeric_limits<acc_t>::quiet_NaN();
+  const acc_t coef = max_norm / (total_norm + static_cast<acc_t>(1e-6));
+  return coef >= 1 ? 1 : coef;
+}
+
+}  // namespace fastclip
