@@ -15,6 +15,12 @@
 #include "tensor_list.h"
 
 namespace fastclip {
+
+namespace cuda {
+// Null in a build without the CUDA kernels.
+[[gnu::weak]] std::vector<int> architectures();
+}  // namespace cuda
+
 namespace {
 
 // Read from the file before it is loaded: another torch's symbols would not resolve.
@@ -130,6 +136,8 @@ std::optional<Grads> read(const py::object& list) {
 PYBIND11_MODULE(_C, m) {
   using fastclip::Grads;
   m.attr("built_for") = fastclip::kBuiltFor;
+  m.attr("cuda_architectures") =
+      fastclip::cuda::architectures ? fastclip::cuda::architectures() : std::vector<int>();
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   py::class_<Grads>(m, "Grads")

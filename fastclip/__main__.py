@@ -72,9 +72,10 @@ def info() -> None:
         f"{extension.__file__} ({extension.built_for})" if extension else "not built for this torch"
     )
     plain = f"plain PyTorch; for compiled kernels, in the checkout: {_ops.REBUILD}"
-    cuda = "no CUDA kernels in this version: CUDA gradients go through the plain-PyTorch ops"
-    if _ops.has_kernels("cuda"):
-        cuda = f"compiled for {', '.join(getattr(extension, 'cuda_architectures', []))}"
+    built_for = [
+        f"{a // 100}.{a % 100 // 10}" for a in getattr(extension, "cuda_architectures", [])
+    ]
+    cuda = f"compiled for {', '.join(built_for)}, and for later ones" if built_for else plain
     print(
         f"fastclip   {fastclip.__version__}\n"
         f"Python     {platform.python_version()}\n"

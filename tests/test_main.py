@@ -33,7 +33,9 @@ def test_info_names_versions_and_devices(built, capsys, monkeypatch):
     assert rows["package"] == str(Path(fastclip.__file__).parent)
     assert rows["cpu"] == "compiled" if built else _ops.REBUILD in rows["cpu"]
     assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
-    assert rows["cuda"]
+    architectures = getattr(_ops.extension, "cuda_architectures", [])
+    assert rows["cuda"].startswith("compiled for") == bool(architectures)
+    assert all(f"{a // 100}.{a % 100 // 10}" in rows["cuda"] for a in architectures)
 
 
 def test_has_kernels_agrees_with_the_extension():

@@ -1,0 +1,51 @@
+// Launches of the kernels. All is enqueued on the given stream of the current device and nothing
+// waits; pointers are to that device's memory. A launch that fails raises std::runtime_error with
+// the name of its kernel.
+#pragma once
+
+#include <vector>
+
+#include "partition.h"
+
+namespace fastclip::cuda {
+
+// The architectures compiled in, as 100 * major + 10 * minor.
+std::vector<int> architectures();
+
+// Whether the kernels run on a device: its architecture is compiled in, its driver new enough.
+bool serves(int device);
+
+struct Stream {
+  int device;
+  void* handle;  // cudaStream_t
+};
+
+// Float32 or float64, on the device.
+struct Numbers {
+  void* data = nullptr;
+  bool is_double = false;
+};
+
+// What a kernel works with besides its tensors; each launch names what it uses.
+struct Work {
+  double p = 2;
+  double number = 0;           // max_norm or bound
+  Numbers given = {};          // max_norm or coef; without data it is `number`
+  Numbers norms = {};          // the result
+  double* partials = nullptr;  // one for each span
+  int spans = 0;
+  int slots = 1;
+  bool power_sums = false;
+};
+
+// The norm of each slot, of order p; for several slots the partition is apart and sorted.
+void launch_norms(const Partition& partition, const Work& work, Stream stream);
+
+// The norm of all, of order p, and the tensors scaled to max_norm: in one launch where the list
+// fits one and the device can, otherwise in two phases, with the same bits.
+void launch_clip(const Partition& partition, const Work& work, Stream stream);
+
+// The tensors scaled by the coef of their slot, or the only one; with none given, clamped.
+void launch_change(const Partition& partition, const Work& work, Stream stream);
+
+}  // namespace fastclip::cuda

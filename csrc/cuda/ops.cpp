@@ -1,0 +1,134 @@
+// The ops on CUDA: the host functions, with what only they need of torch. Nothing here names CUDA
+// but the last lines, so that the same code compiles against any build of torch.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../tensor_list.h"
+#include "launch.h"
+
+namespace fastclip {
+namespace {
+
+// Nothing where the list, or its device, is for the default op.
+template <class... P>
+std::optional<FlatList> look(at::TensorList tensors, P... p) {
+  if (tensors.empty() || tensors[0].is_cpu() || !cuda::serves(tensors[0].get_device()))
+    return std::nullopt;
+  return FlatList::look(tensors, p...);
+}
+
+enum class Slots { kOne, kGroups };  // 0, or group[i], or i without groups
+
+std::vector<cuda::Part> parts_of(const FlatList& list, Slots slots = Slots::kOne,
+                                 at::OptionalIntArrayRef group = std::nullopt) {
+  std::vector<cuda::Part> parts(list.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(list.size()); ++i)
+    parts[i] = {list[i], slots == Slots::kOne ? 0 : group ? (*group)[i] : i};
+  return parts;
+}
+
+cuda::Numbers numbers_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.scalar_type() == at::kDouble};
+}
+
+cuda::Stream stream_of(const at::Tensor& tensor) {
+  const c10::impl::VirtualGuardImpl device(tensor.device().type());
+  return {tensor.get_device(), device.getStream(tensor.device()).native_handle()};
+}
+
+// Runs what measures, with memory for the partial results and the norms, which it returns.
+template <class Launch>
+at::Tensor measure(const at::Tensor& first, const cuda::Partition& partition, at::IntArrayRef shape,
+                   at::ScalarType dtype, cuda::Work work, Launch&& launch) {
+  const c10::DeviceGuard guard(first.device());
+  const at::Tensor partials = at::empty({partition.spans()}, first.options().dtype(at::kDouble));
+  const at::Tensor norms = at::empty(shape, first.options().dtype(dtype));
+  work.norms = numbers_of(norms);
+  work.partials = partials.mutable_data_ptr<double>();
+  work.spans = static_cast<int>(partition.spans());
+  launch(partition, work, stream_of(first));
+  return norms;
+}
+
+at::Tensor norm_cuda(at::TensorList tensors, double p) {
+  const auto list = look(tensors, p);
+  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p);
+  return measure(tensors[0], {parts_of(*list), false}, {}, list->result_dtype(), {.p = p},
+                 cuda::launch_norms);
+}
+
+at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool root) {
+  const auto list = look(tensors, p);
+  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, root);
+  const int64_t groups = count_groups(tensors, group);
+  auto parts = parts_of(*list, Slots::kGroups, group);
+  std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
+  return measure(tensors[0], {parts, true}, {groups}, root ? list->result_dtype() : at::kDouble,
+                 {.p = p, .slots = static_cast<int>(groups), .power_sums = !root},
+                 cuda::launch_norms);
+}
+
+void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group) {
+  const auto list = look(tensors);
+  const int64_t slots = coef.dim() > 0 ? coef.numel() : 1;
+  if (!list || slots > cuda::kMaxSlots)
+    return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group);
+  check_coef(tensors, coef, group);
+  bump_versions(tensors);
+  const c10::DeviceGuard guard(tensors[0].device());
+  const at::ScalarType dtype = coef.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor values = coef.to(tensors[0].device(), dtype).contiguous();
+  const auto parts = parts_of(*list, slots > 1 ? Slots::kGroups : Slots::kOne, group);
+  const cuda::Work work{.given = numbers_of(values), .slots = static_cast<int>(slots)};
+  cuda::launch_change({parts, false}, work, stream_of(tensors[0]));
+}
+
+void clamp_cuda(at::TensorList tensors, double bound) {
+  const auto list = look(tensors);
+  if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
+  bump_versions(tensors);
+  const c10::DeviceGuard guard(tensors[0].device());
+  cuda::launch_change({parts_of(*list), false}, {.number = bound}, stream_of(tensors[0]));
+}
+
+at::Tensor clip(at::TensorList tensors, const FlatList& list, const cuda::Work& work) {
+  bump_versions(tensors);
+  return measure(tensors[0], {parts_of(list), false}, {}, list.result_dtype(), work,
+                 cuda::launch_clip);
+}
+
+at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p) {
+  const auto list = look(tensors, p);
+  if (!list) return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p);
+  return clip(tensors, *list, {.p = p, .number = max_norm});
+}
+
+at::Tensor clip_norm_tensor_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p) {
+  const auto list = look(tensors, p);
+  if (!list || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
+    return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
+                        max_norm, p);
+  const at::Tensor value = max_norm.to(max_norm.is_cpu() ? at::kDouble : list->result_dtype());
+  if (value.is_cpu())
+    return clip(tensors, *list, {.p = p, .number = *value.const_data_ptr<double>()});
+  return clip(tensors, *list, {.p = p, .given = numbers_of(value)});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastclip, CUDA, m) {
+  m.impl("norm", norm_cuda);
+  m.impl("norms", norms_cuda);
+  m.impl("scale_", scale_cuda);
+  m.impl("clamp_", clamp_cuda);
+  m.impl("clip_norm_", clip_norm_cuda);
+  m.impl("clip_norm_.tensor", clip_norm_tensor_cuda);
+}
+
+}  // namespace fastclip
