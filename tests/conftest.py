@@ -1,7 +1,12 @@
 """Fixtures, the float64 oracle, and the tolerances, derived once from eps and the sizes."""
 
+import functools
 import math
+import zlib
+from pathlib import Path
+from typing import Any
 
+import emulation
 import pytest
 import torch
 from torch import Tensor
@@ -18,22 +23,68 @@ def name_of(value: object) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "emulated: runs the CUDA kernels on the CPU")
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
-        ),
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The default ops are no other on an emulated device than on the CPU."""
+    params = [(i, getattr(i, "callspec", None)) for i in items]
+    items[:] = [
+        item
+        for item, spec in params
+        if not (
+            spec
+            and spec.params.get("ops") is _reference
+            and str(spec.params.get("device")).startswith("emulated")
+        )
     ]
-)
+
+
+@functools.cache
+def emulated(cache: Path) -> Any:
+    return emulation.load(emulation.build(cache))
+
+
+# Few blocks, so that each has several spans. Small parameters make several launches of a list of
+# more than 249 tensors.
+MACHINES = {
+    "emulated-fused": {"multiprocessors": 1, "threads_per_multiprocessor": 1536, "driver": 13000},
+    "emulated-apart": {"multiprocessors": 5, "threads_per_multiprocessor": 1024, "driver": 12000},
+}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+EMULATED = [
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.emulated,
+            pytest.mark.skipif(bool(emulation.MISSING), reason=str(emulation.MISSING)),
+        ],
+    )
+    for name in MACHINES
+]
+# For tests of what the emulated device does not have: sparse and complex tensors.
+without_emulation = pytest.mark.parametrize("device", DEVICES, indirect=True)
+
+
+@pytest.fixture(params=DEVICES + EMULATED)
 def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+    if request.param not in MACHINES:
+        return request.param
+    machine = emulated(request.config.cache.mkdir("emulation")).machine
+    for key, value in MACHINES[request.param].items():
+        setattr(machine, key, value)
+    machine.cooperative = request.param == "emulated-fused"
+    machine.seed = zlib.crc32(request.node.nodeid.encode())
+    return "emulated"
 
 
 @pytest.fixture(params=DTYPES, ids=name_of)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import oracle, parameters, ulps
+from conftest import oracle, parameters, ulps, without_emulation
 from torch.nn import utils
 
 import fastclip
@@ -283,6 +283,7 @@ class TestNorm:
         assert all(torch.equal(p.grad, g) for p, g in zip(made, whole[1], strict=True))
 
 
+@without_emulation
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("coalesced", [True, False])
 def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_type, coalesced):
@@ -308,6 +309,7 @@ def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_typ
     torch.testing.assert_close(other.grad, torch.ones(2, device=device) / expected)
 
 
+@without_emulation
 @pytest.mark.parametrize("coalesced", [True, False])
 def test_sparse_gradient_is_clamped_coalesced(device, coalesced):
     indices, values = torch.tensor([[0, 2, 2, 5]]), torch.tensor([3.0, 0.6, 0.6, -4.0])
@@ -321,6 +323,7 @@ def test_sparse_gradient_is_clamped_coalesced(device, coalesced):
     assert torch.equal(parameter.grad.to_dense(), expected)
 
 
+@without_emulation
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("lazy", [False, True], ids=["plain", "conjugate"])
@@ -339,6 +342,7 @@ def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "gaps"])
+@without_emulation
 def test_lazily_negated_gradient_is_clipped(device, dense):
     grad = torch.randn(50, dtype=torch.complex64, device=device).conj().imag
     grad = torch._neg_view(grad.clone()) if dense else grad

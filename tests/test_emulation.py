@@ -1,0 +1,215 @@
+"""What only the emulated device can show: any grid, any schedule, planted faults, launch by launch.
+
+The faults prove that the emulation would notice theirs: each is one small edit of the sources.
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from conftest import DTYPES, MACHINES, ORDERS, awkward, emulated, oracle, parameters, ulps
+
+import fastclip
+from fastclip import _ops
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(bool(emulation.MISSING), reason=str(emulation.MISSING)),
+]
+
+
+@pytest.fixture
+def module(request):
+    module = emulated(request.config.cache.mkdir("emulation"))
+    kept = {k: getattr(module.machine, k) for k in dir(module.machine) if not k.startswith("_")}
+    for key, value in (MACHINES["emulated-fused"] | {"cooperative": 1}).items():
+        setattr(module.machine, key, value)
+    yield module
+    for key, value in kept.items():
+        setattr(module.machine, key, value)
+
+
+@pytest.fixture
+def machine(module):
+    return module.machine
+
+
+def lists() -> dict[str, list[torch.Tensor]]:
+    """Mixed dtypes; more tensors than a small table holds; more tiles than spans."""
+    return {
+        "mixed": [t for dtype in DTYPES for t in awkward(dtype, "emulated")],
+        "many": [t.clone() for t in torch.randn(600, 40, device="emulated").unbind()],
+        "long": [torch.randn(2100 * 8192, device="emulated"), torch.ones(5, device="emulated")],
+    }
+
+
+@pytest.mark.parametrize("name", ["mixed", "many", "long"])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+def test_any_grid_and_schedule_gives_the_same_bits(machine, name, p):
+    if name == "long" and p == 3.0:
+        p = 20.0
+    source = lists()[name]
+    expected = oracle(source, p)
+    results = []
+    for multiprocessors, threads, driver, cooperative in (
+        (1, 512, 13000, 1),
+        (3, 1536, 13000, 1),
+        (2, 1536, 12000, 0),
+        (7, 2048, 13000, 0),
+    ):
+        machine.multiprocessors, machine.threads_per_multiprocessor = multiprocessors, threads
+        machine.driver, machine.cooperative = driver, cooperative
+        machine.seed += 1
+        tensors = [t.clone() for t in source]
+        norm = _ops.clip_norm_(tensors, expected / 3, p)
+        assert ulps(norm, expected) <= 2
+        results.append([norm.cpu()] + [t.cpu() for t in tensors])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def count(machine, call) -> int:
+    before = machine.launches
+    call()
+    return machine.launches - before
+
+
+def test_a_list_that_fits_is_one_launch_to_clip_and_two_to_measure(machine):
+    tensors = list(torch.randn(2000, 5, device="emulated").unbind())
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 1
+    assert count(machine, lambda: _ops.norm(tensors, 2.0)) == 2
+    assert count(machine, lambda: _ops.scale_(tensors, torch.tensor(0.5))) == 1
+    assert count(machine, lambda: _ops.clamp_(tensors, 0.1)) == 1
+    machine.cooperative = 0
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 2
+
+
+def test_parameters_of_4_kib_take_fewer_tensors_a_launch(machine):
+    tensors = list(torch.randn(250, 5, device="emulated").unbind())
+    machine.driver = 12000
+    assert count(machine, lambda: _ops.clip_norm_(tensors[:249], 1.0, 2.0)) == 1
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 4
+
+
+def test_twenty_thousand_tensors_are_exact(machine):
+    tensors = list(torch.randn(20_000, 3, device="emulated").unbind())
+    expected = oracle(tensors, 2.0)
+    assert ulps(_ops.clip_norm_(tensors, 1.0, 2.0), expected) <= 2
+    assert oracle(tensors, 2.0) == pytest.approx(1.0, rel=1e-5)
+    norms = _ops.norms(tensors[:2500], 2.0).cpu().double()
+    assert float(norms.norm()) == pytest.approx(oracle(tensors[:2500], 2.0), rel=1e-5)
+
+
+def test_more_than_two_to_the_31_bytes_are_walked_to_the_end(machine):
+    tensor = torch.zeros((1 << 30) + 70_000, dtype=torch.bfloat16, device="emulated")
+    tensor[-3:] = 2.0
+    tensor[0] = 2.0
+    assert _ops.clip_norm_([tensor], 2.0, 2.0).item() == 4.0
+    assert tensor[-3:].tolist() == [1.0] * 3
+    assert tensor[:2].tolist() == [1.0, 0.0]
+
+
+def test_nothing_is_allocated_beyond_partials_and_result(module):
+    tensors = [torch.randn(20_000, device="emulated"), torch.randn(5, device="emulated")]
+    before = module.allocations(), module.allocated_bytes()
+    _ops.clip_norm_(tensors, 1.0, 2.0)
+    spans = 4
+    assert module.allocations() - before[0] == 2
+    assert module.allocated_bytes() - before[1] == 8 * spans + 4
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda t: _ops.clip_norm_(t, 1.0, 2.0), "both phases"),
+        (lambda t: _ops.norm(t, 2.0), "the norm phase"),
+        (lambda t: _ops.scale_(t, torch.tensor(0.5)), "scale_kernel"),
+        (lambda t: _ops.clamp_(t, 0.1), "clamp_kernel"),
+    ],
+)
+def test_a_failed_launch_is_named(machine, call, name):
+    tensors = [torch.ones(4, device="emulated:1")]
+    machine.fail_launch = 98
+    with pytest.raises(RuntimeError, match=f"fastclip: the launch of {name} on device 1 failed"):
+        call(tensors)
+    machine.fail_launch = 0
+    assert tensors[0].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(("capability", "launches"), [(80, 0), (89, 0), (90, 1), (100, 1)])
+def test_a_device_that_is_not_compiled_for_gets_the_default_op(machine, capability, launches):
+    tensors = [torch.ones(4, device="emulated")]
+    machine.capability = capability
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == launches
+    assert tensors[0].tolist() == pytest.approx([0.5] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_several_devices_have_one_norm(machine, p):
+    grads = [torch.randn(300).to(f"emulated:{i % 2}") for i in range(5)]
+    made = parameters(grads)
+    norm = fastclip.clip_grad_norm_(made, 1.0, p)
+    assert norm.device == grads[0].device
+    assert ulps(norm, oracle(grads, p)) <= 2
+    assert oracle([m.grad for m in made], p) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_coefficient_on_the_host_is_taken_along(machine):
+    tensors = [torch.ones(4, device="emulated")]
+    _ops.scale_(tensors, torch.tensor([0.25], dtype=torch.float64))
+    assert tensors[0].tolist() == [0.25] * 4
+
+
+FAULTS = {
+    "none": ("cuda/reduce.cuh", "", ""),
+    "no barrier before the write": (
+        "cuda/reduce.cuh",
+        "  __syncthreads();  // an earlier call may still be read\n",
+        "",
+    ),
+    "no barrier after the write": (
+        "cuda/reduce.cuh",
+        "= value;\n  __syncthreads();\n",
+        "= value;\n",
+    ),
+    "no grid barrier": ("cuda/launch.cu", "cooperative_groups::this_grid().sync();", ";"),
+    "a vector beyond the end": ("cuda/tile.cuh", "left >= kVector", "left > 0"),
+    "a misaligned vector": ("cuda/tile.cuh", "tile.aligned() && left", "left"),
+    "a word beyond the end": (
+        "cuda/tile.cuh",
+        "(k + 1) * kBits > 8 * left",
+        "k * kBits > 8 * left",
+    ),
+    "one thread short": (
+        "cuda/tile.cuh",
+        "j * kThreads + threadIdx.x",
+        "j * (kThreads - 1) + threadIdx.x",
+    ),
+    "a barrier not all reach": (
+        "cuda/reduce.cuh",
+        "= value;\n  __syncthreads();\n",
+        "= value;\n  if (threadIdx.x < 500) __syncthreads();\n",
+    ),
+    "a span left out": ("cuda/norm.cuh", "int span = blockIdx.x;", "int span = blockIdx.x + 1;"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, tmp_path, request):
+    file, old, new = FAULTS[fault]
+    shutil.copytree(emulation.CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    source = path.read_text()
+    assert fault == "none" or source.count(old) == 1
+    path.write_text(source.replace(old, new) if old else source)
+    library = emulation.build(request.config.cache.mkdir("emulation"), tmp_path / "csrc")
+    script = Path(emulation.__file__).parent / "check.py"
+    result = subprocess.run(
+        [sys.executable, str(script), str(library)], capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode == 0) == (fault == "none"), result.stderr[-2000:]
