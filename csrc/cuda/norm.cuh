@@ -53,6 +53,7 @@ class Accumulator {
 
   __device__ void add(const Tile& tile) {
     for_vectors(tile, [&]<Dtype dtype>(const auto& vectors, int) {
+#pragma unroll
       for (const Vector& vector : vectors) {
         if constexpr (kind == Norm::kSum || kind == Norm::kSquares)
           add(sum_vector<kind, dtype>(vector));

@@ -40,6 +40,7 @@ __device__ void change_phase(const Table& table, Number&& number) {
       if (Change::is_idle(value)) return;
       for_vectors(tile, [&]<Dtype dtype>(const auto& vectors, int first) {
         constexpr int kCount = sizeof(vectors) / kVector;
+#pragma unroll
         for (int j = 0; j < kCount; ++j) {
           Values<dtype> x;
           decode<dtype>(vectors[j], x);
