@@ -194,6 +194,11 @@ def _threshold(max_norm: float | Tensor) -> float | Tensor:
 
 
 def _raise_if_nonfinite(total_norm: Tensor, p: float) -> None:
+    if total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
+            "the call without it and look at the norm it returns after a replay"
+        )
     if not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "

@@ -7,7 +7,7 @@ import torch
 from conftest import parameters
 
 import fastclip
-from fastclip import _ops
+from fastclip import _ops, clip
 
 
 @pytest.fixture(params=["walk", "python"], autouse=True)
@@ -137,3 +137,13 @@ def test_scalars_of_another_shape_raise():
 def test_tensors_that_are_none_raise(thing):
     with pytest.raises(TypeError, match=r"tensors\[1\]: expected a tensor"):
         fastclip.get_total_norm([torch.ones(3), thing])
+
+
+def test_error_if_nonfinite_is_refused_while_a_graph_is_captured(monkeypatch):
+    # A stand-in for a CUDA norm, which this machine may not have.
+    class Norm:
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="error_if_nonfinite: waits"):
+        clip._raise_if_nonfinite(Norm(), 2.0)
