@@ -38,6 +38,13 @@ def llama(layers: int = 4, vocabulary: int = 32064) -> list[Shape]:
     return [(vocabulary, d), *layer * layers, (d,)]
 
 
+def llama_7b() -> list[Shape]:
+    """6.74 G parameters in 291 tensors (Touvron et al. 2023, arXiv:2307.09288)."""
+    d, hidden, vocabulary = 4096, 11008, 32000
+    layer: list[Shape] = [(d, d)] * 4 + [(hidden, d)] * 2 + [(d, hidden), (d,), (d,)]
+    return [(vocabulary, d), *layer * 32, (d,), (vocabulary, d)]
+
+
 DTYPES = ["fp32", "bf16", "fp16", "mixed"]
 SHAPES: dict[str, tuple[list[Shape], list[str]]] = {
     "ResNet-50": (resnet50(), DTYPES),

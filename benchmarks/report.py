@@ -2,6 +2,8 @@
 
 pytest benchmarks --benchmark-only --benchmark-json=run.json
 python benchmarks/report.py run.json "what changed, in a sentence"
+
+The JSON of gpu.py is taken as well.
 """
 
 import datetime
@@ -34,9 +36,29 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown that is also readable as it stands."""
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return markdown([HEADER, *map(cells, rows)])
+
+
+def targets_table(targets: list[Row]) -> list[str]:
+    """What a GPU was asked, what it said, and whether that will do."""
+    words = {True: "met", False: "NOT met", None: "failed"}
+    lines = [[t["target"], str(t["value"]), words[t["met"]]] for t in targets]
+    return markdown([["target", "seen", ""], *lines])
+
+
+def gpu_table(rows: list[Row]) -> list[str]:
+    """A line for each contestant's milliseconds, and the bandwidth of one read in that time."""
+    lines = []
+    for row in rows:
+        for name, ms in row["ms"].items():
+            speed = f"{row['bytes'] / ms / 1e9:.2f}" if "bytes" in row else "-"
+            lines.append([row["work"], row["dtype"], name, f"{ms:.4f}", speed])
+    return markdown([["work", "dtype", "who", "ms", "TB/s, one read"], *lines])
+
+
+def markdown(lines: list[list[str]]) -> list[str]:
+    """A table that is also readable as it stands; its first line is the header."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
         for line in lines
@@ -47,18 +69,25 @@ def table(rows: list[Row]) -> list[str]:
 def main(path: str, changed: str) -> None:
     """Append a block to RESULTS.md and keep the rows as JSON beside it."""
     run = json.loads(Path(path).read_text())
+    if run.get("gpu"):
+        return write(
+            run | {"changed": changed},
+            [*targets_table(run["targets"]), "", *gpu_table(run["rows"])],
+        )
     rows = [b["extra_info"]["row"] for b in run["benchmarks"] if "row" in b["extra_info"]]
     where = run["benchmarks"][0]["extra_info"]["where"]
-    date = datetime.date.today().isoformat()
-    stamp = f"{date}-{where['commit']}"
-    heading = f"## {date} · {where['commit']} · {where['device']} · torch {where['torch']}"
-    block = [heading, "", changed, "", *table(rows), ""]
     hosts = [b["extra_info"]["host"] for b in run["benchmarks"] if "host" in b["extra_info"]]
-    block += [line for host in hosts for line in (host, "")]
-    with (HERE / "RESULTS.md").open("a") as results:
-        results.write("\n" + "\n".join(block))
     record = {"where": where, "changed": changed, "rows": rows, "hosts": hosts}
-    (HERE / "results" / f"{stamp}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(record, [*table(rows), *(line for host in hosts for line in ("", host))])
+
+
+def write(record: dict[str, Any], lines: list[str]) -> None:
+    where, date = record["where"], datetime.date.today().isoformat()
+    heading = f"## {date} · {where['commit']} · {where['device']} · torch {where['torch']}"
+    with (HERE / "RESULTS.md").open("a") as results:
+        results.write("\n".join(["", heading, "", record["changed"], "", *lines, ""]))
+    path = HERE / "results" / f"{date}-{where['commit']}{'-gpu' * ('gpu' in record)}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
