@@ -56,14 +56,20 @@ def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
     """`default`, with a warning where a GPU's gradients reach it."""
 
     def op(tensors: Sequence[Tensor], *args: Any) -> Any:
-        if tensors and tensors[0].is_cuda:
+        if tensors and tensors[0].is_cuda and not _serves(tensors[0].device.index):
             warnings.warn(
-                "fastclip has no compiled kernels for cuda: its plain-PyTorch ops are in use",
+                f"fastclip has no compiled kernels for {tensors[0].device}: its plain-PyTorch ops "
+                f"are in use. With nvcc on PATH, in a checkout: {REBUILD}",
                 stacklevel=2,
             )
         return default(tensors, *args)
 
     return op
+
+
+def _serves(cuda_device: int) -> bool:
+    """Whether the kernels are built, for the architecture of this device and its driver."""
+    return extension is not None and extension.serves_cuda(cuda_device)
 
 
 def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,10 @@
 """What happens when the extension is missing, or was built for another torch."""
 
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -109,11 +111,59 @@ def test_fake_gradients_give_a_fake_norm():
     assert norm.shape == ()
 
 
-def test_a_gpu_without_kernels_warns(monkeypatch):
+@pytest.mark.parametrize("served", [False, True])
+def test_a_gpu_without_kernels_warns(served, monkeypatch):
     # A stand-in for a CUDA tensor, which this machine may not have.
     class Cuda:
         is_cuda = True
+        device = torch.device("cuda:1")
 
+    class Extension:
+        def serves_cuda(self, device):
+            return served and device == 1
+
+    monkeypatch.setattr(_ops, "extension", Extension())
     default = _ops._announced(lambda tensors: len(tensors))
-    with pytest.warns(UserWarning, match="no compiled kernels for cuda"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert default([Cuda()]) == 1
+    said = [str(w.message) for w in caught]
+    assert len(said) == (0 if served else 1)
+    assert all("no compiled kernels for cuda:1" in s and _ops.REBUILD in s for s in said)
+
+
+def dry_run(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py would build, or why it does not."""
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda ext_modules, cmdclass: print("
+        "ext_modules[0].sources); scope = runpy.run_path('setup.py');"
+        "print(scope['architectures']() if scope['WITH_CUDA'] else 'no CUDA')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_build_variable_switches_the_kernels():
+    assert "cuda/ops.cpp" not in dry_run(FASTCLIP_CUDA="0").stdout
+    path = str(Path(sys.executable).parent)
+    without_nvcc = dry_run(PATH=path, CUDA_HOME="")
+    assert "cuda/ops.cpp" not in without_nvcc.stdout
+    assert "cpu/norm.cpp" in without_nvcc.stdout
+    for wrong in ({"FASTCLIP_CUDA": "1", "PATH": path, "CUDA_HOME": ""}, {"FASTCLIP_CUDA": "yes"}):
+        result = dry_run(**wrong)
+        assert result.returncode != 0
+        assert f"FASTCLIP_CUDA={wrong['FASTCLIP_CUDA']}: expected auto, 0, or 1" in result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_architectures_are_chosen_and_the_newest_keeps_its_ptx():
+    said = dry_run(TORCH_CUDA_ARCH_LIST="10.0;9.0a+PTX 8.0").stdout
+    assert "cuda/ops.cpp" in said
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
+    codes.append("-gencode=arch=compute_100,code=compute_100")
+    assert str(codes) in said

@@ -4,9 +4,9 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -55,8 +55,7 @@ class GuardedAllocator final : public c10::Allocator {
     if (bytes == 0) return {nullptr, device};
     const size_t pages = (bytes + kPage - 1) / kPage * kPage;
     void* base = mmap(nullptr, pages + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(base, pages, PROT_READ | PROT_WRITE) != 0)
-      fail("no memory");
+    if (base == MAP_FAILED || mprotect(base, pages, PROT_READ | PROT_WRITE) != 0) fail("no memory");
     std::memset(base, kPoison, pages);
     const bool at_the_end = ++allocations % 2 == 0;
     const size_t slack = pages - bytes;
@@ -105,16 +104,17 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 at::Tensor on_cpu(const at::Tensor& t) {
-  return t.is_cpu() ? t
-                    : at::from_blob(t.data_ptr(), t.sizes(), t.strides(),
-                                    t.options().device(c10::kCPU));
+  return t.is_cpu()
+             ? t
+             : at::from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options().device(c10::kCPU));
 }
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype,
                  std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>,
                  std::optional<at::MemoryFormat> format) {
   const c10::OptionalDeviceGuard guard(device);
-  return at::detail::empty_generic(size, &allocator, c10::DispatchKeySet(at::DispatchKey::PrivateUse1),
+  return at::detail::empty_generic(size, &allocator,
+                                   c10::DispatchKeySet(at::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
 }
 
