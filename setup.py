@@ -56,5 +56,5 @@ compiled = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 sources = sorted(str(p) for p in Path("csrc").glob("**/*.cpp") if WITH_CUDA or "cuda" not in str(p))
 extension = CppExtension("fastclip._C", sources, extra_compile_args=compiled)
 extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
-extension.depends = [str(p) for p in Path("csrc").glob("**/*.h")]
+extension.depends = [str(p) for p in Path("csrc").rglob("*.*")]
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildWithNvcc})
