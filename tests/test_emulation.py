@@ -4,10 +4,10 @@ The faults prove that the emulation would notice theirs: each is one small edit 
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import emulation
 import pytest
@@ -208,8 +208,13 @@ def test_a_planted_fault_is_found(fault, tmp_path, request):
     assert fault == "none" or source.count(old) == 1
     path.write_text(source.replace(old, new) if old else source)
     library = emulation.build(request.config.cache.mkdir("emulation"), tmp_path / "csrc")
-    script = Path(emulation.__file__).parent / "check.py"
+    root = emulation.CSRC.parent
     result = subprocess.run(
-        [sys.executable, str(script), str(library)], capture_output=True, text=True, timeout=300
+        [sys.executable, "tests/emulation/check.py", str(library)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (result.returncode == 0) == (fault == "none"), result.stderr[-2000:]

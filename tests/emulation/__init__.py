@@ -65,12 +65,13 @@ def build(cache: Path, kernels: Path = CSRC) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, units))
-    key = hashlib.sha256("".join(objects).encode()).hexdigest()[:16]
+    # Bound to its own CUDA functions, not to those that a CUDA torch has brought into the process.
+    command = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, f"-L{TORCH}/lib"]
+    command += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-lubsan", "-lpthread"]
+    key = hashlib.sha256("\n".join(command).encode()).hexdigest()[:16]
     library = cache / f"_emulation-{key}.so"
     if not library.exists():
-        libraries = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-lubsan", "-lpthread"]
-        command = ["g++", "-shared", *objects, f"-L{TORCH}/lib", *libraries, "-o", str(library)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "-o", str(library)], check=True)
     return library
 
 

@@ -1,6 +1,6 @@
 """A short check of the emulated kernels in a process of its own, which a fault may well end.
 
-python check.py library.so: exit status 0 if all is right, under several schedules.
+PYTHONPATH=.:tests python tests/emulation/check.py library.so: exit status 0 if all is right, under several schedules.
 """
 
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import emulation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
