@@ -1,6 +1,7 @@
 """A short check of the emulated kernels in a process of its own, which a fault may well end.
 
-PYTHONPATH=.:tests python tests/emulation/check.py library.so: exit status 0 if all is right, under several schedules.
+PYTHONPATH=.:tests python tests/emulation/check.py library.so: exit status 0 if all is right, under
+several schedules.
 """
 
 import math
