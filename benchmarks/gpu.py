@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 Call = Callable[[], Any]
 TESTS_S = 240
-SANITIZER_S = 60
+SANITIZER_S = 90
 TURNS = 9
 # Gradients of small lists are laid out again and again, to more than any L2 cache holds.
 ROTATION = 1 << 30
