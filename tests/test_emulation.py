@@ -40,11 +40,12 @@ def machine(module):
 
 
 def lists() -> dict[str, list[torch.Tensor]]:
-    """Mixed dtypes; more tensors than a small table holds; more tiles than spans."""
+    """Mixed dtypes; more tensors than a small table holds; a tensor that is cut by two tables."""
+    few = [t.clone() for t in torch.randn(260, 9, device="emulated").unbind()]
     return {
         "mixed": [t for dtype in DTYPES for t in awkward(dtype, "emulated")],
         "many": [t.clone() for t in torch.randn(600, 40, device="emulated").unbind()],
-        "long": [torch.randn(2100 * 8192, device="emulated"), torch.ones(5, device="emulated")],
+        "long": [*few, torch.randn(2100 * 8192 + 5, device="emulated"), *few],
     }
 
 
