@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -57,29 +58,38 @@ template <Norm kind, class scalar_t>
   return total;
 }
 
-// For the values of 16-bit floats, whose squares are exact in float32: a tree of four terms costs
-// two roundings of 2^-24 and a quarter of the conversions to float64.
-template <Norm kind, class scalar_t>
-[[gnu::always_inline]] inline double sum_narrow(const scalar_t* x, int64_t n) {
+// Two elements at a time: either half of a word is a float32 once the other is out of the way, and
+// no shuffle takes them apart.
+template <Norm kind>
+[[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
+  double low[kLanes] = {}, high[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      uint32_t word;
+      std::memcpy(&word, x + i + 2 * j, sizeof(word));
+      low[j] += term<kind>(static_cast<double>(std::bit_cast<float>(word << 16)));
+      high[j] += term<kind>(static_cast<double>(std::bit_cast<float>(word & 0xffff0000u)));
+    }
+  }
+  return sum_lanes(low) + sum_lanes(high) + sum_wide<kind>(x + i, n - i);
+}
+
+// For the values of float16, whose squares are exact in float32: four terms at a time, so that a
+// quarter of the additions wait for each other.
+template <Norm kind>
+[[gnu::always_inline]] inline double sum_exact(const float* x, int64_t n) {
   double acc[kLanes] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) {
-      const scalar_t* y = x + i + j;
-      const float a = term<kind>(widen(y[0])) + term<kind>(widen(y[kLanes]));
-      const float b = term<kind>(widen(y[2 * kLanes])) + term<kind>(widen(y[3 * kLanes]));
-      acc[j] += a + b;
+      const float* y = x + i + j;
+      const double a = term<kind>(y[0]), b = term<kind>(y[kLanes]);
+      const double c = term<kind>(y[2 * kLanes]), d = term<kind>(y[3 * kLanes]);
+      acc[j] += (a + b) + (c + d);
     }
   }
   return sum_lanes(acc) + sum_wide<kind>(x + i, n - i);
-}
-
-// Where squares of bfloat16 overflow float32 or turn subnormal, and in a tile of zeros, the sum is
-// taken again in float64.
-template <Norm kind>
-[[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
-  const double total = sum_narrow<kind>(x, n);
-  return total > 1e-32 && std::isfinite(total) ? total : sum_wide<kind>(x, n);
 }
 
 template <Norm kind>
@@ -89,7 +99,7 @@ template <Norm kind>
   for (int64_t i = 0; i < n; i += kBuffer) {
     const int64_t m = std::min(kBuffer, n - i);
     decode(x + i, buffer, m);
-    total += sum_narrow<kind>(buffer, m);
+    total += sum_exact<kind>(buffer, m);
   }
   return total;
 }
