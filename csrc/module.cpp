@@ -27,8 +27,14 @@ namespace {
 // Read from the file before it is loaded: another torch's symbols would not resolve.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 
-// Plain gradients of one device. The ops run below autograd: nothing here is differentiated, and
-// the kernels themselves bump the version counters.
+bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
+         !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
+}
+
+// Plain gradients of one device, or the plain tensors inside gradients that wrap one. The ops run
+// below autograd: nothing here is differentiated, and the kernels themselves bump the version
+// counters, but for those of the wrappers.
 class Grads {
  private:
   template <class Op, class... Args>
@@ -38,20 +44,40 @@ class Grads {
     return op.call(tensors_, std::forward<Args>(args)...);
   }
 
-  std::vector<at::Tensor> tensors_;
+  std::vector<at::Tensor> tensors_, wrappers_;
+  std::vector<int64_t> slots_;
 
  public:
-  explicit Grads(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {}
+  void reserve(size_t count) { tensors_.reserve(count); }
+
+  // Whether `tensor` is plain and where the others are, and so is among them now.
+  bool add(const at::Tensor& tensor) {
+    if (!is_plain(tensor, tensors_)) return false;
+    tensors_.push_back(tensor);
+    return true;
+  }
+
+  void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
+  void note(int64_t slot) { slots_.push_back(slot); }
 
   size_t size() const { return tensors_.size(); }
 
   at::Tensor norm(double p) const { return call(find_op<NormOp>("fastclip::norm"), p); }
 
-  void scale_(const at::Tensor& coef) const {
-    call(find_op<ScaleOp>("fastclip::scale_"), coef, std::nullopt);
+  // The norm of each slot in float64, up to the last slot that holds a gradient.
+  at::Tensor norms(double p) const {
+    return call(find_op<NormsOp>("fastclip::norms"), p, at::OptionalIntArrayRef(slots_), true);
   }
 
-  void clamp_(double bound) const { call(find_op<ClampOp>("fastclip::clamp_"), bound); }
+  void scale_(const at::Tensor& coef) const {
+    call(find_op<ScaleOp>("fastclip::scale_"), coef, std::nullopt);
+    bump_versions(wrappers_);
+  }
+
+  void clamp_(double bound) const {
+    call(find_op<ClampOp>("fastclip::clamp_"), bound);
+    bump_versions(wrappers_);
+  }
 
   at::Tensor clip_norm_(double max_norm, double p) const {
     return call(find_op<ClipNormOp>("fastclip::clip_norm_"), max_norm, p);
@@ -61,11 +87,6 @@ class Grads {
     return call(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), max_norm, p);
   }
 };
-
-bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
-  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
-         !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
-}
 
 // A set of addresses, as small as one can be: a third of a walk over thousands of parameters would
 // go to a general one.
@@ -102,8 +123,8 @@ std::optional<Grads> read(const py::object& list) {
   constexpr Py_ssize_t kBatch = 16;
   PyObject** items = PySequence_Fast_ITEMS(list.ptr());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(count);
+  Grads grads;
+  grads.reserve(count);
   Seen seen(what == What::kGrads ? count : 0);
   for (Py_ssize_t begin = 0; begin < count; begin += kBatch) {
     const Py_ssize_t batch = std::min(kBatch, count - begin);
@@ -124,12 +145,79 @@ std::optional<Grads> read(const py::object& list) {
       prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
     for (Py_ssize_t i = 0; i < batch; ++i) {
       if (!found[i]->defined()) continue;
-      if (!is_plain(*found[i], tensors)) return std::nullopt;
-      if (what == What::kTensors || seen.insert(impls[i])) tensors.push_back(*found[i]);
+      if (what == What::kGrads && !seen.insert(impls[i])) continue;
+      if (!grads.add(*found[i])) return std::nullopt;
     }
   }
-  return Grads(std::move(tensors));
+  return grads;
 }
+
+// How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
+// attribute `layout` is, of a plain item None, and `slots` the norm to which its gradient counts.
+class Wrapped {
+ public:
+  Wrapped(std::vector<py::object> layouts, std::vector<int64_t> slots, py::str layout,
+          py::str inner)
+      : layouts_(std::move(layouts)),
+        slots_(std::move(slots)),
+        layout_(std::move(layout)),
+        inner_(std::move(inner)) {}
+
+  // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
+  // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
+  template <What what>
+  std::optional<Grads> read(const py::list& list) const {
+    const size_t count = list.size();
+    if (count != layouts_.size()) return std::nullopt;
+    Grads grads;
+    grads.reserve(count);
+    Seen seen(what == What::kGrads ? count : 0);
+    for (size_t i = 0; i < count; ++i) {
+      const py::handle item = PyList_GET_ITEM(list.ptr(), i);
+      if (!is_tensor(item)) return std::nullopt;
+      const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+      const at::Tensor& found = what == What::kGrads ? tensor.grad() : tensor;
+      // A gradient that is laid out so says it of its parameter too.
+      if ((layouts_[i].is_none() || !found.defined()) && !is_laid_out(item, i)) return std::nullopt;
+      if (!found.defined()) continue;
+      if (what == What::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
+      if (layouts_[i].is_none()) {
+        if (!grads.add(found)) return std::nullopt;
+      } else {
+        const auto wrapper = py::reinterpret_steal<py::object>(THPVariable_Wrap(found));
+        if (!is_laid_out(wrapper, i)) return std::nullopt;
+        const py::object inner = attribute(wrapper, inner_);
+        if (!inner || !THPVariable_CheckExact(inner.ptr())) return std::nullopt;
+        if (!grads.add(THPVariable_Unpack(inner.ptr()))) return std::nullopt;
+        grads.note(found);
+      }
+      grads.note(slots_[i]);
+    }
+    return grads;
+  }
+
+ private:
+  // As isinstance, but for classes that only claim to be.
+  static bool is_tensor(py::handle item) {
+    return PyObject_TypeCheck(item.ptr(), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+  }
+
+  bool is_laid_out(py::handle tensor, size_t i) const {
+    if (layouts_[i].is_none()) return THPVariable_CheckExact(tensor.ptr());
+    return attribute(tensor, layout_).is(layouts_[i]);
+  }
+
+  // Null if there is none.
+  static py::object attribute(py::handle tensor, const py::str& name) {
+    PyObject* value = PyObject_GetAttr(tensor.ptr(), name.ptr());
+    if (value == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+  std::vector<py::object> layouts_;
+  std::vector<int64_t> slots_;
+  py::str layout_, inner_;
+};
 
 }  // namespace
 }  // namespace fastclip
@@ -147,8 +235,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Grads>(m, "Grads")
       .def("__len__", &Grads::size)
       .def("norm", &Grads::norm)
+      .def("norms", &Grads::norms)
       .def("scale_", &Grads::scale_)
       .def("clamp_", &Grads::clamp_)
       .def("clip_norm_", &Grads::clip_norm_)
       .def("clip_norm_", &Grads::clip_norm_tensor_);
+  using fastclip::Wrapped;
+  py::class_<Wrapped>(m, "Wrapped")
+      .def(py::init<std::vector<py::object>, std::vector<int64_t>, py::str, py::str>())
+      .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
+      .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
 }

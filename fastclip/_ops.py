@@ -81,10 +81,10 @@ def _norm_fake(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _norms_fake(
-    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, root: bool = True
+    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, wide: bool = False
 ) -> Tensor:
     groups = len(tensors) if group is None else max(group, default=-1) + 1
-    return _result(tensors, (groups,), _reference.result_dtype(tensors) if root else torch.float64)
+    return _result(tensors, (groups,), torch.float64 if wide else _reference.result_dtype(tensors))
 
 
 def _in_place_fake(tensors: Sequence[Tensor], *args: Any) -> None:
@@ -98,7 +98,7 @@ def _clip_norm_fake(tensors: Sequence[Tensor], max_norm: float | Tensor, p: floa
 _define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _reference.norm)
 _define(
     "norms",
-    "(Tensor[] tensors, float p, int[]? group=None, bool root=True) -> Tensor",
+    "(Tensor[] tensors, float p, int[]? group=None, bool wide=False) -> Tensor",
     _norms_fake,
     _reference.norms,
 )

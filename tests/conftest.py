@@ -46,7 +46,7 @@ def emulated(cache: Path) -> Any:
 
 
 # Few blocks, so that each has several spans. Small parameters make several launches of a list of
-# more than 249 tensors.
+# more than 250 tensors.
 MACHINES = {
     "emulated-fused": {"multiprocessors": 1, "threads_per_multiprocessor": 1536, "driver": 13000},
     "emulated-apart": {"multiprocessors": 5, "threads_per_multiprocessor": 1024, "driver": 12000},

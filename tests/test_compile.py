@@ -109,7 +109,7 @@ def samples(dtype):
     coef = torch.tensor(0.5)
     return {
         "norm": [(awkward(dtype), 2.0), (awkward(dtype), 3.0), ([], 2.0)],
-        "norms": [(awkward(dtype), 2.0), (awkward(dtype), 1.0, [0, 1] * 5 + [3], False)],
+        "norms": [(awkward(dtype), 2.0), (awkward(dtype), 1.0, [0, 1] * 5 + [3], True)],
         "scale_": [(awkward(dtype), coef), (awkward(dtype), coef.repeat(2), [0, 1] * 5 + [0])],
         "clamp_": [(awkward(dtype), 0.5)],
         "clip_norm_": [(awkward(dtype), 0.5, 2.0), (awkward(dtype), 1e9, 2.0)],

@@ -16,9 +16,9 @@ at::Tensor norm_cpu(at::TensorList tensors, double p) {
                             list->result_dtype());
 }
 
-at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool root) {
+at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide) {
   const auto list = FlatList::look(tensors, p);
-  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, root);
+  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide);
   const int64_t groups = count_groups(tensors, group);
   const cpu::Spans spans = cpu::Spans::by_group(*list, group);
   const std::vector<double> partials = cpu::norm_phase(*list, spans, p);
@@ -27,11 +27,10 @@ at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef g
     const size_t i = spans.first_tensor(k);
     totals[group ? (*group)[i] : i].add(partials[k]);
   }
-  const at::ScalarType dtype = root ? list->result_dtype() : at::kDouble;
   at::Tensor result = at::empty({groups}, at::TensorOptions().dtype(at::kDouble));
   double* out = result.mutable_data_ptr<double>();
-  for (int64_t g = 0; g < groups; ++g) out[g] = root ? totals[g].norm() : totals[g].power_sum();
-  return result.to(dtype);
+  for (int64_t g = 0; g < groups; ++g) out[g] = totals[g].norm();
+  return result.to(wide ? at::kDouble : list->result_dtype());
 }
 
 }  // namespace

@@ -33,8 +33,6 @@ class Accumulator {
 
   double norm() const { return kind_ == Norm::kSquares ? std::sqrt(total_) : partial(); }
 
-  double power_sum() const { return kind_ == Norm::kPower ? std::pow(partial(), p_) : total_; }
-
  private:
   // Powers are taken relative to the largest norm so far, so that none overflows.
   void add_norm(double norm) {

@@ -45,7 +45,7 @@ __device__ void store(Numbers numbers, int i, double value) {
 // See Note [coef]; the decision is taken in the precision of the result.
 template <Norm kind, class Table>
 __device__ void finish_and_scale(const Table& table, const Work& work) {
-  const double norm = finish<kind>(work.partials, work.spans, work.p, true);
+  const double norm = finish<kind>(work.partials, work.spans, work.p);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
   const double max_norm = number(work, 0);
   const double coef = work.norms.is_double
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int g = blockIdx.x; g < groups.count; g += gridDim.x) {
     const uint32_t begin = groups.begins[g];
     const int spans = static_cast<int>(groups.begins[g + 1] - begin);
-    const double norm = finish<kind>(work.partials + begin, spans, work.p, !work.power_sums);
+    const double norm = finish<kind>(work.partials + begin, spans, work.p);
     if (threadIdx.x == 0) store(work.norms, groups.first + g, norm);
   }
 }

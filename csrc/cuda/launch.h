@@ -35,7 +35,6 @@ struct Work {
   double* partials = nullptr;  // one for each span
   int spans = 0;
   int slots = 1;
-  bool power_sums = false;
 };
 
 // The norm of each slot, of order p; for several slots the partition is apart and sorted.

@@ -121,16 +121,13 @@ __device__ void norm_phase(const Table& table, double p, double* partials) {
   }
 }
 
-// The norm of `count` spans, or without `root` the sum of p-th powers (the maximum for infinity).
-// By all threads of a block; the result is valid in all of them.
+// The norm of `count` spans. By all threads of a block; the result is valid in all of them.
 template <Norm kind>
-__device__ double finish(const double* partials, int count, double p, bool root) {
+__device__ double finish(const double* partials, int count, double p) {
   Accumulator<kind> accumulator(p);
   for (int i = threadIdx.x; i < count; i += kThreads) accumulator.add(__ldcg(partials + i));
   const double partial = accumulator.reduce();
-  if constexpr (kind == Norm::kSquares) return root ? sqrt(partial) : partial;
-  if constexpr (kind == Norm::kPower) return root ? partial : power(partial, p);
-  return partial;
+  return kind == Norm::kSquares ? sqrt(partial) : partial;
 }
 
 }  // namespace fastclip::cuda

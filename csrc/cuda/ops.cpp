@@ -63,15 +63,14 @@ at::Tensor norm_cuda(at::TensorList tensors, double p) {
                  cuda::launch_norms);
 }
 
-at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool root) {
+at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide) {
   const auto list = look(tensors, p);
-  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, root);
+  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide);
   const int64_t groups = count_groups(tensors, group);
   auto parts = parts_of(*list, Slots::kGroups, group);
   std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
-  return measure(tensors[0], {parts, true}, {groups}, root ? list->result_dtype() : at::kDouble,
-                 {.p = p, .slots = static_cast<int>(groups), .power_sums = !root},
-                 cuda::launch_norms);
+  return measure(tensors[0], {parts, true}, {groups}, wide ? at::kDouble : list->result_dtype(),
+                 {.p = p, .slots = static_cast<int>(groups)}, cuda::launch_norms);
 }
 
 void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group) {

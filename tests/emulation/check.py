@@ -37,7 +37,7 @@ def check(p: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         clipped, whole / 2, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-6
     )
-    norms = _ops.norms(grads, p, [i % 3 for i in range(len(grads))], False).cpu()
+    norms = _ops.norms(grads, p, [i % 3 for i in range(len(grads))], True).cpu()
     assert torch.isfinite(norms).all()
 
 
