@@ -1,7 +1,8 @@
 """Parameters in, local gradients out: plain strided tensors that the ops can take.
 
 The C++ walk reads a list of ordinary gradients; what it hands back (sparse, complex, several
-devices, tensors with gaps, subclasses, bad input) is read here. Both results have the same verbs.
+devices, tensors with gaps, subclasses, bad input) is read here. What is spread over ranks has a
+plan, and what it holds here is read the same two ways. All results have the same verbs.
 """
 
 import types
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from . import _ops
-from ._reference import clip_coef
+from ._plan import MeshGrads, Plan, find
+from ._reference import clip_coef, result_dtype
 
 _SUPPORTED = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -25,8 +27,8 @@ _SUPPORTED = (
 class Grads:
     """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: list[Tensor], slots: list[int], wrappers: list[Tensor]) -> None:
+        self.tensors, self.slots, self.wrappers = tensors, slots, wrappers
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -37,8 +39,19 @@ class Grads:
             devices = _by_device(tensors)
             if len(devices) < 2 or p <= 0:
                 return _ops.norm(tensors, p)
-            first = tensors[0].device
-            return _ops.norm([_ops.norm(part, p).to(first) for part in devices.values()], p)
+            return self.norms(p)[0].to(result_dtype(tensors))
+
+    def norms(self, p: float) -> Tensor:
+        """The norm of each slot in float64, up to the last slot that holds a gradient."""
+        with torch.no_grad():
+            tensors, slots = [_measured(t, p) for t in self.tensors], self.slots
+            devices = _by_device(tensors)
+            if len(devices) > 1:
+                pairs = list(zip(tensors, slots, strict=True))
+                slots = [slot for device in devices for t, slot in pairs if t.device == device]
+                each = [_ops.norms(part, p, None, True) for part in devices.values()]
+                tensors = [norm.to(tensors[0].device) for part in each for norm in part.unbind()]
+            return _ops.norms(tensors, p, slots, True)
 
     def scale_(self, coef: Tensor) -> None:
         with torch.no_grad():
@@ -61,50 +74,63 @@ class Grads:
         return total_norm
 
     def _bump_versions(self) -> None:
-        """The ops bump what they are given; a sparse tensor's values count for themselves."""
-        others = [t for t in self.tensors if t.is_sparse]
+        """The ops bump what they are given: the values of a sparse tensor, what a wrapper holds."""
+        others = [t for t in self.tensors if t.is_sparse] + self.wrappers
         if others:
             torch.autograd.graph.increment_version(others)
 
 
-def read(parameters: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
+def read(
+    parameters: Tensor | Iterable[Tensor], foreach: bool | None, process_group: Any = None
+) -> Any:
     """The gradients of `parameters`, to be changed; without None, and of each parameter once.
 
     Raises:
-        TypeError: `parameters` is or holds something else than tensors, or a gradient's dtype or
-            layout cannot be clipped.
-        RuntimeError: elements of a gradient share memory; or `foreach` is True and torch has no
-            foreach kernels for a gradient's device.
+        TypeError: no tensors, or a gradient's dtype or layout that cannot be clipped.
+        ValueError: `process_group` does not go together with a parameter's mesh.
+        RuntimeError: elements of a gradient share memory; or `foreach` is True on a device for
+            which torch has no foreach kernels.
     """
-    items = _as_list(parameters, "parameters")
-    walk = _walk(foreach)
-    if walk is not None and (grads := walk.read_grads(items)) is not None:
-        return grads
-    # By parameter: a compiled graph may depend on which parameters it gets, not on gradients that
-    # every step makes anew.
-    found: dict[int, Tensor] = {}
-    for position, parameter in enumerate(items):
-        _check_tensor(parameter, f"parameters[{position}]")
-        grad = parameter.grad
-        if grad is not None:
-            _check_supported(grad, f"the gradient of parameters[{position}]", write=True)
-            found[id(parameter)] = grad
-    tensors = list(found.values())
-    _check_foreach(tensors, foreach)
-    return Grads(tensors)
+    return _read(_as_list(parameters, "parameters"), foreach, process_group, write=True)
 
 
-def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None) -> Grads:
+def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None, process_group: Any) -> Any:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
-    items = _as_list(tensors, "tensors")
+    return _read(_as_list(tensors, "tensors"), foreach, process_group, write=False)
+
+
+def _read(items: list[Tensor], foreach: bool | None, process_group: Any, write: bool) -> Any:
     walk = _walk(foreach)
-    if walk is not None and (grads := walk.take_tensors(items)) is not None:
+    read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
+    if read_all and process_group is None and (grads := read_all(items)) is not None:
         return grads
-    for position, tensor in enumerate(items):
-        _check_tensor(tensor, f"tensors[{position}]")
-        _check_supported(tensor, f"tensors[{position}]", write=False)
-    _check_foreach(items, foreach)
-    return Grads(items)
+    plan, grads = find(items, process_group, walk is not None, write)
+    if grads is None:
+        grads = _look(items, plan, foreach, write)
+    return grads if plan is None else MeshGrads(grads, plan)
+
+
+def _look(items: list[Tensor], plan: Plan | None, foreach: bool | None, write: bool) -> Grads:
+    """The gradients, or tensors, one by one, with all that Python knows to check."""
+    # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
+    found: dict[int, tuple[Tensor, int]] = {}
+    wrappers = []
+    for position, item in enumerate(items):
+        name = f"parameters[{position}]" if write else f"tensors[{position}]"
+        _check_tensor(item, name)
+        tensor, slot = item.grad if write else item, 0
+        if tensor is None:
+            continue
+        if plan is not None:
+            wrapper, tensor = plan.local(position, item, write)
+            slot = plan.slot_of[position]
+            if wrapper is not tensor:
+                wrappers.append(wrapper)
+        _check_supported(tensor, f"the gradient of {name}" if write else name, write)
+        found[id(item) if write else position] = tensor, slot
+    tensors = [tensor for tensor, _ in found.values()]
+    _check_foreach(tensors, foreach)
+    return Grads(tensors, [slot for _, slot in found.values()], wrappers)
 
 
 def _walk(foreach: bool | None) -> Any:

@@ -18,15 +18,12 @@ CPU_BLOCK = 1 << 14
 def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     if not tensors:
         return torch.tensor(0.0)
-    return _norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
+    return norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
 
 
 def norms(
-    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, root: bool = True
+    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, wide: bool = False
 ) -> Tensor:
-    if not (root or p > 0):
-        raise ValueError(f"p: power sums exist for p > 0, got {p}; pass root=True")
-    dtype = result_dtype(tensors) if root else torch.float64
     values = _tensor_norms(tensors, p) if tensors else torch.zeros(0, dtype=torch.float64)
     if group is not None:
         check_groups(len(tensors), group)
@@ -34,9 +31,9 @@ def norms(
         for index, g in enumerate(group):
             members[g].append(index)
         empty = values.new_zeros(())
-        rows = [_norm_of(values[m], p) if m else empty for m in members]
+        rows = [norm_of(values[m], p) if m else empty for m in members]
         values = torch.stack(rows) if rows else values
-    return (values if root or math.isinf(p) else values**p).to(dtype)
+    return values if wide else values.to(result_dtype(tensors))
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor, group: Sequence[int] | None = None) -> None:
@@ -80,10 +77,11 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     An infinite threshold gives 1 for any norm. A NaN or negative threshold, which only a tensor
     can bring here, gives NaN: loud, where a negative multiplier would silently reverse a step.
     """
-    if isinstance(max_norm, Tensor):
-        threshold = max_norm.to(total_norm)
-    else:
-        threshold = torch.full_like(total_norm, max_norm)
+    if not isinstance(max_norm, Tensor):
+        if max_norm == math.inf:
+            return torch.ones_like(total_norm)
+        return total_norm.new_full((), max_norm).div_(total_norm + 1e-6).clamp_max_(1)
+    threshold = max_norm.to(total_norm)
     coef = (threshold / (total_norm + 1e-6)).clamp(max=1)
     return coef.where(threshold >= 0, math.nan).masked_fill(threshold == math.inf, 1)
 
@@ -124,20 +122,20 @@ def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     rows = []
     for of_tensor in blocks:
         row = [next(norms).to(device) for _ in of_tensor] or [zero]
-        rows.append(_norm_of(torch.stack(row), p) if len(row) > 1 else row[0])
+        rows.append(norm_of(torch.stack(row), p) if len(row) > 1 else row[0])
     return torch.stack(rows)
 
 
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:
     if p in (1, 2) or math.isinf(p) or p <= 0:
         return list(torch._foreach_norm(blocks, p, dtype=torch.float64)) if blocks else []
-    return [_norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
+    return [norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
 
 
-def _norm_of(values: Tensor, p: float) -> Tensor:
+def norm_of(values: Tensor, p: float) -> Tensor:
     """The p-norm of float64 values, for unusual p relative to their maximum: no power overflows."""
     if p > 0 and len(values) > _block(values):
-        values = torch.stack([_norm_of(part, p) for part in values.split(_block(values))])
+        values = torch.stack([norm_of(part, p) for part in values.split(_block(values))])
     if p in (1, 2) or math.isinf(p) or p <= 0:
         return torch.linalg.vector_norm(values, p)
     most = values.abs().amax()

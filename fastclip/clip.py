@@ -3,11 +3,14 @@
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._grads import read, take
+from ._mesh import value_of
+from ._plan import MeshGrads
 from ._reference import clip_coef
 
 
@@ -17,6 +20,7 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Scale the gradients in place so that their global norm is at most `max_norm`.
 
@@ -32,12 +36,20 @@ def clip_grad_norm_(
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
         foreach: as in torch; chooses nothing here.
+        process_group: ranks that hold other parameters (pipeline stages, local shards), whose
+            gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
+            their meshes spread is counted, and what they replicate is counted once.
 
     Returns:
-        The norm before clipping, 0-d: float32, float64 if any gradient is.
+        The norm before clipping, 0-d: float32, float64 if any gradient is (over ranks, if any
+        parameter is). A replicated DTensor if all parameters are DTensors of one mesh.
+
+    A gradient that is not placed as its parameter, such as a `Partial` one, is redistributed and
+    kept so: a collective of its size, for which every rank of its mesh must have it.
 
     Raises:
-        RuntimeError: the norm is not finite and `error_if_nonfinite`; a gradient is expanded.
+        RuntimeError: the norm is not finite on some rank and `error_if_nonfinite`; a gradient is
+            expanded.
         TypeError, ValueError: bad input, named; gradients untouched.
 
     Reference: Pascanu et al. 2013, arXiv:1211.5063; `torch.nn.utils.clip_grad_norm_`.
@@ -47,12 +59,12 @@ def clip_grad_norm_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     max_norm, p = _threshold(max_norm), _order(norm_type)
-    grads = read(parameters, foreach)
+    grads = read(parameters, foreach, process_group)
     if not error_if_nonfinite:
         return grads.clip_norm_(max_norm, p)
     total_norm = grads.norm(p)
-    _raise_if_nonfinite(total_norm, p)
-    grads.scale_(clip_coef(total_norm, max_norm))
+    _raise_if_nonfinite(grads, total_norm, p)
+    grads.scale_(clip_coef(value_of(total_norm), max_norm))
     return total_norm
 
 
@@ -89,6 +101,7 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Return the norm of all `tensors` taken as one vector, $(\sum_i |x_i|^p)^{1/p}$.
 
@@ -99,9 +112,14 @@ def get_total_norm(
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise if the norm is infinite or NaN; waits for the device.
         foreach: as in torch; chooses nothing here.
+        process_group: ranks that hold other tensors, as in `clip_grad_norm_`.
 
     Returns:
-        The norm, 0-d, on the first tensor's device: float32, float64 if any tensor is.
+        The norm, 0-d, on the first tensor's device: float32, float64 if any tensor is. A
+        replicated DTensor if all are DTensors of one mesh.
+
+    Every rank of a mesh must pass its DTensors, since nothing else tells that they are there. Those
+    that are `Partial` are measured in a redistributed copy.
 
     Raises:
         RuntimeError: the norm is not finite and `error_if_nonfinite`.
@@ -113,9 +131,10 @@ def get_total_norm(
     tensor(5.)
     """
     p = _order(norm_type)
-    total_norm = take(tensors, foreach).norm(p)
+    grads = take(tensors, foreach, process_group)
+    total_norm = grads.norm(p)
     if error_if_nonfinite:
-        _raise_if_nonfinite(total_norm, p)
+        _raise_if_nonfinite(grads, total_norm, p)
     return total_norm
 
 
@@ -134,7 +153,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.
         max_norm: threshold, >= 0, a number or a 0-d tensor.
-        total_norm: 0-d tensor on the gradients' device.
+        total_norm: 0-d tensor on the gradients' device, or a 0-d DTensor.
         foreach: as in torch; chooses nothing here.
 
     Raises:
@@ -179,6 +198,7 @@ def _order(norm_type: float) -> float:
 
 
 def _scalar(name: str, value: Tensor) -> Tensor:
+    value = value_of(value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(value.shape)}")
     return value.reshape(())
@@ -193,12 +213,15 @@ def _threshold(max_norm: float | Tensor) -> float | Tensor:
     return value
 
 
-def _raise_if_nonfinite(total_norm: Tensor, p: float) -> None:
+def _raise_if_nonfinite(grads: Any, total_norm: Tensor, p: float) -> None:
+    total_norm = value_of(total_norm)
     if total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
             "the call without it and look at the norm it returns after a replay"
         )
+    if isinstance(grads, MeshGrads):
+        total_norm = grads.agreed(total_norm)
     if not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "

@@ -16,8 +16,10 @@ TESTED = sorted(p for d in ("tests", "benchmarks") for p in (ROOT / d).glob("**/
 # Each module may import those in rows above its own.
 LAYERS = [
     {"_reference", "_C"},
-    {"_ops"},
-    {"_grads", "_mesh"},
+    {"_ops", "_ranks"},
+    {"_mesh"},
+    {"_plan"},
+    {"_grads"},
     {"clip", "rules"},
     {"clipper", "optim"},
     {"__init__", "__main__"},
@@ -61,8 +63,11 @@ def test_only_ops_says_torch_ops(path):
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
-def test_only_mesh_says_dtensor(path):
-    assert not says(path.read_text(), "DTensor", "torch.distributed") or path.stem == "_mesh"
+def test_only_mesh_knows_dtensors_and_only_ranks_collectives(path):
+    code = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)
+    assert path.stem == "_mesh" or not says(code, "DTensor", "torch.distributed.tensor")
+    assert path.stem in ("_mesh", "_ranks") or not says(code, "torch.distributed")
+    assert path.stem == "_ranks" or "all_reduce(" not in code or path.stem == "_plan"
 
 
 def test_words_that_are_forbidden_are_seen():

@@ -1,0 +1,126 @@
+"""Process groups, and norms combined over their ranks: the only collectives there are.
+
+What is added up are float64 parts of norms, several packed in one vector; the ranks of a group
+have the same number of them in the same order.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._reference import norm_of
+
+# The sorted ranks of a process group.
+Ranks = tuple[int, ...]
+# What tells groups apart and puts them in order; groups of equal keys are one.
+Key = tuple[Ranks, Ranks]
+Groups = dict[Key, Any]
+
+CPU = torch.device("cpu")
+
+
+class Step(NamedTuple):
+    """A collective: over whom, on which device (None: where the parts are), of which parts."""
+
+    group: Any
+    device: torch.device | None
+    members: list[int]
+
+
+def as_groups(process_group: Any) -> tuple[Any, ...]:
+    if process_group is None:
+        return ()
+    kinds = (dist.ProcessGroup, dist.DeviceMesh)
+    several = isinstance(process_group, Iterable) and not isinstance(process_group, kinds)
+    asked = tuple(process_group) if several else (process_group,)
+    for group in asked:
+        if not isinstance(group, kinds):
+            raise TypeError(
+                "process_group: expected a ProcessGroup or DeviceMesh that this rank is in, or "
+                f"several, got {group!r} of type {type(group).__name__}"
+            )
+    return asked
+
+
+def by_key(asked: Iterable[Any]) -> Groups:
+    """The groups, in the order in which they are asked for, without those of one rank."""
+    groups: list[Any] = []
+    for some in asked:
+        mesh = isinstance(some, dist.DeviceMesh)
+        groups += map(some.get_group, range(some.ndim)) if mesh else [some]
+    return {((), ranks_of(group)): group for group in groups if group.size() > 1}
+
+
+def ranks_of(group: Any) -> Ranks:
+    return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def served_by(group: Any) -> list[str]:
+    """The types of device on which a group has a backend."""
+    return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+
+
+def device_of(group: Any) -> torch.device:
+    """A device on which a group has a backend; the current one of its type."""
+    served = served_by(group)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in served:
+        return accelerator
+    return CPU if "cpu" in served else torch.device(served[0])
+
+
+def as_parts(norms: Tensor, p: float) -> Tensor:
+    """What is added up instead of norms: sums of squares for p = 2, else the norms themselves."""
+    return norms * norms if p == 2 else norms
+
+
+def added(parts: Tensor, p: float) -> Tensor:
+    return parts.sum() if p in (1, 2) else norm_of(parts, p)
+
+
+def as_norm(part: Tensor, p: float) -> Tensor:
+    return part.sqrt() if p == 2 else part
+
+
+def pick(parts: Tensor, members: list[int]) -> Tensor:
+    """Those parts, or a zero for none, picked without a copy of indices to the device."""
+    if len(members) == len(parts):
+        return parts
+    return torch.stack([parts[i] for i in members]) if members else parts.new_zeros(1)
+
+
+def over(step: Step, parts: Tensor, p: float) -> Tensor:
+    """The parts, the members of the step added up over its ranks."""
+    combined = _combined(step, pick(parts, step.members), p)
+    if len(combined) == len(parts):
+        return combined
+    values = list(parts.unbind())
+    for i, value in zip(step.members, combined.unbind(), strict=True):
+        values[i] = value
+    return torch.stack(values)
+
+
+def _combined(step: Step, parts: Tensor, p: float) -> Tensor:
+    if p in (1, 2):
+        return all_reduce(step, parts, "SUM")
+    # The maximum of a backend may lose a NaN, so that travels beside it.
+    isnan = parts.isnan()
+    both = torch.cat([parts.masked_fill(isnan, 0), isnan.to(parts.dtype)])
+    most, isnan = all_reduce(step, both, "MAX").chunk(2)
+    if math.isinf(p):
+        return most.masked_fill(isnan > 0, math.nan)
+    # Relative to the largest, for no power to overflow.
+    unit = most.where((most > 0) & most.isfinite(), 1)
+    return unit * all_reduce(step, (parts / unit) ** p, "SUM") ** (1 / p)
+
+
+def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
+    """Reduces `values`, in place where the group has a backend on their device."""
+    moved = values if step.device is None else values.to(step.device)
+    # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
+    step.group.allreduce([moved], getattr(dist.ReduceOp, op)).wait()
+    return moved.to(values.device)

@@ -1,0 +1,75 @@
+"""Real processes, one a rank, that run functions together, and a time limit on each function."""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """Processes of one gloo group. They live until a function fails in one, or hangs."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        self.ranks: list[tuple[Any, Connection]] = []
+        self.started = 0
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
+        """What `function(*args)` returns on each rank; an error of any, or a hang, is raised."""
+        if not self.ranks:
+            self._start()
+        for _, pipe in self.ranks:
+            pipe.send((function, args))
+        answers, errors = {}, []
+        deadline = time.monotonic() + seconds
+        while len(answers) < self.size and not errors and time.monotonic() < deadline:
+            for rank, (_, pipe) in enumerate(self.ranks):
+                if rank not in answers and pipe.poll(0.002):
+                    answers[rank], error = pipe.recv()
+                    errors += [f"rank {rank}: {error}"] if error else []
+        if errors or len(answers) < self.size:
+            self.stop()
+            waiting = sorted({*range(self.size)} - {*answers})
+            raise AssertionError("\n".join(errors) or f"ranks {waiting} hang after {seconds} s")
+        return [answers[rank] for rank in range(self.size)]
+
+    def stop(self) -> None:
+        for process, _ in self.ranks:
+            process.kill()
+            process.join()
+        self.ranks = []
+
+    def _start(self) -> None:
+        self.started += 1
+        store = f"file://{self.folder / f'{self.size}-{self.started}'}"
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, theirs))
+            process.daemon = True
+            process.start()
+            self.ranks.append((process, ours))
+        for _, pipe in self.ranks:
+            if not pipe.poll(120):
+                self.stop()
+                raise AssertionError("the ranks did not start in 120 s")
+            pipe.recv()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    pipe.send("ready")
+    while True:
+        function, args = pipe.recv()
+        torch.manual_seed(0)
+        try:
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
