@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <bit>
 #include <optional>
 #include <vector>
@@ -61,6 +62,10 @@ class Grads {
   void note(int64_t slot) { slots_.push_back(slot); }
 
   size_t size() const { return tensors_.size(); }
+
+  bool is_wide() const {
+    return std::ranges::any_of(tensors_, [](const auto& t) { return t.dtype() == at::kDouble; });
+  }
 
   at::Tensor norm(double p) const { return call(find_op<NormOp>("fastclip::norm"), p); }
 
@@ -154,11 +159,12 @@ std::optional<Grads> read(const py::object& list) {
 
 // How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
 // attribute `layout` is, of a plain item None, and `slots` the norm to which its gradient counts.
+// Layouts are only compared, so whoever made this answers for their being alive.
 class Wrapped {
  public:
-  Wrapped(std::vector<py::object> layouts, std::vector<int64_t> slots, py::str layout,
+  Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> slots, py::str layout,
           py::str inner)
-      : layouts_(std::move(layouts)),
+      : layouts_(layouts),
         slots_(std::move(slots)),
         layout_(std::move(layout)),
         inner_(std::move(inner)) {}
@@ -214,7 +220,7 @@ class Wrapped {
     return py::reinterpret_steal<py::object>(value);
   }
 
-  std::vector<py::object> layouts_;
+  std::vector<py::handle> layouts_;
   std::vector<int64_t> slots_;
   py::str layout_, inner_;
 };
@@ -234,6 +240,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   py::class_<Grads>(m, "Grads")
       .def("__len__", &Grads::size)
+      .def("is_wide", &Grads::is_wide)
       .def("norm", &Grads::norm)
       .def("norms", &Grads::norms)
       .def("scale_", &Grads::scale_)
@@ -242,7 +249,7 @@ PYBIND11_MODULE(_C, m) {
       .def("clip_norm_", &Grads::clip_norm_tensor_);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
-      .def(py::init<std::vector<py::object>, std::vector<int64_t>, py::str, py::str>())
+      .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str>())
       .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
       .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
 }

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from . import _ops
-from ._plan import MeshGrads, Plan, find
+from ._plan import MeshGrads, Plan, find, is_spread
 from ._reference import clip_coef, result_dtype
 
-_SUPPORTED = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.complex64, torch.complex128),
-)
+Tensors = Tensor | Iterable[Tensor]
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUPPORTED = (*_REAL, torch.complex64, torch.complex128)
 
 
 class Grads:
@@ -35,11 +35,12 @@ class Grads:
 
     def norm(self, p: float) -> Tensor:
         with torch.no_grad():
-            tensors = [_measured(t, p) for t in self.tensors]
-            devices = _by_device(tensors)
-            if len(devices) < 2 or p <= 0:
-                return _ops.norm(tensors, p)
-            return self.norms(p)[0].to(result_dtype(tensors))
+            if len(_by_device(self.tensors)) > 1 and p > 0:
+                return self.norms(p)[0].to(result_dtype(self.tensors))
+            return _ops.norm([_measured(t, p) for t in self.tensors], p)
+
+    def is_wide(self) -> bool:
+        return result_dtype(self.tensors) == torch.float64
 
     def norms(self, p: float) -> Tensor:
         """The norm of each slot in float64, up to the last slot that holds a gradient."""
@@ -47,8 +48,8 @@ class Grads:
             tensors, slots = [_measured(t, p) for t in self.tensors], self.slots
             devices = _by_device(tensors)
             if len(devices) > 1:
-                pairs = list(zip(tensors, slots, strict=True))
-                slots = [slot for device in devices for t, slot in pairs if t.device == device]
+                slot_of = {id(t): slot for t, slot in zip(tensors, slots, strict=True)}
+                slots = [slot_of[id(t)] for part in devices.values() for t in part]
                 each = [_ops.norms(part, p, None, True) for part in devices.values()]
                 tensors = [norm.to(tensors[0].device) for part in each for norm in part.unbind()]
             return _ops.norms(tensors, p, slots, True)
@@ -66,7 +67,8 @@ class Grads:
             self._bump_versions()
 
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        if len(_by_device(self.tensors)) < 2 and all(_is_ordinary(t) for t in self.tensors):
+        stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
+        if stored and len(_by_device(self.tensors)) < 2:
             with torch.no_grad():
                 return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
@@ -75,14 +77,11 @@ class Grads:
 
     def _bump_versions(self) -> None:
         """The ops bump what they are given: the values of a sparse tensor, what a wrapper holds."""
-        others = [t for t in self.tensors if t.is_sparse] + self.wrappers
-        if others:
+        if others := [t for t in self.tensors if t.is_sparse] + self.wrappers:
             torch.autograd.graph.increment_version(others)
 
 
-def read(
-    parameters: Tensor | Iterable[Tensor], foreach: bool | None, process_group: Any = None
-) -> Any:
+def read(parameters: Tensors, foreach: bool | None, process_group: Any = None) -> Any:
     """The gradients of `parameters`, to be changed; without None, and of each parameter once.
 
     Raises:
@@ -94,7 +93,7 @@ def read(
     return _read(_as_list(parameters, "parameters"), foreach, process_group, write=True)
 
 
-def take(tensors: Tensor | Iterable[Tensor], foreach: bool | None, process_group: Any) -> Any:
+def take(tensors: Tensors, foreach: bool | None, process_group: Any) -> Any:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
     return _read(_as_list(tensors, "tensors"), foreach, process_group, write=False)
 
@@ -104,13 +103,17 @@ def _read(items: list[Tensor], foreach: bool | None, process_group: Any, write: 
     read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
     if read_all and process_group is None and (grads := read_all(items)) is not None:
         return grads
-    plan, grads = find(items, process_group, walk is not None, write)
-    if grads is None:
-        grads = _look(items, plan, foreach, write)
-    return grads if plan is None else MeshGrads(grads, plan)
+    spread = is_spread(items, process_group)
+    return (_read_spread if spread else _look)(items, foreach, write, process_group)
 
 
-def _look(items: list[Tensor], plan: Plan | None, foreach: bool | None, write: bool) -> Grads:
+@torch.compiler.disable
+def _read_spread(items: list[Tensor], foreach: Any, write: bool, process_group: Any) -> MeshGrads:
+    plan, grads = find(items, process_group, _walk(foreach) is not None, write)
+    return MeshGrads(_look(items, foreach, write, plan) if grads is None else grads, plan)
+
+
+def _look(items: list[Tensor], foreach: bool | None, write: bool, plan: Plan | None) -> Grads:
     """The gradients, or tensors, one by one, with all that Python knows to check."""
     # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
     found: dict[int, tuple[Tensor, int]] = {}
@@ -123,9 +126,8 @@ def _look(items: list[Tensor], plan: Plan | None, foreach: bool | None, write: b
             continue
         if plan is not None:
             wrapper, tensor = plan.local(position, item, write)
+            wrappers += [wrapper] * (wrapper is not tensor)
             slot = plan.slot_of[position]
-            if wrapper is not tensor:
-                wrappers.append(wrapper)
         _check_supported(tensor, f"the gradient of {name}" if write else name, write)
         found[id(item) if write else position] = tensor, slot
     tensors = [tensor for tensor, _ in found.values()]
@@ -134,11 +136,11 @@ def _look(items: list[Tensor], plan: Plan | None, foreach: bool | None, write: b
 
 
 def _walk(foreach: bool | None) -> Any:
-    """The extension, unless Python has to look at `foreach` or the compiler at everything."""
+    """The extension, unless Python looks at `foreach` or the compiler at everything."""
     return None if foreach or torch.compiler.is_compiling() else _ops.extension
 
 
-def _as_list(tensors: Tensor | Iterable[Tensor], name: str) -> list[Tensor]:
+def _as_list(tensors: Tensors, name: str) -> list[Tensor]:
     if isinstance(tensors, list):
         return tensors
     if isinstance(tensors, Tensor):
@@ -221,10 +223,6 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     return devices
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not (tensor.is_complex() or _is_negated(tensor))
-
-
 def _measured(tensor: Tensor, p: float) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce()._values()
@@ -256,5 +254,5 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _is_negated(tensor: Tensor) -> bool:
-    """Whether the signs are lazily flipped, which the compiler cannot ask and has no need to."""
+    """Whether the signs are lazily flipped, which the compiler need not and cannot ask."""
     return not torch.compiler.is_compiling() and tensor.is_neg()

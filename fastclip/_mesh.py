@@ -3,6 +3,7 @@
 Their private `_spec` and `_local_tensor` cost nanoseconds where `to_local()` costs microseconds.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ INNER = "_local_tensor"
 
 
 class Slot(NamedTuple):
-    """Gradients that are spread over the same groups: of mesh dimensions, and beyond the mesh."""
+    """Gradients that are spread over the same groups; `mine` if this rank speaks for its mesh."""
 
-    within: frozenset[Key]
-    beyond: frozenset[Key]
+    groups: frozenset[Key]
+    mine: bool
 
 
 class Mesh:
@@ -32,38 +33,31 @@ class Mesh:
     tell the dimension, if they are the same all over the mesh. Else the mesh keeps to itself.
     """
 
-    def __init__(self, mesh: Any, others: Groups, position: int) -> None:
-        self.ranks = tuple(mesh.mesh.flatten().tolist())
-        self.shape = tuple(mesh.shape)
+    def __init__(self, mesh: Any, others: Groups) -> None:
+        ranks = tuple(mesh.mesh.flatten().tolist())
+        self.place = (ranks, tuple(mesh.shape))
         lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
         even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
-        self.keys: list[Key] = []
         self.groups: Groups = {}
+        self.keys: list[Key] = []
         # A rank outside holds nothing.
         for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
-            ranks = ranks_of(group := mesh.get_group(dim))
-            order = (
-                tuple(r - ranks[0] for r in ranks) if even else (1, dim, *self.shape, *self.ranks)
-            )
-            self.keys.append((order, ranks))
-            if len(ranks) > 1:
-                self.groups[order, ranks] = group
-        shared = {key: set(key[1]) & set(self.ranks) for key in others}
-        for (_, ranks), some in shared.items():
-            if 1 < len(some) < len(ranks):
-                raise ValueError(
-                    f"process_group: of its ranks {list(ranks)}, {sorted(some)} share the mesh of "
-                    f"parameters[{position}], whose gradient is counted there; pass the group of "
-                    "this rank and those that hold other parameters"
-                )
-        self.beyond = frozenset(key for key, some in shared.items() if len(some) < 2)
+            members = ranks_of(group := mesh.get_group(dim))
+            alone = (1, dim, *mesh.shape, *ranks)
+            order = tuple(r - members[0] for r in members) if even else alone
+            self.keys.append((order, members))
+            if len(members) > 1:
+                self.groups[order, members] = group
+        # All its ranks have the same sums: of those in another group the first one speaks.
+        me = dist.get_rank()
+        self.mine = all(me == min(set(ranks) & set(members), default=me) for _, members in others)
 
-    def slot(self, placements: Sequence[Any]) -> tuple[Slot, tuple]:
-        """The slot of gradients so placed, and its place among others."""
-        sharded = [i for i, p in enumerate(placements) if not (p.is_replicate() or p.is_partial())]
-        spread = {self.keys[i] for i in sharded if self.keys}
-        within = frozenset(spread & self.groups.keys())
-        return Slot(within, self.beyond), (self.ranks, self.shape, sharded)
+    def slot(self, placements: Sequence[Any]) -> Slot:
+        if not self.keys:
+            return Slot(frozenset(), self.mine)
+        sharded = [not (p.is_replicate() or p.is_partial()) for p in placements]
+        spread = itertools.compress(self.keys, sharded)
+        return Slot(frozenset(key for key in spread if key in self.groups), self.mine)
 
 
 def is_dtensor(value: object) -> bool:
@@ -84,20 +78,22 @@ def value_of(tensor: Tensor) -> Tensor:
     return getattr(tensor, INNER) if here else tensor.full_tensor()
 
 
-def placed(tensor: Tensor, layout: Any) -> Tensor:
-    """`tensor` itself if it is placed so, else a redistributed copy; nothing stays partial."""
+def placed(tensor: Tensor, layout: Any) -> Tensor | None:
+    """`tensor` if it is placed so, else a redistributed copy; None if its mesh is another.
+
+    Nothing stays partial.
+    """
+    if tensor.device_mesh != layout.mesh:
+        return None
     replicate = dist.tensor.Replicate()
     placements = tuple(replicate if p.is_partial() else p for p in layout.placements)
     return tensor if tensor.placements == placements else tensor.redistribute(placements=placements)
 
 
-def replicated(layouts: Sequence[Any], dtype: torch.dtype) -> Any:
-    """The layout of a number that all ranks of the only mesh have; None if it is not the only."""
-    if not layouts or not all(layouts) or any(a.mesh != layouts[0].mesh for a in layouts):
-        return None
+def replicated(mesh: Any, dtype: torch.dtype) -> Any:
+    """The layout of a number that all ranks of a mesh have."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    mesh = layouts[0].mesh
     placements = (dist.tensor.Replicate(),) * mesh.ndim
     return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(), (), dtype))
 

@@ -4,6 +4,7 @@ What is added up are float64 parts of norms, several packed in one vector; the r
 have the same number of them in the same order.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -20,14 +21,12 @@ Ranks = tuple[int, ...]
 Key = tuple[Ranks, Ranks]
 Groups = dict[Key, Any]
 
-CPU = torch.device("cpu")
-
 
 class Step(NamedTuple):
-    """A collective: over whom, on which device (None: where the parts are), of which parts."""
+    """A collective: over whom, on which device, and of which parts."""
 
     group: Any
-    device: torch.device | None
+    device: torch.device
     members: list[int]
 
 
@@ -47,30 +46,43 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
 
 
 def by_key(asked: Iterable[Any]) -> Groups:
-    """The groups, in the order in which they are asked for, without those of one rank."""
+    """The groups, in the order in which they are asked for, without those of one rank.
+
+    Raises:
+        ValueError: two of them share more than this rank.
+    """
     groups: list[Any] = []
     for some in asked:
         mesh = isinstance(some, dist.DeviceMesh)
         groups += map(some.get_group, range(some.ndim)) if mesh else [some]
-    return {((), ranks_of(group)): group for group in groups if group.size() > 1}
+    found = {((), ranks_of(group)): group for group in groups if group.size() > 1}
+    for (_, ranks), (_, others) in itertools.combinations(found, 2):
+        if len(shared := sorted(set(ranks) & set(others))) > 1:
+            raise ValueError(
+                f"process_group: ranks {shared} are in two of the groups and would count twice; "
+                "pass groups that have only this rank in common"
+            )
+    return found
 
 
 def ranks_of(group: Any) -> Ranks:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
-def served_by(group: Any) -> list[str]:
-    """The types of device on which a group has a backend."""
-    return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+def device_of(group: Any, wanted: str | None = None) -> torch.device:
+    """Where the group communicates: on all its ranks the same, whatever gradients each has.
 
-
-def device_of(group: Any) -> torch.device:
-    """A device on which a group has a backend; the current one of its type."""
-    served = served_by(group)
+    On the `wanted` type of device, if the group has a backend there; else the accelerator's if that
+    has a backend of its own, as NCCL is; else the CPU's.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    if wanted in backends:
+        return torch.device(wanted)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and accelerator.type in served:
+    own = backends.get(accelerator.type) if accelerator is not None else None
+    if own is not None and own != backends.get("cpu"):
         return accelerator
-    return CPU if "cpu" in served else torch.device(served[0])
+    return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:
@@ -88,7 +100,7 @@ def as_norm(part: Tensor, p: float) -> Tensor:
 
 def pick(parts: Tensor, members: list[int]) -> Tensor:
     """Those parts, or a zero for none, picked without a copy of indices to the device."""
-    if len(members) == len(parts):
+    if len(members) == len(parts) > 0:
         return parts
     return torch.stack([parts[i] for i in members]) if members else parts.new_zeros(1)
 
@@ -119,8 +131,9 @@ def _combined(step: Step, parts: Tensor, p: float) -> Tensor:
 
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
-    """Reduces `values`, in place where the group has a backend on their device."""
-    moved = values if step.device is None else values.to(step.device)
+    """Reduces `values`, in place where they are on the step's device."""
+    elsewhere = values.device.type != step.device.type
+    moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
     step.group.allreduce([moved], getattr(dist.ReduceOp, op)).wait()
     return moved.to(values.device)

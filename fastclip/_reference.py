@@ -72,7 +72,7 @@ def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) ->
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """Return min(1, max_norm / (total_norm + 1e-6)), 0-d.
+    """Return min(1, max_norm / (total_norm + 1e-6)), of the norm's shape.
 
     An infinite threshold gives 1 for any norm. A NaN or negative threshold, which only a tensor
     can bring here, gives NaN: loud, where a negative multiplier would silently reverse a step.
@@ -84,6 +84,13 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     threshold = max_norm.to(total_norm)
     coef = (threshold / (total_norm + 1e-6)).clamp(max=1)
     return coef.where(threshold >= 0, math.nan).masked_fill(threshold == math.inf, 1)
+
+
+def spared_coef(coef: Tensor, total_norm: Tensor, nonfinite: str) -> Tensor:
+    """`coef`; where the norm is not finite 1 for "skip", for "zero" one that `scale_` zeroes by."""
+    if nonfinite not in ("skip", "zero"):
+        return coef
+    return coef.where(total_norm.isfinite(), 1 if nonfinite == "skip" else -1)
 
 
 def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -149,3 +156,5 @@ def _multiply_(tensor: Tensor, coef: Tensor) -> None:
             block.copy_(block.float() * coef.float())
     else:
         tensor.mul_(coef.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32))
+    if coef.device.type != "cpu" or coef < 0:
+        tensor.masked_fill_(coef < 0, 0)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,16 +11,19 @@ from torch import Tensor
 from ._grads import read, take
 from ._mesh import value_of
 from ._plan import MeshGrads
-from ._reference import clip_coef
+from ._reference import clip_coef, spared_coef
+
+Threshold = float | Tensor | Callable[[Tensor], float | Tensor]
 
 
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float | Tensor,
+    max_norm: Threshold,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     process_group: Any = None,
+    nonfinite: str = "propagate",
 ) -> Tensor:
     r"""Scale the gradients in place so that their global norm is at most `max_norm`.
 
@@ -32,13 +35,17 @@ def clip_grad_norm_(
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
             dtypes and devices, or one tensor; a parameter given twice counts once.
         max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device, where
-            NaN or a negative value makes every gradient NaN.
+            NaN or a negative value makes every gradient NaN. A rule, such as `AutoClip`, is called
+            with the norm and returns either.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
         foreach: as in torch; chooses nothing here.
         process_group: ranks that hold other parameters (pipeline stages, local shards), whose
             gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
             their meshes spread is counted, and what they replicate is counted once.
+        nonfinite: what an infinite or NaN norm does: `"propagate"` into the gradients, as in
+            torch; `"zero"` them all; `"skip"`, leave them; `"error"`, as `error_if_nonfinite`.
+            On every rank alike, decided on the device, but for the error.
 
     Returns:
         The norm before clipping, 0-d: float32, float64 if any gradient is (over ranks, if any
@@ -59,12 +66,18 @@ def clip_grad_norm_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     max_norm, p = _threshold(max_norm), _order(norm_type)
+    nonfinite = _policy(nonfinite, error_if_nonfinite)
     grads = read(parameters, foreach, process_group)
-    if not error_if_nonfinite:
+    if nonfinite == "propagate" and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
     total_norm = grads.norm(p)
-    _raise_if_nonfinite(grads, total_norm, p)
-    grads.scale_(clip_coef(value_of(total_norm), max_norm))
+    value = value_of(total_norm)
+    agreed = value if nonfinite == "propagate" else _agreed(grads, value)
+    if nonfinite == "error":
+        _raise_if_nonfinite(agreed, p)
+    if callable(max_norm):
+        max_norm = _threshold(max_norm(value))
+    grads.scale_(spared_coef(clip_coef(value, max_norm), agreed, nonfinite))
     return total_norm
 
 
@@ -134,7 +147,7 @@ def get_total_norm(
     grads = take(tensors, foreach, process_group)
     total_norm = grads.norm(p)
     if error_if_nonfinite:
-        _raise_if_nonfinite(grads, total_norm, p)
+        _raise_if_nonfinite(_agreed(grads, value_of(total_norm)), p)
     return total_norm
 
 
@@ -204,7 +217,9 @@ def _scalar(name: str, value: Tensor) -> Tensor:
     return value.reshape(())
 
 
-def _threshold(max_norm: float | Tensor) -> float | Tensor:
+def _threshold(max_norm: Any) -> Any:
+    if callable(max_norm):
+        return max_norm
     if isinstance(max_norm, Tensor):
         return _scalar("max_norm", max_norm)
     value = _number("max_norm", max_norm)
@@ -213,15 +228,28 @@ def _threshold(max_norm: float | Tensor) -> float | Tensor:
     return value
 
 
-def _raise_if_nonfinite(grads: Any, total_norm: Tensor, p: float) -> None:
-    total_norm = value_of(total_norm)
+def _policy(nonfinite: str, error_if_nonfinite: bool) -> str:
+    if nonfinite not in ("propagate", "error", "zero", "skip"):
+        raise ValueError(
+            f"nonfinite: expected 'propagate', 'error', 'zero' or 'skip', got {nonfinite!r}"
+        )
+    if error_if_nonfinite and nonfinite not in ("propagate", "error"):
+        raise ValueError(
+            f"nonfinite: {nonfinite!r} and error_if_nonfinite=True are two answers; pass one"
+        )
+    return "error" if error_if_nonfinite else nonfinite
+
+
+def _agreed(grads: Any, total_norm: Tensor) -> Tensor:
+    return grads.agreed(total_norm) if isinstance(grads, MeshGrads) else total_norm
+
+
+def _raise_if_nonfinite(total_norm: Tensor, p: float) -> None:
     if total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
             "the call without it and look at the norm it returns after a replay"
         )
-    if isinstance(grads, MeshGrads):
-        total_norm = grads.agreed(total_norm)
     if not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "

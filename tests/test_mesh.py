@@ -3,11 +3,13 @@
 Functions without `test_` run on every rank of a world; what they assert, they assert there.
 """
 
+import copy
 import functools
 import gc
 import math
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -343,12 +345,24 @@ def test_several_groups_and_a_rank_without_parameters(world):
 
 
 def group_beside_its_mesh() -> None:
-    dp = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"]
-    parameter = spread((4,), dp, Shard(0))
-    before = parameter.grad.full_tensor()
-    with pytest.raises(ValueError, match=r"process_group: of its ranks \[0, 1, 2, 3\].*share"):
-        fastclip.clip_grad_norm_([parameter], 0.1, process_group=dist.group.WORLD)
-    assert torch.equal(parameter.grad.full_tensor(), before)
+    # Stage 0 has plain parameters, which only rank 0 passes; stage 1 DTensors, replicated too.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    dp, rank = mesh["dp"], dist.get_rank()
+    before = torch.randn(4)
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), dp, [Shard(0)]))
+    parameter.grad = distribute_tensor(before, dp, [Shard(0)])
+    twin = nn.Parameter(distribute_tensor(torch.zeros(4), dp, [Replicate()]))
+    twin.grad = distribute_tensor(2 * before, dp, [Replicate()])
+    alone = nn.Parameter(torch.zeros(4))
+    alone.grad = 3 * before
+    items = [parameter, twin] if rank > 1 else [alone] if rank == 0 else []
+    for p in ORDERS:
+        expected = oracle([before, 2 * before, 3 * before], p)
+        norm = fastclip.clip_grad_norm_(items, 1e9, p, process_group=dist.group.WORLD)
+        assert ulps(full(norm), expected) <= 2
+    for groups in ([mesh["dp"], dist.group.WORLD], [dist.group.WORLD, dist.group.WORLD, dp]):
+        with pytest.raises(ValueError, match=r"process_group: ranks \[.*are in two of the groups"):
+            fastclip.clip_grad_norm_(items, 0.1, process_group=groups)
     # A group that the mesh has counted already adds nothing.
     assert (
         ulps(
@@ -358,8 +372,28 @@ def group_beside_its_mesh() -> None:
     )
 
 
-def test_a_group_that_would_count_twice_is_refused(world):
+def test_a_group_that_shares_ranks_with_a_mesh_counts_once(world):
     world(4).run(group_beside_its_mesh)
+
+
+def same_on_all_ranks() -> None:
+    world = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    wide = dict(dtype=torch.float64)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        parameters = [spread((7, 3), world, Shard(0), **wide)]
+        parameters += [spread((5,), square["b"], Shard(0), **wide)]
+        parameters += [spread((4, 4), square, Shard(0), Shard(1), **wide), plain(3)]
+        norm = fastclip.clip_grad_norm_(parameters, 1e9)
+        assert norm.dtype == torch.float64
+        same = [torch.empty_like(norm) for _ in range(4)]
+        dist.all_gather(same, norm)
+        assert all(torch.equal(s, norm) for s in same)
+
+
+def test_all_ranks_get_the_same_bits_in_float64_too(world):
+    world(4).run(same_on_all_ranks)
 
 
 # What a rank lacks.
@@ -411,6 +445,14 @@ def nonfinite_on_one_rank(bad: float, p: float, where: str) -> None:
     after = [parameters[0].grad._local_tensor, parameters[1].grad]
     for now, then in zip(after, before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    fastclip.clip_grad_norm_(parameters, 1.0, p, nonfinite="skip")
+    for now, then in zip(after, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    zeroed = [spread((8, 2), mesh, Shard(0)), plain(3)]
+    for q, then in zip(zeroed, before, strict=True):
+        getattr(q.grad, "_local_tensor", q.grad).copy_(then)
+    fastclip.clip_grad_norm_(zeroed, 1.0, p, nonfinite="zero")
+    assert all((getattr(q.grad, "_local_tensor", q.grad) == 0).all() for q in zeroed)
     if where == "shard":
         norm = float(fastclip.clip_grad_norm_(parameters, 1.0, p))
         assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
@@ -624,11 +666,14 @@ def plans() -> None:
     try:
         mesh = init_device_mesh("cpu", (2,))
         parameters = [spread((6,), mesh, Shard(0)), plain(3), spread((6, 2), mesh, Shard(1))]
-        held = len(_plan._plans)
         for _ in range(5):
             check(parameters)
             fastclip.clip_grad_norm_((q for q in parameters), 1e9)
             fastclip.clip_grad_value_(parameters, 1e9)
+            cut = [
+                DTensor(q.grad._local_tensor, q._spec, requires_grad=False) for q in parameters[::2]
+            ]
+            fastclip.get_total_norm([cut[0], torch.ones(3), cut[1]])
         assert made == 1
         # Another list with the same first parameter, another layout, another group.
         check(parameters[:2])
@@ -636,16 +681,64 @@ def plans() -> None:
         assert made == 3
         check(parameters)
         assert made == 4
-        assert len(_plan._plans) == held + 1
-        del parameters
-        gc.collect()
-        assert len(_plan._plans) <= held
     finally:
         _plan.Plan.__init__ = real
+    # Of layouts that torch itself keeps nowhere.
+    layout = copy.copy(parameters[0]._spec)
+    lone = nn.Parameter(DTensor(torch.zeros(3), layout, requires_grad=False))
+    lone._spec = layout
+    lone.grad = DTensor(torch.ones(3), layout, requires_grad=False)
+    fastclip.clip_grad_norm_(lone, 1e9)
+    held, plan = len(_plan._plans), weakref.ref(_plan._plans[layout])
+    del lone, layout
+    gc.collect()
+    assert len(_plan._plans) < held
+    assert plan() is None
 
 
 def test_a_plan_is_made_once_and_goes_with_its_parameters(world):
     world(2).run(plans)
+
+
+def conversions() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = Block()
+    fully_shard(model, mesh=mesh)
+    model(torch.ones(2, 7)).square().sum().backward()
+    check(list(model.parameters()))
+    fastclip.get_total_norm([q.grad for q in model.parameters()])
+    model.to(torch.float64)
+    assert check(list(model.parameters())).dtype == torch.float64
+    local = nn.Linear(3, 2)
+    for q in local.parameters():
+        q.grad = torch.randn_like(q)
+    for dtype in (torch.float32, torch.float64):
+        local.to(dtype)
+        norm = fastclip.clip_grad_norm_(local.parameters(), 1e9, process_group=dist.group.WORLD)
+        assert norm.dtype == dtype
+
+
+def test_a_module_can_be_converted_after_a_clip(world):
+    world(2).run(conversions)
+
+
+def compiled() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((6, 3), mesh, Shard(0)), plain(4)]
+    expected = oracle(grads_of(parameters), 2)
+    clip = torch.compile(lambda ps: fastclip.clip_grad_norm_(ps, 1.0), backend="aot_eager")
+    assert ulps(full(clip(parameters)), expected) <= 2
+    assert oracle(grads_of(parameters), 2) == pytest.approx(1, rel=1e-5)
+    shards = [plain(3)]
+    add = torch.compile(
+        lambda ps: fastclip.clip_grad_norm_(ps, 1e9, process_group=dist.group.WORLD),
+        backend="aot_eager",
+    )
+    assert ulps(add(shards), math.sqrt(2) * oracle(grads_of(shards), 2)) <= 2
+
+
+def test_the_compiler_stays_out(world):
+    world(2).run(compiled, seconds=120)
 
 
 def errors() -> None:
@@ -664,6 +757,11 @@ def errors() -> None:
     odd.grad = torch.ones(4)
     with pytest.raises(TypeError, match=r"gradient of parameters\[2\]: expected a DTensor.*Tensor"):
         fastclip.clip_grad_norm_([*parameters, odd], 0.1)
+    other = init_device_mesh("cpu", (1, 2), mesh_dim_names=("x", "y"))["y"]
+    odd.grad = distribute_tensor(torch.ones(4), other, [Shard(0)])
+    if other != mesh:
+        with pytest.raises(TypeError, match=r"parameters\[2\]: expected .* DTensors of one mesh"):
+            fastclip.clip_grad_norm_([*parameters, odd], 0.1)
     eight = spread((4,), mesh, Shard(0))
     eight.grad_dtype = None
     eight.grad = distribute_tensor(torch.ones(4, dtype=torch.int32), mesh, [Shard(0)])
@@ -804,5 +902,6 @@ def hangs() -> None:
 
 def test_a_hang_is_a_failure(tmp_path):
     world = World(2, tmp_path)
+    world.run(gc.collect)
     with pytest.raises(AssertionError, match=r"ranks \[0\] hang"):
         world.run(hangs, seconds=3)

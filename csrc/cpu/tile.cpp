@@ -160,7 +160,9 @@ template <class scalar_t>
 template <class scalar_t, class acc_t>
 [[gnu::always_inline]] inline void scale_as(void* data, int64_t n, acc_t coef) {
   auto* x = static_cast<scalar_t*>(data);
-  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+  if (coef < 0) {
+    std::memset(data, 0, n * sizeof(scalar_t));
+  } else if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     multiply(x, coef, n);
   } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
     for (int64_t i = 0; i < n; ++i) x[i] = round_to_bfloat16(widen(x[i]) * coef);

@@ -10,7 +10,8 @@ namespace fastclip::cpu {
 // for float64 ones, which overflow as torch's do.
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p);
 
-// data *= coef, in float32 with one rounding (float64 elements in float64).
+// data *= coef, in float32 with one rounding (float64 elements in float64); below 0, see Note
+// [coef], data = 0.
 void scale(void* data, Dtype dtype, int64_t n, double coef);
 
 // data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays. Writes nothing

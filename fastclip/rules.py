@@ -1,0 +1,176 @@
+"""Rules: thresholds that follow the norms of a run. Pass one as `max_norm`.
+
+A rule is called with the total norm, 0-d, and returns the threshold on the same device; its state
+lives there too, in a few tensors, and no call waits for it. A norm that is not finite never enters
+the state. Call a rule once before a CUDA graph captures it: that call makes the tensors.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Rule:
+    """State in tensors, made by `_start` at the first norm; `_saved` names what is not derived."""
+
+    _saved: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] = {}
+
+    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _on(self, total_norm: Tensor) -> list[Tensor]:
+        """The state, on the device of the norm, in the order of `_start`."""
+        if not self._state:
+            self._state = self._start(total_norm)
+        if any(value.device != total_norm.device for value in self._state.values()):
+            state = self._state.items()
+            self._state = {name: value.to(total_norm.device) for name, value in state}
+        return list(self._state.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the state; empty before the first call."""
+        return {name: self._state[name].clone() for name in self._saved if self._state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of a rule with the same arguments returned.
+
+        Raises:
+            ValueError: names or shapes that are not this rule's.
+        """
+        whole = self._start(torch.zeros(()))
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if state and shapes != {name: tuple(whole[name].shape) for name in self._saved}:
+            raise ValueError(
+                f"state: expected what state_dict of this {type(self).__name__} returns, got "
+                f"{shapes}; make the rule with the arguments that the saved one had"
+            )
+        saved = {name: value.clone() for name, value in state.items()}
+        self._state = whole | saved if saved else {}
+
+
+class AutoClip(_Rule):
+    r"""The threshold is a percentile of the norms so far, this one included.
+
+    $\text{max\_norm}_t = \text{percentile}_p(\lVert g_1 \rVert, \dots, \lVert g_t \rVert)$ over the
+    last `history` finite norms, interpolated linearly as NumPy does. No wait for the device.
+
+    Args:
+        percentile: p, 0 to 100; at 10 nine steps of ten are clipped.
+        history: how many norms are kept, >= 1.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Reference: Seetharaman et al. 2020, arXiv:2007.14469, and its published code, whose history
+        has no end.
+
+    >>> rule = AutoClip(percentile=50)
+    >>> [float(rule(torch.tensor(norm))) for norm in (1.0, 3.0, 8.0)]
+    [1.0, 2.0, 3.0]
+    """
+
+    _saved = ("norms", "count")
+
+    def __init__(self, percentile: float = 10, history: int = 1000) -> None:
+        super().__init__()
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+        if not (isinstance(history, int) and history >= 1):
+            raise ValueError(f"history: expected a whole number >= 1, got {history}")
+        self.percentile, self.history = percentile, history
+
+    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
+        norms = total_norm.new_full((self.history,), math.inf, dtype=torch.float64)
+        return {"norms": norms, "count": norms.new_zeros(())}
+
+    @torch.no_grad()
+    def __call__(self, total_norm: Tensor) -> Tensor:
+        norms, count = self._on(total_norm)
+        finite = total_norm.isfinite()
+        # A ring; where the norm is not finite its place keeps what it holds.
+        place = (count % self.history).long().reshape(1)
+        norms.index_copy_(0, place, torch.where(finite, total_norm.double(), norms[place]))
+        count += finite
+        # Places not taken yet are infinite and come last.
+        rank = (count.clamp(max=self.history) - 1).clamp_(min=0) * (self.percentile / 100)
+        below = rank.floor()
+        around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
+        return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
+
+
+class ZClip(_Rule):
+    r"""Clip what stands out of a moving average of the norms, and the more the further.
+
+    With mean m and standard deviation s of the norms so far, $z = (\lVert g \rVert - m) / (s +
+    10^{-6})$. Where z exceeds `z_threshold` the threshold is $m + \text{z\_threshold}^2 s / z$,
+    else there is none (inf). Then mean and variance move by 1 - alpha towards the norm as clipped.
+    They begin as those of the first `warmup_steps` norms, of which none is clipped. No wait for
+    the device.
+
+    Args:
+        alpha: the share of the old average, 0 to 1.
+        z_threshold: in standard deviations, > 0.
+        warmup_steps: >= 1.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Reference: Kumar et al. 2025, arXiv:2504.02507, and its published code in z-score mode with
+        adaptive scaling, without that code's fixed threshold of 1 beside it.
+
+    >>> rule = ZClip(warmup_steps=2)
+    >>> [round(float(rule(torch.tensor(norm))), 3) for norm in (1.0, 3.0, 10.0)]
+    [inf, inf, 2.781]
+    """
+
+    _saved = ("steps", "mean", "variance")
+
+    def __init__(
+        self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+        if not z_threshold > 0:
+            raise ValueError(f"z_threshold: expected a number > 0, got {z_threshold}")
+        if not (isinstance(warmup_steps, int) and warmup_steps >= 1):
+            raise ValueError(f"warmup_steps: expected a whole number >= 1, got {warmup_steps}")
+        self.alpha, self.z_threshold, self.warmup_steps = alpha, z_threshold, warmup_steps
+
+    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
+        # Of each number of steps: the share of the old averages, of the new squared distance, and
+        # the limit of z. In the warm-up the averages are those of all norms so far (Welford 1962).
+        rows = [(n / (n + 1), 1 / max(n, 1), math.inf) for n in range(self.warmup_steps)]
+        rows.append((self.alpha, 1 - self.alpha, self.z_threshold))
+        table = torch.tensor(rows, dtype=torch.float64).to(total_norm.device)
+        zero = table.new_zeros(())
+        return {
+            "steps": zero.new_zeros(1, dtype=torch.int64),
+            "mean": zero,
+            "variance": zero.clone(),
+            "table": table,
+        }
+
+    @torch.no_grad()
+    def __call__(self, total_norm: Tensor) -> Tensor:
+        steps, mean, variance, table = self._on(total_norm)
+        old, new, limit = table.index_select(0, steps)[0].unbind()
+        norm = total_norm.double()
+        deviation = variance.sqrt()
+        z = (norm - mean) / (deviation + 1e-6)
+        threshold = mean + deviation * self.z_threshold**2 / z
+        # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
+        quiet = (z <= limit) & norm.isfinite()
+        clipped = norm.where(quiet, threshold)
+        following = torch.lerp(clipped, mean, old)
+        spread = variance * old + (clipped - following).square() * new
+        finite = norm.isfinite()
+        mean.copy_(following.where(finite, mean))
+        variance.copy_(spread.where(finite, variance))
+        steps.add_(finite).clamp_(max=self.warmup_steps)
+        return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)

@@ -1,0 +1,258 @@
+"""Rules against the papers' published code, restated in NumPy; and what a non-finite norm does."""
+
+import copy
+import doctest
+import gc
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import parameters
+
+import fastclip
+from fastclip import AutoClip, ZClip, _ops, rules
+
+
+def norms_of_a_run(steps: int, seed: int = 0) -> list[float]:
+    """Norms that fall, with spikes."""
+    generator = np.random.default_rng(seed)
+    norms = 3 * np.exp(-np.arange(steps) / 80) * generator.lognormal(0, 0.3, steps)
+    norms[generator.random(steps) < 0.05] *= 30
+    return [float(np.float32(n)) for n in norms]
+
+
+def autoclip(norms: list[float], percentile: float, history: int) -> list[float]:
+    return [
+        float(np.percentile(norms[max(0, i + 1 - history) : i + 1], percentile))
+        for i in range(len(norms))
+    ]
+
+
+def zclip(norms: list[float], alpha: float, z_threshold: float, warmup: int) -> list[float]:
+    found, first = [], []
+    mean = variance = 0.0
+    for norm in norms:
+        if len(first) < warmup:
+            first.append(norm)
+            mean, variance = np.mean(first), np.var(first)
+            found.append(math.inf)
+            continue
+        deviation = math.sqrt(variance)
+        z = (norm - mean) / (deviation + 1e-6)
+        threshold = mean + z_threshold * deviation / (z / z_threshold) if z > z_threshold else None
+        effective = norm if threshold is None else threshold
+        mean = alpha * mean + (1 - alpha) * effective
+        variance = alpha * variance + (1 - alpha) * (effective - mean) ** 2
+        found.append(math.inf if threshold is None else threshold)
+    return found
+
+
+RULES = {
+    "autoclip": (AutoClip, dict(percentile=10, history=1000), autoclip),
+    "autoclip-short": (AutoClip, dict(percentile=37.5, history=7), autoclip),
+    "autoclip-one": (AutoClip, dict(percentile=100, history=1), autoclip),
+    "zclip": (ZClip, dict(alpha=0.97, z_threshold=2.5, warmup_steps=25), zclip),
+    "zclip-short": (ZClip, dict(alpha=0.5, z_threshold=1.0, warmup_steps=1), zclip),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    kind, arguments, formula = RULES[request.param]
+    return kind(**arguments), lambda norms: formula(norms, *arguments.values())
+
+
+def called(rule, norms, device="cpu", dtype=torch.float32):
+    return [float(rule(torch.tensor(n, dtype=dtype, device=device))) for n in norms]
+
+
+def test_defaults_are_the_papers():
+    assert vars(AutoClip()).items() >= {"percentile": 10, "history": 1000}.items()
+    assert (ZClip().alpha, ZClip().z_threshold, ZClip().warmup_steps) == (0.97, 2.5, 25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_thresholds_are_those_of_the_published_code(rule, device, dtype):
+    ours, formula = rule
+    norms = norms_of_a_run(120)
+    found, expected = called(ours, norms, device, dtype), formula(norms)
+    np.testing.assert_allclose(found, expected, rtol=3e-7 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_norm_that_is_not_finite_never_enters_the_state(rule):
+    ours, formula = rule
+    norms = norms_of_a_run(60)
+    found = []
+    for i, norm in enumerate(norms):
+        if i % 7 == 3:
+            called(ours, [math.inf, math.nan])
+        found += called(ours, [norm])
+    np.testing.assert_allclose(found, formula(norms), rtol=3e-7)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("steps", [0, 3, 60])
+def test_a_norm_that_is_not_finite_spoils_the_gradients_as_in_torch(rule, bad, steps):
+    ours, _ = rule
+    called(ours, norms_of_a_run(60)[:steps])
+    made = parameters([torch.tensor([1.0, bad, 2.0])])
+    fastclip.clip_grad_norm_(made, ours)
+    assert made[0].grad.isnan().any()
+
+
+def test_state_makes_a_round_trip(rule):
+    ours, _ = rule
+    norms = norms_of_a_run(80)
+    called(ours, norms[:40])
+    fresh = copy.deepcopy(ours)
+    fresh.load_state_dict({})
+    assert fresh.state_dict() == {}
+    fresh.load_state_dict(pickle.loads(pickle.dumps(ours.state_dict())))
+    pickled = pickle.loads(pickle.dumps(ours))
+    expected = called(ours, norms[40:])
+    assert called(fresh, norms[40:]) == called(pickled, norms[40:]) == expected
+    with pytest.raises(ValueError, match="state: expected what state_dict"):
+        fresh.load_state_dict({"mean": torch.zeros(3)})
+
+
+def test_ten_thousand_steps_take_no_memory(rule):
+    ours, _ = rule
+    called(ours, [1.0])
+    sizes = {name: value.numel() for name, value in ours.state_dict().items()}
+    gc.collect()
+    norm = torch.tensor(1.5)
+    before = sum(type(o) is torch.Tensor for o in gc.get_objects())
+    for _ in range(10_000):
+        ours(norm)
+    assert {name: value.numel() for name, value in ours.state_dict().items()} == sizes
+    assert sum(type(o) is torch.Tensor for o in gc.get_objects()) <= before
+
+
+def test_a_rule_is_the_threshold_of_a_clip(rule, device):
+    ours, formula = rule
+    norms = norms_of_a_run(60)
+    for norm, threshold in zip(norms, formula(norms), strict=True):
+        made = parameters([torch.tensor([0.6 * norm, 0.8 * norm], device=device)])
+        total = fastclip.clip_grad_norm_(made, ours)
+        assert float(total) == pytest.approx(norm, rel=1e-6)
+        after = float(fastclip.get_total_norm([made[0].grad]))
+        assert after == pytest.approx(min(norm, threshold), rel=1e-5)
+
+
+def test_any_callable_is_a_rule():
+    made = parameters([torch.tensor([3.0, 4.0])])
+    assert fastclip.clip_grad_norm_(made, lambda norm: norm / 2) == 5
+    torch.testing.assert_close(made[0].grad, torch.tensor([1.5, 2.0]))
+    fastclip.clip_grad_norm_(made, lambda norm: 0.25)
+    torch.testing.assert_close(made[0].grad, torch.tensor([0.15, 0.2]))
+    with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0, got -1"):
+        fastclip.clip_grad_norm_(made, lambda norm: -1)
+    torch.testing.assert_close(made[0].grad, torch.tensor([0.15, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: AutoClip(percentile=101), "percentile"),
+        (lambda: AutoClip(percentile=math.nan), "percentile"),
+        (lambda: AutoClip(history=0), "history"),
+        (lambda: AutoClip(history=2.5), "history"),
+        (lambda: ZClip(alpha=1.1), "alpha"),
+        (lambda: ZClip(z_threshold=0), "z_threshold"),
+        (lambda: ZClip(warmup_steps=0), "warmup_steps"),
+    ],
+)
+def test_arguments_out_of_range_raise(make, name):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got"):
+        make()
+
+
+def test_docstring_examples_are_right():
+    assert doctest.testmod(rules).failed == 0
+
+
+# What a non-finite norm does.
+
+
+@pytest.fixture(params=["walk", "python"])
+def path(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+class TestNonfinite:
+    def grads(self, device, bad):
+        kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        made = [torch.ones(40, 3, device=device).to(kind) for kind in kinds]
+        made[1][5, 1] = bad
+        return made
+
+    def test_zero_zeroes_every_gradient(self, device, bad):
+        made = parameters(self.grads(device, bad))
+        norm = fastclip.clip_grad_norm_(made, 1.0, nonfinite="zero")
+        assert not norm.isfinite()
+        assert all((p.grad == 0).all() for p in made)
+
+    def test_skip_leaves_them(self, device, bad):
+        grads = self.grads(device, bad)
+        made = parameters(grads)
+        assert not fastclip.clip_grad_norm_(made, 1.0, nonfinite="skip").isfinite()
+        for p, grad in zip(made, grads, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
+
+    def test_error_is_error_if_nonfinite(self, device, bad):
+        grads = self.grads(device, bad)
+        made = parameters(grads)
+        with pytest.raises(RuntimeError, match="is non-finite"):
+            fastclip.clip_grad_norm_(made, 1.0, nonfinite="error")
+        for p, grad in zip(made, grads, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("nonfinite", ["propagate", "error", "zero", "skip"])
+def test_finite_gradients_are_clipped_whatever_the_policy(device, nonfinite):
+    grads = [torch.randn(20, device=device), torch.randn(3, 4, device=device)]
+    plain, made = parameters(grads), parameters(grads)
+    norm = fastclip.clip_grad_norm_(plain, 0.5)
+    assert torch.equal(fastclip.clip_grad_norm_(made, 0.5, nonfinite=nonfinite), norm)
+    for p, q in zip(made, plain, strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_policies_that_are_none_raise():
+    made = parameters([torch.ones(2)])
+    with pytest.raises(ValueError, match=r"nonfinite: expected 'propagate', .* got 'ignore'"):
+        fastclip.clip_grad_norm_(made, 1.0, nonfinite="ignore")
+    with pytest.raises(ValueError, match="nonfinite: 'zero' and error_if_nonfinite=True"):
+        fastclip.clip_grad_norm_(made, 1.0, error_if_nonfinite=True, nonfinite="zero")
+    assert torch.equal(made[0].grad, torch.ones(2))
+
+
+@pytest.mark.parametrize("nonfinite", ["zero", "skip"])
+def test_a_policy_compiles(nonfinite):
+    made = parameters([torch.tensor([3.0, 4.0]), torch.ones(2)])
+    clip = torch.compile(
+        lambda ps: fastclip.clip_grad_norm_(ps, 1.0, nonfinite=nonfinite),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    expected = parameters([p.grad for p in made])
+    assert torch.equal(clip(made), fastclip.clip_grad_norm_(expected, 1.0))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(made, expected, strict=True))
+
+
+def test_a_rule_compiles(rule):
+    ours, _ = rule
+    eager = copy.deepcopy(ours)
+    made, plain = (parameters([torch.ones(2)]) for _ in range(2))
+    clip = torch.compile(lambda ps: fastclip.clip_grad_norm_(ps, ours), backend="aot_eager")
+    for norm in norms_of_a_run(30):
+        for p in (*made, *plain):
+            p.grad = torch.tensor([0.6 * norm, 0.8 * norm])
+        assert torch.equal(clip(made), fastclip.clip_grad_norm_(plain, eager))
+        assert torch.equal(made[0].grad, plain[0].grad)
