@@ -178,7 +178,6 @@ class MeshGrads:
             bad = _ranks.all_reduce(step, bad, "MAX")
         return total_norm.masked_fill(bad[0] > 0, math.nan)
 
-    @torch.no_grad()
     def _norm(self, p: float) -> Tensor:
         if not p > 0:
             raise ValueError(

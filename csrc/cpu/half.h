@@ -1,5 +1,5 @@
-// float16 to float32, and float16 times float32, for a run of elements: by F16C where the
-// processor has it. Exact, but for the product's one rounding to nearest even.
+// Sums and products of a run of float16 elements, by F16C where the processor has it. Exact to
+// float64, and the products rounded once, to nearest even.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -17,11 +17,29 @@ namespace fastclip::cpu {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-[[gnu::target("avx,f16c")]] inline int64_t decode_f16c(const c10::Half* from, float* to,
-                                                       int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, load_f16c(from + i));
-  return i;
+// The sum of squares or magnitudes in float64 of as many elements as fill vectors; adds their count
+// to `done`.
+template <bool kSquares>
+[[gnu::target("avx,fma,f16c")]] inline double sum_f16c(const c10::Half* x, int64_t n,
+                                                       int64_t& done) {
+  __m256d acc[8] = {};
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (; done + 32 <= n; done += 32) {
+    for (int k = 0; k < 4; ++k) {
+      __m256 values = load_f16c(x + done + 8 * k);
+      if (!kSquares) values = _mm256_and_ps(values, magnitude);
+      const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(values));
+      const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1));
+      acc[2 * k] = kSquares ? _mm256_fmadd_pd(low, low, acc[2 * k]) : acc[2 * k] + low;
+      acc[2 * k + 1] =
+          kSquares ? _mm256_fmadd_pd(high, high, acc[2 * k + 1]) : acc[2 * k + 1] + high;
+    }
+  }
+  for (int width = 4; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) acc[k] = _mm256_add_pd(acc[k], acc[k + width]);
+  alignas(32) double sums[4];
+  _mm256_store_pd(sums, acc[0]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 [[gnu::target("avx,f16c")]] inline int64_t multiply_f16c(c10::Half* x, float coef, int64_t n) {
@@ -35,12 +53,15 @@ namespace fastclip::cpu {
 }
 #endif
 
-inline void decode(const c10::Half* from, float* to, int64_t n) {
-  int64_t i = 0;
+// The sum of squares or magnitudes in float64, of the first elements; says of how many.
+template <bool kSquares>
+inline double sum_first(const c10::Half* x, int64_t n, int64_t& done) {
+  done = 0;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("f16c")) i = decode_f16c(from, to, n);
+  if (__builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"))
+    return sum_f16c<kSquares>(x, n, done);
 #endif
-  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+  return 0;
 }
 
 inline void multiply(c10::Half* x, float coef, int64_t n) {

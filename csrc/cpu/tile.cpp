@@ -19,8 +19,6 @@ namespace {
 
 // Independent accumulators: enough to hide the latency of an addition at any vector width.
 constexpr int64_t kLanes = 32;
-// float16 is measured through a float32 buffer of this many elements, which stays in the L1 cache.
-constexpr int64_t kBuffer = 2048;
 
 [[gnu::always_inline]] inline float widen(float x) { return x; }
 [[gnu::always_inline]] inline double widen(double x) { return x; }
@@ -75,33 +73,11 @@ template <Norm kind>
   return sum_lanes(low) + sum_lanes(high) + sum_wide<kind>(x + i, n - i);
 }
 
-// For the values of float16, whose squares are exact in float32: four terms at a time, so that a
-// quarter of the additions wait for each other.
-template <Norm kind>
-[[gnu::always_inline]] inline double sum_exact(const float* x, int64_t n) {
-  double acc[kLanes] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const float* y = x + i + j;
-      const double a = term<kind>(y[0]), b = term<kind>(y[kLanes]);
-      const double c = term<kind>(y[2 * kLanes]), d = term<kind>(y[3 * kLanes]);
-      acc[j] += (a + b) + (c + d);
-    }
-  }
-  return sum_lanes(acc) + sum_wide<kind>(x + i, n - i);
-}
-
 template <Norm kind>
 [[gnu::always_inline]] inline double sum_half(const c10::Half* x, int64_t n) {
-  float buffer[kBuffer];
-  double total = 0;
-  for (int64_t i = 0; i < n; i += kBuffer) {
-    const int64_t m = std::min(kBuffer, n - i);
-    decode(x + i, buffer, m);
-    total += sum_exact<kind>(buffer, m);
-  }
-  return total;
+  int64_t done;
+  const double first = sum_first<kind == Norm::kSquares>(x, n, done);
+  return first + sum_wide<kind>(x + done, n - done);
 }
 
 template <Norm kind, class scalar_t>
