@@ -86,7 +86,7 @@ def read(parameters: Tensors, foreach: bool | None, process_group: Any = None) -
 
     Raises:
         TypeError: no tensors, or a gradient's dtype or layout that cannot be clipped.
-        ValueError: `process_group` does not go together with a parameter's mesh.
+        ValueError: two groups of `process_group` share more than this rank.
         RuntimeError: elements of a gradient share memory; or `foreach` is True on a device for
             which torch has no foreach kernels.
     """
