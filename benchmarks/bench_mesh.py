@@ -100,26 +100,32 @@ def first_call(rank: int, folder: str, name: str, count: int) -> float:
 
 def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
     pipe.send(function(*args))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    # Until it is killed: threads of gloo that outlive the interpreter abort the process
+    # (pytorch#179291).
+    pipe.poll(None)
 
 
 def alone(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
     """What the function returns in a process of its own; of several, the first answer."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_answer, args=(theirs, function, rank, folder, *args))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-            assert process.exitcode == 0
-        answers = [ours.recv() for _ in processes]
-    return answers[0]
+        try:
+            for rank in range(ranks):
+                ours, theirs = context.Pipe()
+                work = (theirs, function, rank, folder, *args)
+                processes.append(context.Process(target=_answer, args=work))
+                processes[-1].start()
+                theirs.close()
+                pipes.append(ours)
+            # A process that dies closes its end: EOFError.
+            assert all(pipe.poll(300) for pipe in pipes), "a rank hangs"
+            answers = [pipe.recv() for pipe in pipes]
+            return answers[0]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def compared(work: str, found: dict[str, float], unit: str = "µs") -> str:
