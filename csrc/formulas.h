@@ -33,8 +33,9 @@ inline Norm norm_kind(double p) {
 
 // Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
 // only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
-// where a negative multiplier would silently turn descent into ascent. Whoever scales takes a
-// coefficient below 0 to mean zeros, which no multiplication makes of a NaN.
+// where a negative multiplier would silently turn descent into ascent. Whoever scales writes
+// nothing at 1, and takes a coefficient below 0 to mean zeros, which no multiplication makes of a
+// NaN.
 template <class acc_t>
 constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
   if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;

@@ -1,19 +1,13 @@
-// The walk: gradients are read from Python parameters in C++, then every verb is one call of an
-// op through the dispatcher, so that profilers and modes see it.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
+// What Python sees of the extension: facts about the build, the walk, and the gradients it reads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include <algorithm>
-#include <bit>
-#include <optional>
 #include <vector>
 
-#include "tensor_list.h"
+#include "walk.h"
+#include "watch.h"
 
 namespace fastclip {
 
@@ -27,203 +21,6 @@ namespace {
 
 // Read from the file before it is loaded: another torch's symbols would not resolve.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
-
-bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
-  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
-         !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
-}
-
-// Plain gradients of one device, or the plain tensors inside gradients that wrap one. The ops run
-// below autograd: nothing here is differentiated, and the kernels themselves bump the version
-// counters, but for those of the wrappers.
-class Grads {
- private:
-  template <class Op, class... Args>
-  auto call(const c10::TypedOperatorHandle<Op>& op, Args&&... args) const {
-    py::gil_scoped_release release;
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(tensors_, std::forward<Args>(args)...);
-  }
-
-  std::vector<at::Tensor> tensors_, wrappers_;
-  std::vector<int64_t> slots_;
-
- public:
-  void reserve(size_t count) { tensors_.reserve(count); }
-
-  // Whether `tensor` is plain and where the others are, and so is among them now.
-  bool add(const at::Tensor& tensor) {
-    if (!is_plain(tensor, tensors_)) return false;
-    tensors_.push_back(tensor);
-    return true;
-  }
-
-  void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
-  void note(int64_t slot) { slots_.push_back(slot); }
-
-  size_t size() const { return tensors_.size(); }
-
-  bool is_wide() const {
-    return std::ranges::any_of(tensors_, [](const auto& t) { return t.dtype() == at::kDouble; });
-  }
-
-  at::Tensor norm(double p) const { return call(find_op<NormOp>("fastclip::norm"), p); }
-
-  // The norm of each slot in float64, up to the last slot that holds a gradient.
-  at::Tensor norms(double p) const {
-    return call(find_op<NormsOp>("fastclip::norms"), p, at::OptionalIntArrayRef(slots_), true);
-  }
-
-  void scale_(const at::Tensor& coef) const {
-    call(find_op<ScaleOp>("fastclip::scale_"), coef, std::nullopt);
-    bump_versions(wrappers_);
-  }
-
-  void clamp_(double bound) const {
-    call(find_op<ClampOp>("fastclip::clamp_"), bound);
-    bump_versions(wrappers_);
-  }
-
-  at::Tensor clip_norm_(double max_norm, double p) const {
-    return call(find_op<ClipNormOp>("fastclip::clip_norm_"), max_norm, p);
-  }
-
-  at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p) const {
-    return call(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), max_norm, p);
-  }
-};
-
-// A set of addresses, as small as one can be: a third of a walk over thousands of parameters would
-// go to a general one.
-class Seen {
- public:
-  explicit Seen(size_t count)
-      : slots_(std::bit_ceil(count + count / 2 + 1)), shift_(std::countl_zero(slots_.size() - 1)) {}
-
-  // Whether `address` is new.
-  bool insert(const void* address) {
-    size_t slot = (reinterpret_cast<uintptr_t>(address) * kGolden) >> shift_;
-    for (; slots_[slot] != nullptr; slot = (slot + 1) & (slots_.size() - 1))
-      if (slots_[slot] == address) return false;
-    slots_[slot] = address;
-    return true;
-  }
-
- private:
-  // 2^64 over the golden ratio spreads addresses that differ by multiples of anything.
-  static constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
-
-  std::vector<const void*> slots_;
-  int shift_;
-};
-
-enum class What { kGrads, kTensors };
-
-// The gradients of a list or tuple of parameters, without None and of each parameter once, or the
-// tensors of such a list themselves; nothing if any of them is not plain and Python has to look.
-// Each step of a batch only follows one pointer of every item, so that the cache misses of
-// thousands of scattered objects overlap.
-template <What what>
-std::optional<Grads> read(const py::object& list) {
-  constexpr Py_ssize_t kBatch = 16;
-  PyObject** items = PySequence_Fast_ITEMS(list.ptr());
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
-  Grads grads;
-  grads.reserve(count);
-  Seen seen(what == What::kGrads ? count : 0);
-  for (Py_ssize_t begin = 0; begin < count; begin += kBatch) {
-    const Py_ssize_t batch = std::min(kBatch, count - begin);
-    c10::TensorImpl* impls[kBatch];
-    const at::Tensor* found[kBatch];
-    for (Py_ssize_t i = 0; i < batch; ++i) {
-      if (begin + i + kBatch < count) prefetch(items[begin + i + kBatch], sizeof(PyObject) + 8);
-      if (!THPVariable_CheckExact(items[begin + i])) return std::nullopt;
-      found[i] = &THPVariable_Unpack(items[begin + i]);
-      impls[i] = found[i]->unsafeGetTensorImpl();
-      prefetch(impls[i], 64);
-    }
-    if (what == What::kGrads) {
-      for (Py_ssize_t i = 0; i < batch; ++i) prefetch(impls[i]->autograd_meta(), 128);
-      for (Py_ssize_t i = 0; i < batch; ++i) found[i] = &impls[i]->grad();
-    }
-    for (Py_ssize_t i = 0; i < batch; ++i)
-      prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
-    for (Py_ssize_t i = 0; i < batch; ++i) {
-      if (!found[i]->defined()) continue;
-      if (what == What::kGrads && !seen.insert(impls[i])) continue;
-      if (!grads.add(*found[i])) return std::nullopt;
-    }
-  }
-  return grads;
-}
-
-// How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
-// attribute `layout` is, of a plain item None, and `slots` the norm to which its gradient counts.
-// Layouts are only compared, so whoever made this answers for their being alive.
-class Wrapped {
- public:
-  Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> slots, py::str layout,
-          py::str inner)
-      : layouts_(layouts),
-        slots_(std::move(slots)),
-        layout_(std::move(layout)),
-        inner_(std::move(inner)) {}
-
-  // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
-  // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
-  template <What what>
-  std::optional<Grads> read(const py::list& list) const {
-    const size_t count = list.size();
-    if (count != layouts_.size()) return std::nullopt;
-    Grads grads;
-    grads.reserve(count);
-    Seen seen(what == What::kGrads ? count : 0);
-    for (size_t i = 0; i < count; ++i) {
-      const py::handle item = PyList_GET_ITEM(list.ptr(), i);
-      if (!is_tensor(item)) return std::nullopt;
-      const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
-      const at::Tensor& found = what == What::kGrads ? tensor.grad() : tensor;
-      // A gradient that is laid out so says it of its parameter too.
-      if ((layouts_[i].is_none() || !found.defined()) && !is_laid_out(item, i)) return std::nullopt;
-      if (!found.defined()) continue;
-      if (what == What::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
-      if (layouts_[i].is_none()) {
-        if (!grads.add(found)) return std::nullopt;
-      } else {
-        const auto wrapper = py::reinterpret_steal<py::object>(THPVariable_Wrap(found));
-        if (!is_laid_out(wrapper, i)) return std::nullopt;
-        const py::object inner = attribute(wrapper, inner_);
-        if (!inner || !THPVariable_CheckExact(inner.ptr())) return std::nullopt;
-        if (!grads.add(THPVariable_Unpack(inner.ptr()))) return std::nullopt;
-        grads.note(found);
-      }
-      grads.note(slots_[i]);
-    }
-    return grads;
-  }
-
- private:
-  // As isinstance, but for classes that only claim to be.
-  static bool is_tensor(py::handle item) {
-    return PyObject_TypeCheck(item.ptr(), reinterpret_cast<PyTypeObject*>(THPVariableClass));
-  }
-
-  bool is_laid_out(py::handle tensor, size_t i) const {
-    if (layouts_[i].is_none()) return THPVariable_CheckExact(tensor.ptr());
-    return attribute(tensor, layout_).is(layouts_[i]);
-  }
-
-  // Null if there is none.
-  static py::object attribute(py::handle tensor, const py::str& name) {
-    PyObject* value = PyObject_GetAttr(tensor.ptr(), name.ptr());
-    if (value == nullptr) PyErr_Clear();
-    return py::reinterpret_steal<py::object>(value);
-  }
-
-  std::vector<py::handle> layouts_;
-  std::vector<int64_t> slots_;
-  py::str layout_, inner_;
-};
 
 }  // namespace
 }  // namespace fastclip
@@ -242,8 +39,12 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &Grads::size)
       .def("is_wide", &Grads::is_wide)
       .def("norm", &Grads::norm)
+      .def("slots", &Grads::slots)
       .def("norms", &Grads::norms)
+      .def("each_norms", &Grads::each_norms, py::arg("p"), py::arg("rows") = false,
+           py::arg("wide") = false)
       .def("scale_", &Grads::scale_)
+      .def("scale_each_", &Grads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &Grads::clamp_)
       .def("clip_norm_", &Grads::clip_norm_)
       .def("clip_norm_", &Grads::clip_norm_tensor_);
@@ -252,4 +53,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str>())
       .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
       .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
+  using fastclip::Watch;
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<std::vector<py::object>>())
+      .def("is_unchanged", &Watch::is_unchanged);
 }

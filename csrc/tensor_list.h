@@ -45,12 +45,16 @@ inline void prefetch(const void* begin, size_t bytes) {
     __builtin_prefetch(static_cast<const char*>(begin) + line);
 }
 
-// A list the kernels can take: flat tensors of one device. Each tensor is looked at once, for its
-// object is more memory than a small tensor's data.
+// What is one item of a list: a tensor, or a row of it, its slice along the first dimension if it
+// has two or more.
+enum class Unit { kTensor, kRow };
+
+// A list the kernels can take: flat tensors of one device, or their rows. Each tensor is looked at
+// once, for its object is more memory than a small tensor's data.
 class FlatList {
  public:
   // Nothing if any tensor is not flat or elsewhere: that list is for the default op.
-  static std::optional<FlatList> look(at::TensorList tensors) {
+  static std::optional<FlatList> look(at::TensorList tensors, Unit unit = Unit::kTensor) {
     FlatList list;
     list.items_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -60,8 +64,10 @@ class FlatList {
         prefetch(storage_of(tensors[i + kAhead]), sizeof(c10::StorageImpl));
       const at::Tensor& t = tensors[i];
       if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
-      list.items_.push_back(
-          {static_cast<char*>(t.mutable_data_ptr()), t.numel(), *kernel_dtype(t.scalar_type())});
+      if (!list.add(
+              {static_cast<char*>(t.mutable_data_ptr()), t.numel(), *kernel_dtype(t.scalar_type())},
+              unit == Unit::kRow && t.dim() > 1 ? &t : nullptr))
+        return std::nullopt;
       list.elements_ += t.numel();
       list.wide_ |= t.scalar_type() == at::kDouble;
     }
@@ -69,8 +75,8 @@ class FlatList {
   }
 
   // Norms of order p <= 0 have no kernel.
-  static std::optional<FlatList> look(at::TensorList tensors, double p) {
-    return p > 0 ? look(tensors) : std::nullopt;
+  static std::optional<FlatList> look(at::TensorList tensors, double p, Unit unit = Unit::kTensor) {
+    return p > 0 ? look(tensors, unit) : std::nullopt;
   }
 
   size_t size() const { return items_.size(); }
@@ -81,6 +87,20 @@ class FlatList {
   at::ScalarType result_dtype() const { return wide_ ? at::kDouble : at::kFloat; }
 
  private:
+  // The tensor, or its rows if each is one run of memory; else false.
+  bool add(Flat flat, const at::Tensor* rows) {
+    const int64_t count = rows ? rows->size(0) : 1;
+    if (count != 1) {
+      flat.numel /= std::max<int64_t>(1, count);
+      if (flat.numel > 0 && rows->stride(0) != flat.numel) return false;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      items_.push_back(flat);
+      flat.data += flat.numel * flat.element_size();
+    }
+    return true;
+  }
+
   static const void* storage_of(const at::Tensor& t) {
     return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   }
@@ -92,8 +112,8 @@ class FlatList {
 
 // The ops, as their schemas read in C++.
 using NormOp = at::Tensor(at::TensorList, double);
-using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool);
-using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef);
+using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
+using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
 using ClipNormOp = at::Tensor(at::TensorList, double, double);
 using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double);
@@ -110,11 +130,17 @@ auto call_default(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
   return op.redispatch(c10::DispatchKeySet(), std::forward<Args>(args)...);
 }
 
-// How many slots `norms` and `scale_` speak of: the groups, or the tensors without groups.
-inline int64_t count_groups(at::TensorList tensors, at::OptionalIntArrayRef group) {
-  if (!group) return static_cast<int64_t>(tensors.size());
-  TORCH_CHECK_VALUE(group->size() == tensors.size(), "group: expected one index per tensor, ",
-                    tensors.size(), ", got ", group->size());
+// What `norms` and `scale_` speak of without groups.
+inline Unit unit_of(at::OptionalIntArrayRef group, bool rows) {
+  TORCH_CHECK_VALUE(!(group && rows), "group: expected none with rows=True, a row is its own");
+  return rows ? Unit::kRow : Unit::kTensor;
+}
+
+// How many slots `norms` and `scale_` speak of: the groups, or the items without groups.
+inline int64_t count_groups(const FlatList& list, at::OptionalIntArrayRef group) {
+  if (!group) return static_cast<int64_t>(list.size());
+  TORCH_CHECK_VALUE(group->size() == list.size(), "group: expected one index per tensor, ",
+                    list.size(), ", got ", group->size());
   int64_t groups = 0;
   for (const int64_t g : *group) {
     TORCH_CHECK_VALUE(g >= 0, "group: expected indices from 0, got ", g);
@@ -124,10 +150,10 @@ inline int64_t count_groups(at::TensorList tensors, at::OptionalIntArrayRef grou
 }
 
 // coef of `scale_`: 0-d, or 1-d with one value per group.
-inline void check_coef(at::TensorList tensors, const at::Tensor& coef,
+inline void check_coef(const FlatList& list, const at::Tensor& coef,
                        at::OptionalIntArrayRef group) {
   if (coef.dim() == 0) return;
-  const int64_t groups = count_groups(tensors, group);
+  const int64_t groups = count_groups(list, group);
   TORCH_CHECK_VALUE(coef.dim() == 1 && coef.numel() >= groups,
                     "coef: expected a 0-d tensor or one value for each of ", groups,
                     " groups, got shape ", coef.sizes());

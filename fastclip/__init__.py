@@ -1,14 +1,22 @@
 """Gradient clipping for PyTorch: one read, exact norms, one line to adopt."""
 
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .clipper import GradClipper
+from .nonfinite import find_nonfinite
+from .per_tensor import clip_grad_agc_, clip_grad_norms_, normalize_grad_
 from .rules import AutoClip, ZClip
 
 __all__ = [
     "AutoClip",
+    "GradClipper",
     "ZClip",
+    "clip_grad_agc_",
     "clip_grad_norm_",
+    "clip_grad_norms_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "find_nonfinite",
     "get_total_norm",
+    "normalize_grad_",
 ]
 __version__ = "0.1.0"

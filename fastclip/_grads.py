@@ -1,8 +1,8 @@
 """Parameters in, local gradients out: plain strided tensors that the ops can take.
 
 The C++ walk reads a list of ordinary gradients; what it hands back (sparse, complex, several
-devices, tensors with gaps, subclasses, bad input) is read here. What is spread over ranks has a
-plan, and what it holds here is read the same two ways. All results have the same verbs.
+devices, tensors with gaps, subclasses, bad input) is read here. What is spread over ranks, or in
+groups, has a plan, and is read by it the same two ways. All results have the same verbs.
 """
 
 import types
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from . import _ops
-from ._plan import MeshGrads, Plan, find, is_spread
-from ._reference import clip_coef, result_dtype
+from ._local import Grads
+from ._plan import Kind, Plan, find, follow, is_spread
+from ._planned import PlannedGrads
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -24,64 +25,12 @@ _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUPPORTED = (*_REAL, torch.complex64, torch.complex128)
 
 
-class Grads:
-    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result."""
-
-    def __init__(self, tensors: list[Tensor], slots: list[int], wrappers: list[Tensor]) -> None:
-        self.tensors, self.slots, self.wrappers = tensors, slots, wrappers
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def norm(self, p: float) -> Tensor:
-        with torch.no_grad():
-            if len(_by_device(self.tensors)) > 1 and p > 0:
-                return self.norms(p)[0].to(result_dtype(self.tensors))
-            return _ops.norm([_measured(t, p) for t in self.tensors], p)
-
-    def is_wide(self) -> bool:
-        return result_dtype(self.tensors) == torch.float64
-
-    def norms(self, p: float) -> Tensor:
-        """The norm of each slot in float64, up to the last slot that holds a gradient."""
-        with torch.no_grad():
-            tensors, slots = [_measured(t, p) for t in self.tensors], self.slots
-            devices = _by_device(tensors)
-            if len(devices) > 1:
-                slot_of = {id(t): slot for t, slot in zip(tensors, slots, strict=True)}
-                slots = [slot_of[id(t)] for part in devices.values() for t in part]
-                each = [_ops.norms(part, p, None, True) for part in devices.values()]
-                tensors = [norm.to(tensors[0].device) for part in each for norm in part.unbind()]
-            return _ops.norms(tensors, p, slots, True)
-
-    def scale_(self, coef: Tensor) -> None:
-        with torch.no_grad():
-            for device, tensors in _by_device([_scaled(t) for t in self.tensors]).items():
-                _ops.scale_(tensors, coef.to(device))
-            self._bump_versions()
-
-    def clamp_(self, bound: float) -> None:
-        with torch.no_grad():
-            for tensors in _by_device([_clamped(t) for t in self.tensors]).values():
-                _ops.clamp_(tensors, bound)
-            self._bump_versions()
-
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
-        if stored and len(_by_device(self.tensors)) < 2:
-            with torch.no_grad():
-                return _ops.clip_norm_(self.tensors, max_norm, p)
-        total_norm = self.norm(p)
-        self.scale_(clip_coef(total_norm, max_norm))
-        return total_norm
-
-    def _bump_versions(self) -> None:
-        """The ops bump what they are given: the values of a sparse tensor, what a wrapper holds."""
-        if others := [t for t in self.tensors if t.is_sparse] + self.wrappers:
-            torch.autograd.graph.increment_version(others)
-
-
-def read(parameters: Tensors, foreach: bool | None, process_group: Any = None) -> Any:
+def read(
+    parameters: Tensors,
+    foreach: bool | None = None,
+    process_group: Any = None,
+    kind: Kind = Kind.TOTAL,
+) -> Any:
     """The gradients of `parameters`, to be changed; without None, and of each parameter once.
 
     Raises:
@@ -90,27 +39,67 @@ def read(parameters: Tensors, foreach: bool | None, process_group: Any = None) -
         RuntimeError: elements of a gradient share memory; or `foreach` is True on a device for
             which torch has no foreach kernels.
     """
-    return _read(_as_list(parameters, "parameters"), foreach, process_group, write=True)
+    return _read(as_list(parameters, "parameters"), foreach, process_group, True, kind)
 
 
-def take(tensors: Tensors, foreach: bool | None, process_group: Any) -> Any:
+def take(
+    tensors: Tensors,
+    foreach: bool | None = None,
+    process_group: Any = None,
+    kind: Kind = Kind.TOTAL,
+) -> Any:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
-    return _read(_as_list(tensors, "tensors"), foreach, process_group, write=False)
+    return _read(as_list(tensors, "tensors"), foreach, process_group, False, kind)
 
 
-def _read(items: list[Tensor], foreach: bool | None, process_group: Any, write: bool) -> Any:
+def read_by(
+    plan: Plan | None,
+    parameters: list[Tensor],
+    asked: tuple[Any, ...],
+    labels: Sequence[int],
+    count: int,
+) -> PlannedGrads:
+    """As `read`, `count` groups by their labels, by the plan of the last time if it still fits."""
+    walks = _walk(None) is not None
+    plan, grads = follow(plan, parameters, asked, walks, True, Kind.TOTAL, labels, count)
+    return PlannedGrads(_look(parameters, None, True, plan) if grads is None else grads, plan)
+
+
+def _read(
+    items: list[Tensor], foreach: bool | None, process_group: Any, write: bool, kind: Kind
+) -> Any:
     walk = _walk(foreach)
     read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
     if read_all and process_group is None and (grads := read_all(items)) is not None:
         return grads
-    spread = is_spread(items, process_group)
-    return (_read_spread if spread else _look)(items, foreach, write, process_group)
+    if is_spread(items, process_group):
+        return _read_spread(items, foreach, process_group, write, kind)
+    return _look(items, foreach, write, None)
 
 
 @torch.compiler.disable
-def _read_spread(items: list[Tensor], foreach: Any, write: bool, process_group: Any) -> MeshGrads:
-    plan, grads = find(items, process_group, _walk(foreach) is not None, write)
-    return MeshGrads(_look(items, foreach, write, plan) if grads is None else grads, plan)
+def _read_spread(
+    items: list[Tensor], foreach: bool | None, process_group: Any, write: bool, kind: Kind
+) -> PlannedGrads:
+    plan, grads = find(items, process_group, _walk(foreach) is not None, write, kind)
+    return PlannedGrads(_look(items, foreach, write, plan) if grads is None else grads, plan)
+
+
+def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The norms of the gradients, with zeros where a parameter has none or was there before."""
+    if len(norms) == len(parameters):
+        return norms
+    each, seen = iter(norms.unbind()), set()
+    zero, found = norms.new_zeros(()), []
+    for parameter in parameters:
+        found.append(zero if parameter.grad is None or id(parameter) in seen else next(each))
+        seen.add(id(parameter))
+    return torch.stack(found)
+
+
+def agreed(grads: Any, norms: Tensor) -> Tensor:
+    """`norms`; NaN where that of any other rank is not finite."""
+    return grads.agreed(norms) if isinstance(grads, PlannedGrads) else norms
 
 
 def _look(items: list[Tensor], foreach: bool | None, write: bool, plan: Plan | None) -> Grads:
@@ -140,7 +129,7 @@ def _walk(foreach: bool | None) -> Any:
     return None if foreach or torch.compiler.is_compiling() else _ops.extension
 
 
-def _as_list(tensors: Tensors, name: str) -> list[Tensor]:
+def as_list(tensors: Tensors, name: str) -> list[Tensor]:
     if isinstance(tensors, list):
         return tensors
     if isinstance(tensors, Tensor):
@@ -214,45 +203,3 @@ def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
                 "foreach=True was passed, but can't use the foreach API on "
                 f"{tensor.device.type} tensors"
             )
-
-
-def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    devices: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        devices.setdefault(tensor.device, []).append(tensor)
-    return devices
-
-
-def _measured(tensor: Tensor, p: float) -> Tensor:
-    if tensor.is_sparse:
-        tensor = tensor.coalesce()._values()
-    return tensor.abs() if tensor.is_complex() and p != 2 else _stored(tensor)
-
-
-def _scaled(tensor: Tensor) -> Tensor:
-    # Scaling is linear: uncoalesced values can be scaled one by one.
-    return _stored(tensor._values() if tensor.is_sparse else tensor)
-
-
-def _clamped(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        raise TypeError(
-            "parameters: a complex gradient has no order to clip by value in; clip by norm"
-        )
-    if not tensor.is_sparse:
-        return _stored(tensor)
-    if not tensor.is_coalesced():
-        tensor.copy_(tensor.coalesce())
-    return tensor._values()
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    """The stored real numbers: lazy conjugates and negatives have the same magnitudes."""
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-    return torch._neg_view(tensor) if _is_negated(tensor) else tensor
-
-
-def _is_negated(tensor: Tensor) -> bool:
-    """Whether the signs are lazily flipped, which the compiler need not and cannot ask."""
-    return not torch.compiler.is_compiling() and tensor.is_neg()

@@ -52,10 +52,14 @@ class Mesh:
         me = dist.get_rank()
         self.mine = all(me == min(set(ranks) & set(members), default=me) for _, members in others)
 
-    def slot(self, placements: Sequence[Any]) -> Slot:
+    def slot(self, placements: Sequence[Any], rows: bool) -> Slot:
+        """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0."""
         if not self.keys:
             return Slot(frozenset(), self.mine)
-        sharded = [not (p.is_replicate() or p.is_partial()) for p in placements]
+        whole = [p.is_replicate() or p.is_partial() for p in placements]
+        if rows:
+            whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
+        sharded = [not w for w in whole]
         spread = itertools.compress(self.keys, sharded)
         return Slot(frozenset(key for key in spread if key in self.groups), self.mine)
 
@@ -100,3 +104,8 @@ def replicated(mesh: Any, dtype: torch.dtype) -> Any:
 
 def as_replicated(value: Tensor, layout: Any) -> Tensor:
     return dist.tensor.DTensor(value, layout, requires_grad=False)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank, as a plain one."""
+    return getattr(tensor, INNER) if is_dtensor(tensor) else tensor

@@ -1,7 +1,7 @@
 """The ops: schemas, fakes, defaults; the compiled kernels if they are there.
 
-`norm`, `norms`, `scale_`, `clamp_` and `clip_norm_` exist on every device with nothing built; the
-extension adds kernels device by device. The dispatcher is the only switch between them.
+`norm`, `norms`, `scale_`, `clamp_`, `clip_norm_` and `record_` exist on every device with nothing
+built; the extension adds kernels device by device. The dispatcher is the only switch between them.
 """
 
 import importlib
@@ -81,13 +81,19 @@ def _norm_fake(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _norms_fake(
-    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, wide: bool = False
+    tensors: Sequence[Tensor],
+    p: float,
+    group: Sequence[int] | None = None,
+    wide: bool = False,
+    rows: bool = False,
 ) -> Tensor:
-    groups = len(tensors) if group is None else max(group, default=-1) + 1
+    _reference.check_groups(len(tensors), group, rows)
+    count = sum(_reference.count_rows(t) for t in tensors) if rows else len(tensors)
+    groups = count if group is None else max(group, default=-1) + 1
     return _result(tensors, (groups,), torch.float64 if wide else _reference.result_dtype(tensors))
 
 
-def _in_place_fake(tensors: Sequence[Tensor], *args: Any) -> None:
+def _in_place_fake(*args: Any) -> None:
     return None
 
 
@@ -98,13 +104,13 @@ def _clip_norm_fake(tensors: Sequence[Tensor], max_norm: float | Tensor, p: floa
 _define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _reference.norm)
 _define(
     "norms",
-    "(Tensor[] tensors, float p, int[]? group=None, bool wide=False) -> Tensor",
+    "(Tensor[] tensors, float p, int[]? group=None, bool wide=False, bool rows=False) -> Tensor",
     _norms_fake,
     _reference.norms,
 )
 _define(
     "scale_",
-    "(Tensor(a!)[] tensors, Tensor coef, int[]? group=None) -> ()",
+    "(Tensor(a!)[] tensors, Tensor coef, int[]? group=None, bool rows=False) -> ()",
     _in_place_fake,
     _reference.scale_,
 )
@@ -122,6 +128,10 @@ _define(
     _reference.clip_norm_,
 )
 
+torch.library.define("fastclip::record_", "(Tensor(a!) rows, Tensor(b!) steps, Tensor row) -> ()")
+torch.library.register_fake("fastclip::record_", _in_place_fake)
+torch.library.impl("fastclip::record_", "CompositeExplicitAutograd", _reference.record_)
+
 
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels are registered for a device type, 'cpu' or 'cuda'."""
@@ -135,3 +145,4 @@ norms = torch.ops.fastclip.norms
 scale_ = torch.ops.fastclip.scale_
 clamp_ = torch.ops.fastclip.clamp_
 clip_norm_ = torch.ops.fastclip.clip_norm_
+record_ = torch.ops.fastclip.record_.default

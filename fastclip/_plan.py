@@ -5,7 +5,7 @@ same collectives in the same order whatever it holds. Only a few float64 numbers
 gradients that are not placed as their parameters: those are redistributed first.
 """
 
-import math
+import enum
 import operator
 import warnings
 import weakref
@@ -17,24 +17,52 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _mesh, _ops, _ranks
-from ._reference import clip_coef
+from ._reference import count_rows
+
+
+class Kind(enum.IntEnum):
+    """Which norms a plan is for: of all together, of each tensor, or of each row."""
+
+    TOTAL = 0
+    EACH = 1
+    ROWS = 2
 
 
 class Plan:
-    """How the norm of a list of parameters, or of tensors, is put together.
+    """How the norms of a list of parameters, or of tensors, are put together: one for each label.
 
-    First every slot over the dimensions of its mesh, then the sum of all over the groups `asked`.
+    First every slot over the dimensions of its mesh, then the sums of a label's slots over the
+    groups `asked`. Labels count from 0; for EACH and ROWS the items are their own, and slots too.
     """
 
-    def __init__(self, items: Sequence[Tensor], layouts: list[Any], asked: tuple[Any, ...]) -> None:
-        self.asked = asked
+    def __init__(
+        self,
+        items: Sequence[Tensor],
+        layouts: list[Any],
+        asked: tuple[Any, ...],
+        kind: Kind = Kind.TOTAL,
+        labels: Sequence[int] | None = None,
+        count: int = 1,
+    ) -> None:
+        self.asked, self.kind = asked, kind
         self.others = _ranks.by_key(asked)
         self.device = getattr(items[0], "device", None) if items else None
-        self._lay(layouts)
-        self.mine = [i for i, slot in enumerate(self.slots) if slot.mine]
+        if kind is not Kind.TOTAL:
+            labels, count = range(len(items)), len(items)
+        self._lay(layouts, [0] * len(items) if labels is None else labels)
+        self.members: list[list[int]] = [[] for _ in range(count)]
+        for i, (label, _) in enumerate(self.slots):
+            self.members[label].append(i)
+        self.mine = [[i for i in members if self.slots[i][1].mine] for members in self.members]
+        every = list(range(len(self.members)))
         self.beyond = [
-            _ranks.Step(group, _ranks.device_of(group), [0]) for group in self.others.values()
+            _ranks.Step(group, _ranks.device_of(group), every) for group in self.others.values()
         ]
+        # Every label has one slot, and that is all there is to its norm.
+        self.is_flat = all(members == [i] for i, members in enumerate(self.members))
+        self.sizes = (
+            [count_rows(_mesh.local_of(item)) for item in items] if kind is Kind.ROWS else None
+        )
         dtensors = [layout for layout in layouts if layout]
         self.wide = any(layout.tensor_meta.dtype == torch.float64 for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
@@ -57,16 +85,19 @@ class Plan:
     def _expire(self, layout: Any) -> None:
         self.valid = False
 
-    def _lay(self, layouts: list[Any]) -> None:
+    def _lay(self, layouts: list[Any], labels: Sequence[int]) -> None:
         """The slots, for each item the index of its own, and the steps over meshes."""
         groups: _ranks.Groups = {}
         meshes: dict[int, _mesh.Mesh] = {}
         plain = _mesh.Slot(frozenset(), True)
-        found: dict[int, _mesh.Slot] = {id(None): plain}
+        found: dict[tuple[int, int], tuple[int, _mesh.Slot]] = {}
         places: dict[_mesh.Slot, tuple] = {plain: ()}
         devices: dict[_ranks.Key, torch.device] = {}
-        for layout in layouts:
-            if id(layout) in found:
+        for label, layout in zip(labels, layouts, strict=True):
+            if (label, id(layout)) in found:
+                continue
+            if layout is None:
+                found[label, id(layout)] = label, plain
                 continue
             if id(layout.mesh) not in meshes:
                 meshes[id(layout.mesh)] = mesh = _mesh.Mesh(layout.mesh, self.others)
@@ -75,25 +106,27 @@ class Plan:
                     groups[key] = min(known, group, key=lambda g: g.group_name)
                     devices[key] = _ranks.device_of(groups[key], layout.mesh.device_type)
             mesh = meshes[id(layout.mesh)]
-            found[id(layout)] = slot = mesh.slot(layout.placements)
+            rows = self.kind is Kind.ROWS and len(layout.shape) > 1
+            slot = mesh.slot(layout.placements, rows)
+            found[label, id(layout)] = label, slot
             places[slot] = min(mesh.place, places.get(slot, mesh.place))
         # In an order on which ranks agree, for they send each other bare vectors; and before all by
         # what every rank of a mesh agrees on, so that all add up in the same order.
-        self.slots = sorted(
-            {found[id(layout)] for layout in layouts},
-            key=lambda slot: (sorted(order for order, _ in slot.groups), places[slot]),
-        )
+        order = {slot: (sorted(o for o, _ in slot.groups), place) for slot, place in places.items()}
+        self.slots = sorted(set(found.values()), key=lambda one: (one[0], order[one[1]]))
         index = {slot: i for i, slot in enumerate(self.slots)}
-        self.slot_of = [index[found[id(layout)]] for layout in layouts]
+        self.slot_of = [
+            index[found[label, id(layout)]] for label, layout in zip(labels, layouts, strict=True)
+        ]
         # See Note [order].
         steps = [
-            _ranks.Step(
-                groups[key], devices[key], [i for i, s in enumerate(self.slots) if key in s.groups]
-            )
-            for key in sorted(groups)
+            _ranks.Step(groups[key], devices[key], self._spread_over(key)) for key in sorted(groups)
         ]
         self.within = [step for step in steps if step.members]
         self.all = [step._replace(members=[0]) for step in steps]
+
+    def _spread_over(self, key: _ranks.Key) -> list[int]:
+        return [i for i, (_, slot) in enumerate(self.slots) if key in slot.groups]
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
         """What the extension reads at once; None where each item has to be looked at.
@@ -143,79 +176,18 @@ class Plan:
         self.warned = True
 
 
-class MeshGrads:
-    """The gradients of all ranks, with the verbs of the local ones. The compiler stays out."""
-
-    def __init__(self, local: Any, plan: Plan) -> None:
-        self.local, self.plan = local, plan
-
-    def __len__(self) -> int:
-        return len(self.local)
-
-    @torch.compiler.disable
-    def norm(self, p: float) -> Tensor:
-        return self._result(self._norm(p))
-
-    @torch.compiler.disable
-    def scale_(self, coef: Tensor) -> None:
-        self.local.scale_(coef)
-
-    @torch.compiler.disable
-    def clamp_(self, bound: float) -> None:
-        self.local.clamp_(bound)
-
-    @torch.compiler.disable
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        total_norm = self._norm(p)
-        self.local.scale_(clip_coef(total_norm, max_norm))
-        return self._result(total_norm)
-
-    @torch.compiler.disable
-    def agreed(self, total_norm: Tensor) -> Tensor:
-        """`total_norm`, or NaN where that of any other rank is not finite."""
-        bad = (~total_norm.isfinite()).double().reshape(1)
-        for step in (*self.plan.all, *self.plan.beyond):
-            bad = _ranks.all_reduce(step, bad, "MAX")
-        return total_norm.masked_fill(bad[0] > 0, math.nan)
-
-    def _norm(self, p: float) -> Tensor:
-        if not p > 0:
-            raise ValueError(
-                f"norm_type: expected an order > 0 for gradients spread over ranks, got {p}"
-            )
-        plan, norms = self.plan, self.local.norms(p)
-        if missing := len(plan.slots) - len(norms):
-            norms = norms if len(norms) or plan.device is None else norms.to(plan.device)
-            norms = torch.cat([norms, norms.new_zeros(missing)])
-        parts = _ranks.as_parts(norms, p)
-        for step in plan.within:
-            parts = _ranks.over(step, parts, p)
-        if plan.beyond:
-            parts = _ranks.added(_ranks.pick(parts, plan.mine), p).reshape(1)
-            for step in plan.beyond:
-                parts = _ranks.over(step, parts, p)
-        total_norm = _ranks.as_norm(_ranks.added(parts, p), p)
-        return total_norm if plan.wide or self.local.is_wide() else total_norm.float()
-
-    def _result(self, total_norm: Tensor) -> Tensor:
-        plan, dtype = self.plan, total_norm.dtype
-        if plan.mesh is None:
-            return total_norm
-        if dtype not in plan.result_layouts:
-            plan.result_layouts[dtype] = _mesh.replicated(plan.mesh, dtype)
-        return _mesh.as_replicated(total_norm, plan.result_layouts[dtype])
-
-
-# The plan of a list, kept with the layout of its first DTensor: a tensor that anything refers to
+# The plans of a list, kept with the layout of its first DTensor: a tensor that anything refers to
 # weakly could no longer be swapped, as Module.to() swaps parameters.
-_plans = WeakIdKeyDictionary()
+_plans = tuple(WeakIdKeyDictionary() for _ in Kind)
 
 
 def is_spread(items: Sequence[Any], process_group: Any) -> bool:
     return process_group is not None or any(map(_mesh.is_dtensor, items))
 
 
-def find(items: Sequence[Tensor], process_group: Any, walks: bool, write: bool) -> tuple[Plan, Any]:
+def find(
+    items: Sequence[Tensor], process_group: Any, walks: bool, write: bool, kind: Kind
+) -> tuple[Plan, Any]:
     """The plan for these parameters or tensors, and what the extension reads by it, if it `walks`.
 
     Raises:
@@ -224,13 +196,28 @@ def find(items: Sequence[Tensor], process_group: Any, walks: bool, write: bool) 
     """
     asked = _ranks.as_groups(process_group)
     key = next((_mesh.layout_of(item) for item in items if _mesh.is_dtensor(item)), None)
-    plan = None if key is None else _plans.get(key)
+    known = None if key is None else _plans[kind].get(key)
+    plan, grads = follow(known, items, asked, walks, write, kind)
+    if key is not None and plan is not known:
+        _plans[kind][key] = plan
+    return plan, grads
+
+
+def follow(
+    plan: Plan | None,
+    items: Sequence[Tensor],
+    asked: tuple[Any, ...],
+    walks: bool,
+    write: bool,
+    kind: Kind = Kind.TOTAL,
+    labels: Sequence[int] | None = None,
+    count: int = 1,
+) -> tuple[Plan, Any]:
+    """As `find`, by the `plan` at hand, or a new one if that is not for these items any more."""
     known = plan is not None and plan.is_for(asked)
     if known and walks and (grads := plan.read(items, write)) is not None:
         return plan, grads
     layouts = [_mesh.layout_of(item) for item in items]
     if not (known and plan.fits(layouts)):
-        plan = Plan(items, layouts, asked)
-        if key is not None:
-            _plans[key] = plan
+        plan = Plan(items, layouts, asked, kind, labels, count)
     return plan, plan.read(items, write) if walks else None

@@ -98,25 +98,34 @@ def as_norm(part: Tensor, p: float) -> Tensor:
     return part.sqrt() if p == 2 else part
 
 
-def pick(parts: Tensor, members: list[int]) -> Tensor:
+def combined(parts: Tensor, members: list[list[int]], p: float) -> Tensor:
+    """The parts of each list of members added up."""
+    if len(members) == 1:
+        return added(pick(parts, members[0]), p).reshape(1)
+    return torch.stack([added(pick(parts, some), p) for some in members])
+
+
+def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
     """Those parts, or a zero for none, picked without a copy of indices to the device."""
-    if len(members) == len(parts) > 0:
+    if len(members) == len(parts if sizes is None else sizes) > 0:
         return parts
-    return torch.stack([parts[i] for i in members]) if members else parts.new_zeros(1)
+    each = parts.split(1 if sizes is None else sizes)
+    return torch.cat([each[i] for i in members]) if members else parts.new_zeros(1)
 
 
-def over(step: Step, parts: Tensor, p: float) -> Tensor:
-    """The parts, the members of the step added up over its ranks."""
-    combined = _combined(step, pick(parts, step.members), p)
-    if len(combined) == len(parts):
-        return combined
-    values = list(parts.unbind())
-    for i, value in zip(step.members, combined.unbind(), strict=True):
-        values[i] = value
-    return torch.stack(values)
+def over(step: Step, parts: Tensor, p: float, sizes: list[int] | None = None) -> Tensor:
+    """The parts, the members of the step added up over its ranks; `sizes`: parts to a member."""
+    reduced = _reduced(step, pick(parts, step.members, sizes), p)
+    if len(reduced) == len(parts):
+        return reduced
+    each = list(parts.split(1 if sizes is None else sizes))
+    present = reduced.split(1 if sizes is None else [sizes[i] for i in step.members])
+    for i, some in zip(step.members, present, strict=True):
+        each[i] = some
+    return torch.cat(each)
 
 
-def _combined(step: Step, parts: Tensor, p: float) -> Tensor:
+def _reduced(step: Step, parts: Tensor, p: float) -> Tensor:
     if p in (1, 2):
         return all_reduce(step, parts, "SUM")
     # The maximum of a backend may lose a NaN, so that travels beside it.

@@ -22,40 +22,56 @@ def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def norms(
-    tensors: Sequence[Tensor], p: float, group: Sequence[int] | None = None, wide: bool = False
+    tensors: Sequence[Tensor],
+    p: float,
+    group: Sequence[int] | None = None,
+    wide: bool = False,
+    rows: bool = False,
 ) -> Tensor:
-    values = _tensor_norms(tensors, p) if tensors else torch.zeros(0, dtype=torch.float64)
+    check_groups(len(tensors), group, rows)
+    if not tensors:
+        values = torch.zeros(0, dtype=torch.float64)
+    elif rows:
+        values = torch.cat([_row_norms(t, p).to(tensors[0].device) for t in tensors])
+    else:
+        values = _tensor_norms(tensors, p)
     if group is not None:
-        check_groups(len(tensors), group)
         members: list[list[int]] = [[] for _ in range(max(group, default=-1) + 1)]
         for index, g in enumerate(group):
             members[g].append(index)
         empty = values.new_zeros(())
-        rows = [norm_of(values[m], p) if m else empty for m in members]
-        values = torch.stack(rows) if rows else values
+        each = [norm_of(values[m], p) if m else empty for m in members]
+        values = torch.stack(each) if each else values
     return values if wide else values.to(result_dtype(tensors))
 
 
-def scale_(tensors: Sequence[Tensor], coef: Tensor, group: Sequence[int] | None = None) -> None:
+def scale_(
+    tensors: Sequence[Tensor],
+    coef: Tensor,
+    group: Sequence[int] | None = None,
+    rows: bool = False,
+) -> None:
+    check_groups(len(tensors), group, rows)
     if not tensors:
         return
-    coefs = [coef] * len(tensors)
+    sizes = [count_rows(t) if rows else 1 for t in tensors]
+    coefs: Sequence[Tensor] = [coef] * len(tensors)
     if coef.dim():
-        slots = range(len(tensors)) if group is None else group
-        check_groups(len(tensors), slots)
-        if coef.dim() != 1 or coef.numel() <= max(slots):
+        slots = sum(sizes) if group is None else max(group) + 1
+        if coef.dim() != 1 or coef.numel() < slots:
             raise ValueError(
-                f"coef: expected a 0-d tensor or one value for each of {max(slots) + 1} groups, "
+                f"coef: expected a 0-d tensor or one value for each of {slots} groups, "
                 f"got shape {list(coef.shape)}"
             )
-        values = coef.unbind()
-        coefs = [values[slot] for slot in slots]
+        coefs = coef[: sum(sizes)].split(sizes) if group is None else [coef[g] for g in group]
     torch.autograd.graph.increment_version(tensors)
     for tensor, value in zip(tensors, coefs, strict=True):
         # Only where the host knows the value already; a device multiplies by 1 rather than wait.
-        if value.device.type == "cpu" and value >= 1:
+        if value.device.type == "cpu" and bool((value == 1).all()):
             continue
-        _multiply_(tensor, value.to(tensor.device).clamp(max=1))
+        per_row = value.numel() != 1
+        value = value.view(-1, *[1] * (tensor.dim() - 1)) if per_row else value.reshape(())
+        _multiply_(tensor, value.to(tensor.device))
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
@@ -71,16 +87,23 @@ def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) ->
     return total_norm
 
 
+def record_(rows: Tensor, steps: Tensor, row: Tensor) -> None:
+    """Write `row` into the ring `rows`, of `steps` rows so far, and count it."""
+    rows.index_copy_(0, steps.remainder(len(rows)), row.to(rows).view(1, -1))
+    steps.add_(1)
+
+
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """Return min(1, max_norm / (total_norm + 1e-6)), of the norm's shape.
 
     An infinite threshold gives 1 for any norm. A NaN or negative threshold, which only a tensor
-    can bring here, gives NaN: loud, where a negative multiplier would silently reverse a step.
+    can bring here (the dispatcher may make a number of it), gives NaN: loud, where a negative
+    multiplier would silently reverse a step.
     """
     if not isinstance(max_norm, Tensor):
-        if max_norm == math.inf:
-            return torch.ones_like(total_norm)
-        return total_norm.new_full((), max_norm).div_(total_norm + 1e-6).clamp_max_(1)
+        if not 0 <= max_norm < math.inf:
+            return torch.full_like(total_norm, 1 if max_norm == math.inf else math.nan)
+        return torch.full_like(total_norm, max_norm).div_(total_norm + 1e-6).clamp_max_(1)
     threshold = max_norm.to(total_norm)
     coef = (threshold / (total_norm + 1e-6)).clamp(max=1)
     return coef.where(threshold >= 0, math.nan).masked_fill(threshold == math.inf, 1)
@@ -98,7 +121,16 @@ def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def check_groups(count: int, group: Sequence[int]) -> None:
+def count_rows(tensor: Tensor) -> int:
+    """Slices along the first dimension of two or more; else the tensor is one."""
+    return tensor.size(0) if tensor.dim() > 1 else 1
+
+
+def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
+    if group is None:
+        return
+    if rows:
+        raise ValueError("group: expected none with rows=True, a row is its own")
     if len(group) != count:
         raise ValueError(f"group: expected one index per tensor, {count}, got {len(group)}")
     if min(group, default=0) < 0:
@@ -143,18 +175,44 @@ def norm_of(values: Tensor, p: float) -> Tensor:
     """The p-norm of float64 values, for unusual p relative to their maximum: no power overflows."""
     if p > 0 and len(values) > _block(values):
         values = torch.stack([norm_of(part, p) for part in values.split(_block(values))])
-    if p in (1, 2) or math.isinf(p) or p <= 0:
-        return torch.linalg.vector_norm(values, p)
-    most = values.abs().amax()
-    unit = most.where((most > 0) & most.isfinite(), 1)
-    return unit * torch.linalg.vector_norm(values / unit, p)
+    return _norms_of_rows(values[None], p)[0]
 
 
 def _multiply_(tensor: Tensor, coef: Tensor) -> None:
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        for block in _blocks(tensor):
-            block.copy_(block.float() * coef.float())
+    """By one coefficient, or one for each row, of the tensor's dimension."""
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        tensor.mul_(coef.to(wide))
+    elif coef.dim():
+        size = _rows_of_block(tensor)
+        for rows, coefs in zip(tensor.split(size), coef.split(size), strict=True):
+            rows.copy_(rows.float() * coefs.to(wide))
     else:
-        tensor.mul_(coef.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32))
-    if coef.device.type != "cpu" or coef < 0:
+        for block in _blocks(tensor):
+            block.copy_(block.float() * coef.to(wide))
+    if coef.device.type != "cpu" or bool((coef < 0).any()):
         tensor.masked_fill_(coef < 0, 0)
+
+
+def _rows_of_block(tensor: Tensor) -> int:
+    return max(1, _block(tensor) * tensor.size(0) // max(1, tensor.numel()))
+
+
+def _row_norms(tensor: Tensor, p: float) -> Tensor:
+    if tensor.dim() < 2:
+        return _tensor_norms([tensor], p)
+    if tensor.numel() > _block(tensor) * len(tensor):
+        return _tensor_norms(tensor.detach().unbind(), p)
+    rows = tensor.detach().flatten(1)
+    if not rows.numel():
+        return torch.zeros(len(rows), dtype=torch.float64, device=tensor.device)
+    each = [_norms_of_rows(some.double(), p) for some in rows.split(_rows_of_block(rows))]
+    return torch.cat(each)
+
+
+def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
+    if p in (1, 2) or math.isinf(p) or p <= 0:
+        return torch.linalg.vector_norm(rows, p, dim=1)
+    most = rows.abs().amax(1)
+    unit = most.where((most > 0) & most.isfinite(), 1)
+    return unit * torch.linalg.vector_norm(rows / unit[:, None], p, dim=1)

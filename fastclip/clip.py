@@ -1,19 +1,25 @@
 """The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._grads import read, take
+from ._arguments import (
+    Threshold,
+    at_least_zero,
+    fixed_threshold,
+    order,
+    policy,
+    raise_if_nonfinite,
+    scalar,
+    threshold,
+)
+from ._grads import agreed, read, take
 from ._mesh import value_of
-from ._plan import MeshGrads
 from ._reference import clip_coef, spared_coef
-
-Threshold = float | Tensor | Callable[[Tensor], float | Tensor]
 
 
 def clip_grad_norm_(
@@ -65,19 +71,19 @@ def clip_grad_norm_(
     >>> clip_grad_norm_([w], max_norm=1.0), w.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    max_norm, p = _threshold(max_norm), _order(norm_type)
-    nonfinite = _policy(nonfinite, error_if_nonfinite)
+    max_norm, p = threshold(max_norm), order(norm_type)
+    nonfinite = policy(nonfinite, error_if_nonfinite)
     grads = read(parameters, foreach, process_group)
     if nonfinite == "propagate" and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
     total_norm = grads.norm(p)
     value = value_of(total_norm)
-    agreed = value if nonfinite == "propagate" else _agreed(grads, value)
+    judged = value if nonfinite == "propagate" else agreed(grads, value)
     if nonfinite == "error":
-        _raise_if_nonfinite(agreed, p)
+        raise_if_nonfinite(judged, p)
     if callable(max_norm):
-        max_norm = _threshold(max_norm(value))
-    grads.scale_(spared_coef(clip_coef(value, max_norm), agreed, nonfinite))
+        max_norm = fixed_threshold(max_norm(value))
+    grads.scale_(spared_coef(clip_coef(value, max_norm), judged, nonfinite))
     return total_norm
 
 
@@ -103,10 +109,7 @@ def clip_grad_value_(
     >>> clip_grad_value_([w], clip_value=1.0); w.grad
     tensor([-1.0000,  0.5000])
     """
-    bound = _number("clip_value", clip_value)
-    if not bound >= 0:
-        raise ValueError(f"clip_value: expected a number >= 0, got {clip_value}")
-    read(parameters, foreach).clamp_(bound)
+    read(parameters, foreach).clamp_(at_least_zero("clip_value", clip_value))
 
 
 def get_total_norm(
@@ -143,11 +146,11 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    p = _order(norm_type)
+    p = order(norm_type)
     grads = take(tensors, foreach, process_group)
     total_norm = grads.norm(p)
     if error_if_nonfinite:
-        _raise_if_nonfinite(_agreed(grads, value_of(total_norm)), p)
+        raise_if_nonfinite(agreed(grads, value_of(total_norm)), p)
     return total_norm
 
 
@@ -178,13 +181,13 @@ def clip_grads_with_norm_(
     >>> clip_grads_with_norm_([w], max_norm=1.0, total_norm=get_total_norm([w.grad])); w.grad
     tensor([0.6000, 0.8000])
     """
-    max_norm = _threshold(max_norm)
+    max_norm = fixed_threshold(max_norm)
     if not isinstance(total_norm, Tensor):
         raise TypeError(
             f"total_norm: expected a 0-d tensor, got {type(total_norm).__name__}; pass what "
             "get_total_norm returned, or torch.tensor(value)"
         )
-    total_norm = _scalar("total_norm", total_norm)
+    total_norm = scalar("total_norm", total_norm)
     grads = read(parameters, foreach)
     if not len(grads):
         warnings.warn(
@@ -194,65 +197,3 @@ def clip_grads_with_norm_(
         )
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     grads.scale_(clip_coef(precise, max_norm))
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-
-
-def _order(norm_type: float) -> float:
-    p = _number("norm_type", norm_type)
-    if math.isnan(p):
-        raise ValueError("norm_type: expected a number or 'inf', got nan")
-    return p
-
-
-def _scalar(name: str, value: Tensor) -> Tensor:
-    value = value_of(value)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(value.shape)}")
-    return value.reshape(())
-
-
-def _threshold(max_norm: Any) -> Any:
-    if callable(max_norm):
-        return max_norm
-    if isinstance(max_norm, Tensor):
-        return _scalar("max_norm", max_norm)
-    value = _number("max_norm", max_norm)
-    if not value >= 0:
-        raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
-    return value
-
-
-def _policy(nonfinite: str, error_if_nonfinite: bool) -> str:
-    if nonfinite not in ("propagate", "error", "zero", "skip"):
-        raise ValueError(
-            f"nonfinite: expected 'propagate', 'error', 'zero' or 'skip', got {nonfinite!r}"
-        )
-    if error_if_nonfinite and nonfinite not in ("propagate", "error"):
-        raise ValueError(
-            f"nonfinite: {nonfinite!r} and error_if_nonfinite=True are two answers; pass one"
-        )
-    return "error" if error_if_nonfinite else nonfinite
-
-
-def _agreed(grads: Any, total_norm: Tensor) -> Tensor:
-    return grads.agreed(total_norm) if isinstance(grads, MeshGrads) else total_norm
-
-
-def _raise_if_nonfinite(total_norm: Tensor, p: float) -> None:
-    if total_norm.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
-            "the call without it and look at the norm it returns after a replay"
-        )
-    if not total_norm.isfinite():
-        raise RuntimeError(
-            f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "
-            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
-            "norm anyway, set `error_if_nonfinite=False`"
-        )

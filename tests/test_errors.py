@@ -7,7 +7,7 @@ import torch
 from conftest import parameters
 
 import fastclip
-from fastclip import _ops, clip
+from fastclip import _arguments, _ops
 
 
 @pytest.fixture(params=["walk", "python"], autouse=True)
@@ -146,4 +146,4 @@ def test_error_if_nonfinite_is_refused_while_a_graph_is_captured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="error_if_nonfinite: waits"):
-        clip._raise_if_nonfinite(Norm(), 2.0)
+        _arguments.raise_if_nonfinite(Norm(), 2.0)

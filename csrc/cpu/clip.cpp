@@ -14,7 +14,7 @@ at::Tensor clip(at::TensorList tensors, const FlatList& list, double max_norm, d
   const at::ScalarType dtype = list.result_dtype();
   const double coef =
       dtype == at::kDouble ? clip_coef<double>(norm, max_norm) : clip_coef<float>(norm, max_norm);
-  if (!(coef >= 1)) cpu::scale_phase(list, spans, [=](size_t) { return coef; });
+  if (coef != 1) cpu::scale_phase(list, spans, [=](size_t) { return coef; });
   return cpu::scalar_result(norm, dtype);
 }
 

@@ -16,10 +16,12 @@ at::Tensor norm_cpu(at::TensorList tensors, double p) {
                             list->result_dtype());
 }
 
-at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide) {
-  const auto list = FlatList::look(tensors, p);
-  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide);
-  const int64_t groups = count_groups(tensors, group);
+at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
+                     bool rows) {
+  const auto list = FlatList::look(tensors, p, unit_of(group, rows));
+  if (!list)
+    return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
+  const int64_t groups = count_groups(*list, group);
   const cpu::Spans spans = cpu::Spans::by_group(*list, group);
   const std::vector<double> partials = cpu::norm_phase(*list, spans, p);
   std::vector<cpu::Accumulator> totals(groups, cpu::Accumulator(norm_kind(p), p));

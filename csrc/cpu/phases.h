@@ -73,7 +73,7 @@ inline double total_norm(const std::vector<double>& partials, double p) {
   return total.norm();
 }
 
-// Multiplies tensor i by coef(i) in place unless that is 1 or more. Spans go from last to first:
+// Multiplies tensor i by coef(i) in place unless that is 1. Spans go from last to first:
 // what the norm phase read last is still in the cache.
 template <class Coef>
 void scale_phase(const FlatList& tensors, const Spans& spans, Coef&& coef) {
@@ -81,7 +81,7 @@ void scale_phase(const FlatList& tensors, const Spans& spans, Coef&& coef) {
     for (int64_t k = last - 1; k >= first; --k) {
       spans.for_each_tile(k, [&](size_t i, void* data, int64_t n) {
         const double c = coef(i);
-        if (!(c >= 1)) scale(data, tensors[i].dtype, n, c);
+        if (c != 1) scale(data, tensors[i].dtype, n, c);
       });
     }
   });

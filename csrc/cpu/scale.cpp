@@ -7,11 +7,12 @@
 namespace fastclip {
 namespace {
 
-void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group) {
-  const auto list = FlatList::look(tensors);
+void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
+               bool rows) {
+  const auto list = FlatList::look(tensors, unit_of(group, rows));
   if (!list || !coef.is_cpu())
-    return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group);
-  check_coef(tensors, coef, group);
+    return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
+  check_coef(*list, coef, group);
   bump_versions(tensors);
   const at::Tensor values = coef.to(at::kDouble).contiguous();
   const double* c = values.const_data_ptr<double>();

@@ -51,7 +51,7 @@ __device__ void finish_and_scale(const Table& table, const Work& work) {
   const double coef = work.norms.is_double
                           ? clip_coef(norm, max_norm)
                           : clip_coef(static_cast<float>(norm), static_cast<float>(max_norm));
-  if (coef >= 1) return;
+  if (coef == 1) return;
   change_phase<Multiply>(table, [=](int) { return coef; });
 }
 

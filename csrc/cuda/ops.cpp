@@ -16,11 +16,11 @@ namespace fastclip {
 namespace {
 
 // Nothing where the list, or its device, is for the default op.
-template <class... P>
-std::optional<FlatList> look(at::TensorList tensors, P... p) {
+template <class... How>
+std::optional<FlatList> look(at::TensorList tensors, How... how) {
   if (tensors.empty() || tensors[0].is_cpu() || !cuda::serves(tensors[0].get_device()))
     return std::nullopt;
-  return FlatList::look(tensors, p...);
+  return FlatList::look(tensors, how...);
 }
 
 enum class Slots { kOne, kGroups };  // 0, or group[i], or i without groups
@@ -63,22 +63,25 @@ at::Tensor norm_cuda(at::TensorList tensors, double p) {
                  cuda::launch_norms);
 }
 
-at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide) {
-  const auto list = look(tensors, p);
-  if (!list) return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide);
-  const int64_t groups = count_groups(tensors, group);
+at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
+                      bool rows) {
+  const auto list = look(tensors, p, unit_of(group, rows));
+  if (!list)
+    return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
+  const int64_t groups = count_groups(*list, group);
   auto parts = parts_of(*list, Slots::kGroups, group);
   std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
   return measure(tensors[0], {parts, true}, {groups}, wide ? at::kDouble : list->result_dtype(),
                  {.p = p, .slots = static_cast<int>(groups)}, cuda::launch_norms);
 }
 
-void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group) {
-  const auto list = look(tensors);
+void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
+                bool rows) {
+  const auto list = look(tensors, unit_of(group, rows));
   const int64_t slots = coef.dim() > 0 ? coef.numel() : 1;
   if (!list || slots > cuda::kMaxSlots)
-    return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group);
-  check_coef(tensors, coef, group);
+    return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
+  check_coef(*list, coef, group);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
   const at::ScalarType dtype = coef.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -9,7 +9,7 @@ namespace fastclip::cuda {
 // A coefficient below 0 stands for zeros, see Note [coef].
 struct Multiply {
   static constexpr int kResident = 2;  // blocks to a multiprocessor
-  __device__ static bool is_idle(double coef) { return coef >= 1; }
+  __device__ static bool is_idle(double coef) { return coef == 1; }
 
   template <class acc_t>
   __device__ static bool apply(acc_t& x, acc_t coef) {

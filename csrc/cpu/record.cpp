@@ -1,0 +1,32 @@
+// record_ on the CPU: a row into a ring, where three small ops cost more than the clip of a few
+// tensors.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "../tensor_list.h"
+
+namespace fastclip {
+namespace {
+
+void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& row) {
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0,
+                    "rows: expected contiguous rows of numbers, got shape ", rows.sizes());
+  TORCH_CHECK_VALUE(steps.scalar_type() == at::kLong && steps.numel() == 1 && steps.is_cpu(),
+                    "steps: expected one int64 number on the CPU");
+  TORCH_CHECK_VALUE(row.numel() == rows.size(1), "row: expected ", rows.size(1),
+                    " numbers, got shape ", row.sizes());
+  const at::Tensor numbers = row.to(rows.options()).contiguous();
+  int64_t& count = *steps.mutable_data_ptr<int64_t>();
+  const size_t bytes = numbers.nbytes();
+  std::memcpy(static_cast<char*>(rows.mutable_data_ptr()) + (count++ % rows.size(0)) * bytes,
+              numbers.const_data_ptr(), bytes);
+  bump_versions({rows, steps});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastclip, CPU, m) { m.impl("record_", record_cpu); }
+
+}  // namespace fastclip

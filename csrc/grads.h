@@ -1,0 +1,99 @@
+// Local gradients, read once, with the verbs that Python calls: each is one call of an op through
+// the dispatcher, so that profilers and modes see it.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "tensor_list.h"
+
+namespace fastclip {
+
+inline bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
+         !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
+}
+
+// Plain gradients of one device, or the plain tensors inside gradients that wrap one. The ops run
+// below autograd: nothing here is differentiated, and the kernels themselves bump the version
+// counters, but for those of the wrappers.
+class Grads {
+ private:
+  template <class Op, class... Args>
+  auto call(const c10::TypedOperatorHandle<Op>& op, Args&&... args) const {
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.call(tensors_, std::forward<Args>(args)...);
+  }
+
+  std::vector<at::Tensor> tensors_, wrappers_;
+  std::vector<int64_t> slots_;
+
+ public:
+  void reserve(size_t count) { tensors_.reserve(count); }
+
+  // Whether `tensor` is plain and where the others are, and so is among them now.
+  bool add(const at::Tensor& tensor) {
+    if (!is_plain(tensor, tensors_)) return false;
+    tensors_.push_back(tensor);
+    return true;
+  }
+
+  void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
+  void note(int64_t slot) { slots_.push_back(slot); }
+
+  size_t size() const { return tensors_.size(); }
+
+  bool is_wide() const {
+    return std::ranges::any_of(tensors_, [](const auto& t) { return t.dtype() == at::kDouble; });
+  }
+
+  at::Tensor norm(double p) const { return call(find_op<NormOp>("fastclip::norm"), p); }
+
+  const std::vector<int64_t>& slots() const { return slots_; }
+
+  // The norm of each slot in float64, up to the last slot that holds a gradient.
+  at::Tensor norms(double p) const {
+    return call(find_op<NormsOp>("fastclip::norms"), p, at::OptionalIntArrayRef(slots_), true,
+                false);
+  }
+
+  // The norm of each gradient, or of each row.
+  at::Tensor each_norms(double p, bool rows, bool wide) const {
+    return call(find_op<NormsOp>("fastclip::norms"), p, std::nullopt, wide, rows);
+  }
+
+  // By one coefficient, or one for each slot.
+  void scale_(const at::Tensor& coef) const {
+    const auto slots = coef.dim() ? at::OptionalIntArrayRef(slots_) : std::nullopt;
+    call(find_op<ScaleOp>("fastclip::scale_"), coef, slots, false);
+    bump_versions(wrappers_);
+  }
+
+  // By one coefficient for each gradient, or for each row.
+  void scale_each_(const at::Tensor& coefs, bool rows) const {
+    call(find_op<ScaleOp>("fastclip::scale_"), coefs, std::nullopt, rows);
+    bump_versions(wrappers_);
+  }
+
+  void clamp_(double bound) const {
+    call(find_op<ClampOp>("fastclip::clamp_"), bound);
+    bump_versions(wrappers_);
+  }
+
+  at::Tensor clip_norm_(double max_norm, double p) const {
+    return call(find_op<ClipNormOp>("fastclip::clip_norm_"), max_norm, p);
+  }
+
+  at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p) const {
+    return call(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), max_norm, p);
+  }
+};
+
+}  // namespace fastclip

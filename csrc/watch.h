@@ -1,0 +1,65 @@
+// Whether Python lists and dicts still hold what they held: what tells a prepared clip that the
+// parameters of a module or an optimizer are others now, in a nanosecond or two for each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace fastclip {
+
+class [[gnu::visibility("hidden")]] Watch {
+ public:
+  explicit Watch(const std::vector<py::object>& containers) {
+    for (const py::object& container : containers) {
+      containers_.push_back({container, PyDict_Check(container.ptr()) != 0, size_of(container)});
+      for_each(containers_.back(), [this](PyObject* item) {
+        held_.push_back(py::reinterpret_borrow<py::object>(item));
+        return true;
+      });
+    }
+  }
+
+  // Whether each container has the very same items, or values, in the same order.
+  bool is_unchanged() const {
+    auto held = held_.begin();
+    return std::ranges::all_of(containers_, [&](const Container& container) {
+      return size_of(container.object) == container.size &&
+             for_each(container, [&](PyObject* item) { return (held++)->ptr() == item; });
+    });
+  }
+
+ private:
+  struct Container {
+    py::object object;
+    bool is_dict;
+    Py_ssize_t size;
+  };
+
+  static Py_ssize_t size_of(const py::object& container) {
+    return PyDict_Check(container.ptr()) ? PyDict_Size(container.ptr())
+                                         : PyList_GET_SIZE(container.ptr());
+  }
+
+  // Until `visit` says false; whether it never did.
+  template <class Visit>
+  static bool for_each(const Container& container, Visit&& visit) {
+    PyObject* object = container.object.ptr();
+    PyObject *key = nullptr, *value = nullptr;
+    if (container.is_dict) {
+      for (Py_ssize_t position = 0; PyDict_Next(object, &position, &key, &value);)
+        if (!visit(value)) return false;
+    } else {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i)
+        if (!visit(PyList_GET_ITEM(object, i))) return false;
+    }
+    return true;
+  }
+
+  std::vector<Container> containers_;
+  std::vector<py::object> held_;
+};
+
+}  // namespace fastclip

@@ -1,0 +1,155 @@
+"""Local gradients that the extension does not read itself, with the verbs of those it does.
+
+Any layout and any mix of devices: sparse, complex, with gaps, lazily negated, what wrappers hold.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._reference import clip_coef, count_rows, result_dtype
+
+
+class Grads:
+    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result."""
+
+    def __init__(self, tensors: list[Tensor], slots: list[int], wrappers: list[Tensor]) -> None:
+        self.tensors, self.slots_, self.wrappers = tensors, slots, wrappers
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def slots(self) -> list[int]:
+        return self.slots_
+
+    def norm(self, p: float) -> Tensor:
+        with torch.no_grad():
+            if len(_by_device(self.tensors)) > 1 and p > 0:
+                return self.norms(p)[0].to(result_dtype(self.tensors))
+            return _ops.norm([_measured(t, p) for t in self.tensors], p)
+
+    def is_wide(self) -> bool:
+        return result_dtype(self.tensors) == torch.float64
+
+    def norms(self, p: float) -> Tensor:
+        """The norm of each slot in float64, up to the last slot that holds a gradient."""
+        with torch.no_grad():
+            tensors = [_measured(t, p) for t in self.tensors]
+            if len(_by_device(tensors)) > 1:
+                tensors = list(self.each_norms(p, wide=True).unbind())
+            return _ops.norms(tensors, p, self.slots_, True)
+
+    def each_norms(self, p: float, rows: bool = False, wide: bool = False) -> Tensor:
+        """The norm of each gradient, or of each row."""
+        with torch.no_grad():
+            tensors = [_measured(t, p, rows) for t in self.tensors]
+            devices = _by_device(tensors)
+            if len(devices) < 2:
+                return _ops.norms(tensors, p, None, wide, rows)
+            each = list(tensors)
+            for positions in devices.values():
+                some = [tensors[i] for i in positions]
+                norms = _ops.norms(some, p, None, True, rows).to(tensors[0].device)
+                for i, norm in zip(positions, norms.split(_sizes(some, rows)), strict=True):
+                    each[i] = norm
+            return torch.cat(each).to(torch.float64 if wide else result_dtype(tensors))
+
+    def scale_(self, coef: Tensor) -> None:
+        """By one coefficient, or one for each slot."""
+        with torch.no_grad():
+            scaled = [_scaled(t) for t in self.tensors]
+            for device, positions in _by_device(scaled).items():
+                slots = [self.slots_[i] for i in positions] if coef.dim() else None
+                _ops.scale_([scaled[i] for i in positions], coef.to(device), slots)
+            self._bump_versions()
+
+    def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
+        """By one coefficient for each gradient, or for each row."""
+        with torch.no_grad():
+            scaled = [_scaled(t, rows) for t in self.tensors]
+            devices = _by_device(scaled)
+            each = coefs.split(_sizes(scaled, rows)) if len(devices) > 1 else []
+            for device, positions in devices.items():
+                here = torch.cat([each[i] for i in positions]).to(device) if each else coefs
+                _ops.scale_([scaled[i] for i in positions], here, None, rows)
+            self._bump_versions()
+
+    def clamp_(self, bound: float) -> None:
+        with torch.no_grad():
+            clamped = [_clamped(t) for t in self.tensors]
+            for positions in _by_device(clamped).values():
+                _ops.clamp_([clamped[i] for i in positions], bound)
+            self._bump_versions()
+
+    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
+        stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
+        if stored and len(_by_device(self.tensors)) < 2:
+            with torch.no_grad():
+                return _ops.clip_norm_(self.tensors, max_norm, p)
+        total_norm = self.norm(p)
+        self.scale_(clip_coef(total_norm, max_norm))
+        return total_norm
+
+    def _bump_versions(self) -> None:
+        """The ops bump what they are given: the values of a sparse tensor, what a wrapper holds."""
+        if others := [t for t in self.tensors if t.is_sparse] + self.wrappers:
+            torch.autograd.graph.increment_version(others)
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Of each device the positions of its tensors."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        devices.setdefault(tensor.device, []).append(i)
+    return devices
+
+
+def _sizes(tensors: Sequence[Tensor], rows: bool) -> list[int]:
+    return [count_rows(t) if rows else 1 for t in tensors]
+
+
+def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
+    if tensor.is_sparse:
+        _check_rows(tensor, rows)
+        tensor = tensor.coalesce()._values()
+    return tensor.abs() if tensor.is_complex() and p != 2 else _stored(tensor, rows)
+
+
+def _scaled(tensor: Tensor, rows: bool = False) -> Tensor:
+    # Scaling is linear: uncoalesced values can be scaled one by one.
+    return _stored(tensor._values() if tensor.is_sparse else tensor, rows)
+
+
+def _check_rows(tensor: Tensor, rows: bool) -> None:
+    if rows:
+        raise TypeError(
+            f"parameters: a sparse gradient, of shape {tuple(tensor.shape)}, has not all its rows; "
+            "make it dense, or leave its parameter to clip_grad_norms_"
+        )
+
+
+def _clamped(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        raise TypeError(
+            "parameters: a complex gradient has no order to clip by value in; clip by norm"
+        )
+    if not tensor.is_sparse:
+        return _stored(tensor)
+    if not tensor.is_coalesced():
+        tensor.copy_(tensor.coalesce())
+    return tensor._values()
+
+
+def _stored(tensor: Tensor, rows: bool = False) -> Tensor:
+    """The stored real numbers: lazy conjugates and negatives have the same magnitudes."""
+    if tensor.is_complex():
+        real = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+        return real[None] if rows and tensor.dim() < 2 else real
+    return torch._neg_view(tensor) if _is_negated(tensor) else tensor
+
+
+def _is_negated(tensor: Tensor) -> bool:
+    """Whether the signs are lazily flipped, which the compiler need not and cannot ask."""
+    return not torch.compiler.is_compiling() and tensor.is_neg()

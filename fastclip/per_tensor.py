@@ -1,0 +1,131 @@
+"""Clipping in which each tensor, or each unit of it, has a norm of its own; and normalisation."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ._arguments import at_least_zero, fixed_threshold, order
+from ._grads import aligned, as_list, read, take
+from ._mesh import value_of
+from ._plan import Kind, is_spread
+from ._reference import clip_coef
+
+
+def clip_grad_norms_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2.0
+) -> Tensor:
+    r"""Scale each gradient in place so that its own norm is at most `max_norm`.
+
+    $g_i \leftarrow g_i \cdot \min(1, \text{max\_norm} / (\lVert g_i \rVert_p + 10^{-6}))$; nothing
+    is written where the coefficient is 1. Two passes at most over all tensors together, no wait for
+    the device, the same bits on every call.
+
+    Args:
+        parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
+            that of the full gradient.
+        max_norm: threshold, >= 0, a number or a 0-d tensor, the same for all.
+        norm_type: order p of the norms, any number or `'inf'`.
+
+    Returns:
+        The n norms before clipping, 1-d, in the order of the n `parameters`: float32, float64 if
+        any gradient is; 0 for one without a gradient, or given before.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+
+    Reference: `tf.clip_by_norm`, Keras `clipnorm`.
+
+    >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.0])
+    >>> clip_grad_norms_([a, b], max_norm=1.0), a.grad
+    (tensor([5.0000, 0.6000]), tensor([0.6000, 0.8000]))
+    """
+    threshold, p = fixed_threshold(max_norm), order(norm_type)
+    items = as_list(parameters, "parameters")
+    grads = read(items, kind=Kind.EACH)
+    norms = grads.each_norms(p)
+    grads.scale_each_(clip_coef(norms, threshold))
+    return aligned(norms, items)
+
+
+def clip_grad_agc_(
+    parameters: Tensor | Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
+) -> None:
+    r"""Scale each unit's gradient in place to at most `clip_factor` times the norm of its weights.
+
+    Adaptive gradient clipping: where $\lVert g_i \rVert > \lambda \max(\lVert w_i \rVert,
+    \epsilon)$, $g_i \leftarrow g_i \cdot \lambda \max(\lVert w_i \rVert, \epsilon) / \lVert g_i
+    \rVert$, for every unit i: a slice along the first dimension (an output of a linear or
+    convolution weight), or all of a tensor with fewer than two dimensions (bias, gain). One read of
+    weights and gradients, one write of what is clipped, no wait for the device.
+
+    Args:
+        parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes. The
+            paper leaves out the last linear layer.
+        clip_factor: lambda >= 0.
+        eps: >= 0, for weights that begin at 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+
+    Reference: Brock et al. 2021, arXiv:2102.06171; `timm.utils.adaptive_clip_grad`,
+        `optax.adaptive_grad_clip`.
+
+    >>> w = torch.nn.Parameter(torch.eye(2)); w.grad = torch.tensor([[3.0, 4.0], [0.0, 0.1]])
+    >>> clip_grad_agc_([w], clip_factor=0.5); w.grad
+    tensor([[0.3000, 0.4000],
+            [0.0000, 0.1000]])
+    """
+    clip_factor, eps = at_least_zero("clip_factor", clip_factor), at_least_zero("eps", eps)
+    items = as_list(parameters, "parameters")
+    # Over ranks the weights tell what the gradients may be; else only those with one are measured.
+    if not is_spread(items, None):
+        items = list({id(item): item for item in items if _has_grad(item)}.values())
+    grads = read(items, kind=Kind.ROWS)
+    norms = grads.each_norms(2.0, rows=True)
+    weights = take(items, kind=Kind.ROWS).each_norms(2.0, rows=True).to(norms.dtype)
+    limits = weights.clamp(min=eps) * clip_factor
+    # A norm that is infinite or NaN is no reason to leave a gradient as it is.
+    coefs = (limits / norms).masked_fill(norms <= limits, 1)
+    grads.scale_each_(coefs, rows=True)
+
+
+def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) -> Tensor:
+    r"""Scale the gradients in place so that their global norm is `norm`, from above or below.
+
+    $g \leftarrow g \cdot \text{norm} / \lVert g \rVert_2$; gradients that are all 0 stay so. One
+    read and one write, no wait for the device.
+
+    Args:
+        parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.
+        norm: the norm wanted, >= 0.
+
+    Returns:
+        The norm before scaling, 0-d, as `clip_grad_norm_` does.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+
+    Reference: Hazan et al. 2015, arXiv:1507.02030; `optax.normalize_by_update_norm`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([0.3, 0.4])
+    >>> normalize_grad_([w]), w.grad
+    (tensor(0.5000), tensor([0.6000, 0.8000]))
+    """
+    wanted = at_least_zero("norm", norm)
+    if math.isinf(wanted):
+        raise ValueError("norm: expected a finite number, got inf")
+    grads = read(parameters)
+    total_norm = grads.norm(2.0)
+    value = value_of(total_norm)
+    # Subnormal norms ask for more than the dtype holds.
+    coef = (wanted / value).clamp(max=torch.finfo(value.dtype).max)
+    grads.scale_(coef.masked_fill(value == 0, 1))
+    return total_norm
+
+
+def _has_grad(item: object) -> bool:
+    # What is no tensor is for `read` to name.
+    return not isinstance(item, Tensor) or item.grad is not None

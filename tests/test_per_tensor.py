@@ -1,0 +1,232 @@
+"""Per-tensor, unit-wise and normalising functions against their formulas in float64."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from conftest import ORDERS, awkward, oracle, parameters, ulps, without_emulation
+
+import fastclip
+from fastclip import _ops, per_tensor
+
+
+@pytest.fixture(params=["walk", "python"])
+def reader(request, monkeypatch):
+    """Gradients read by the extension, and without it."""
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    elif _ops.extension is None:
+        pytest.skip("no extension")
+
+
+def units(tensor):
+    return tensor.unbind() if tensor.dim() > 1 else [tensor]
+
+
+def weighted(grads):
+    """Parameters with random weights, some of them 0, and these gradients."""
+    made = parameters(grads)
+    for i, parameter in enumerate(made):
+        parameter.data = torch.randn(parameter.shape).to(parameter) * (i % 3)
+    return made
+
+
+def layers(dtype, device):
+    shapes = [(8, 5), (8,), (6, 3, 3, 3), (), (7, 40000), (0, 4), (4, 0), (1, 9)]
+    made = [(torch.randn(shape) * 0.1 * (i + 1)).to(dtype) for i, shape in enumerate(shapes)]
+    made[2] = made[2].contiguous(memory_format=torch.channels_last)
+    made.append(torch.randn(5, 8).to(dtype).t())
+    return [tensor.to(device) for tensor in made]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_each_tensor_is_clipped_by_its_own_norm(reader, device, dtype, p):
+    grads = awkward(dtype, device)
+    made = parameters(grads)
+    norms = fastclip.clip_grad_norms_(made, 5.0, p)
+    assert norms.shape == (len(grads),)
+    for parameter, grad, norm in zip(made, grads, norms, strict=True):
+        expected = oracle([grad], p)
+        assert ulps(norm, expected) <= 2
+        coef = torch.tensor(min(1, 5.0 / (float(norm) + 1e-6)), dtype=norm.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(
+            parameter.grad, (grad.to(wide) * coef.to(wide)).to(dtype), rtol=4e-3, atol=0
+        )
+        assert expected > 5 or torch.equal(parameter.grad, grad)
+        assert oracle([parameter.grad], p) <= 5 * (1 + max(4 * torch.finfo(dtype).eps, 1e-12))
+
+
+def test_each_norm_stands_where_its_parameter_does(reader):
+    made = parameters([torch.ones(4), None, 2 * torch.ones(4)])
+    norms = fastclip.clip_grad_norms_([*made, made[0]], 3.0)
+    assert norms.tolist() == [2.0, 0.0, 4.0, 0.0]
+    assert made[0].grad.tolist() == [1.0] * 4
+    assert float(made[2].grad.norm()) == pytest.approx(3.0)
+    assert fastclip.clip_grad_norms_([], 1.0).shape == (0,)
+    assert fastclip.clip_grad_norms_(iter(made), torch.tensor(1.0)).shape == (3,)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_spoils_its_own_tensor_alone(reader, bad):
+    made = parameters([torch.ones(4), torch.tensor([1.0, bad])])
+    norms = fastclip.clip_grad_norms_(made, 1.0)
+    assert float(norms[0]) == 2
+    assert not norms[1].isfinite()
+    assert made[0].grad.tolist() == pytest.approx([0.5] * 4)
+    assert made[1].grad[1].isnan()
+
+
+@without_emulation
+def test_sparse_and_complex_gradients_have_norms_of_their_own(device):
+    sparse = torch.sparse_coo_tensor([[1, 1]], [3.0, 1.0], (4,), device=device)
+    made = parameters([torch.zeros(4, device=device), torch.zeros(2, dtype=torch.complex64)])
+    made[0].grad, made[1].grad = sparse, torch.tensor([3j, 0.0])
+    made[1].data, made[1].grad = made[1].data.to(device), made[1].grad.to(device)
+    assert fastclip.clip_grad_norms_(made, 1.0).tolist() == [4.0, 3.0]
+    assert float(made[0].grad.coalesce().values()) == pytest.approx(1.0)
+    assert complex(made[1].grad[0]) == pytest.approx(1j)
+
+
+def agc(weight, grad, clip_factor, eps):
+    """Brock et al. 2021, equation 3, unit by unit in float64."""
+    found = grad.double().clone()
+    for w, g, out in zip(units(weight), units(grad), units(found), strict=True):
+        limit = clip_factor * max(float(w.double().norm()), eps)
+        if float(g.double().norm()) > limit:
+            out.copy_(g.double() / g.double().norm() * limit)
+    return found
+
+
+def test_adaptive_clipping_is_the_papers_formula(reader, device, dtype):
+    grads = layers(dtype, "cpu")
+    made = weighted(grads)
+    expected = [agc(p.detach(), g, 0.1, 1e-3) for p, g in zip(made, grads, strict=True)]
+    for parameter in made:
+        parameter.grad, grad = None, parameter.grad
+        parameter.data = parameter.data.to(device)
+        parameter.grad = grad.to(device)
+    fastclip.clip_grad_agc_(made, 0.1)
+    for parameter, value in zip(made, expected, strict=True):
+        assert parameter.grad.dtype == dtype
+        eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-15
+        tiny = torch.finfo(dtype).smallest_normal
+        torch.testing.assert_close(
+            parameter.grad.cpu().double(), value, rtol=4 * eps, atol=tiny, equal_nan=True
+        )
+
+
+def test_adaptive_clipping_is_idempotent_and_leaves_what_is_small(reader):
+    made = weighted(layers(torch.float64, "cpu"))
+    fastclip.clip_grad_agc_(made, 0.1)
+    once = [p.grad.clone() for p in made]
+    fastclip.clip_grad_agc_(made, 0.1 * (1 + 1e-12))
+    assert all(torch.equal(p.grad, g) for p, g in zip(made, once, strict=True))
+
+
+def test_adaptive_clipping_of_complex_and_sparse_gradients(reader):
+    made = parameters([torch.zeros(2, dtype=torch.complex64), torch.zeros(2, 1)])
+    made[0].grad = torch.tensor([3.0, 4j])
+    fastclip.clip_grad_agc_(made[:1], 1.0, eps=1.0)
+    torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
+    made[1].grad = torch.sparse_coo_tensor([[1]], [[3.0]], (2, 1))
+    with pytest.raises(TypeError, match="sparse gradient"):
+        fastclip.clip_grad_agc_(made, 1.0)
+    torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
+
+
+def test_adaptive_clipping_skips_parameters_without_gradients(reader):
+    made = weighted([torch.ones(2, 3), None])
+    fastclip.clip_grad_agc_([*made, made[0]], 0.0)
+    assert made[1].grad is None
+    assert not made[0].grad.any()
+    fastclip.clip_grad_agc_([], 0.1)
+
+
+@pytest.mark.parametrize("wanted", [0.0, 1e-3, 1.0, 300.0])
+def test_normalised_gradients_have_the_norm_from_either_side(reader, device, dtype, wanted):
+    grads = awkward(dtype, device)
+    made = parameters(grads)
+    norm = fastclip.normalize_grad_(made, wanted)
+    assert ulps(norm, oracle(grads, 2.0)) <= 2
+    found = oracle([p.grad for p in made], 2.0)
+    tolerance = 0.02 if dtype is torch.float16 and wanted == 1e-3 else 4 * torch.finfo(dtype).eps
+    assert found == pytest.approx(wanted, rel=max(tolerance, 1e-6))
+
+
+def test_gradients_of_zeros_and_of_subnormals_are_normalised_without_nan(reader):
+    made = parameters([torch.zeros(3)])
+    assert float(fastclip.normalize_grad_(made)) == 0
+    assert not made[0].grad.any()
+    made = parameters([torch.tensor([1e-40, 0.0])])
+    fastclip.normalize_grad_(made)
+    assert 0 < float(made[0].grad[0]) <= 1
+    assert float(made[0].grad[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda p: fastclip.clip_grad_norms_(p, -1.0), ValueError, "max_norm"),
+        (lambda p: fastclip.clip_grad_norms_(p, lambda norm: norm), TypeError, "max_norm"),
+        (lambda p: fastclip.clip_grad_norms_(p, 0.1, math.nan), ValueError, "norm_type"),
+        (lambda p: fastclip.clip_grad_norms_([*p, 3], 0.1), TypeError, r"parameters\[1\]"),
+        (lambda p: fastclip.clip_grad_agc_(p, -1.0), ValueError, "clip_factor"),
+        (lambda p: fastclip.clip_grad_agc_(p, 0.1, "x"), TypeError, "eps"),
+        (lambda p: fastclip.clip_grad_agc_([*p, 3], 0.1), TypeError, r"parameters\[1\]"),
+        (lambda p: fastclip.normalize_grad_(p, math.inf), ValueError, "norm"),
+        (lambda p: fastclip.normalize_grad_(p, -1), ValueError, "norm"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(call, error, match):
+    made = parameters([torch.ones(3)])
+    with pytest.raises(error, match=match):
+        call(made)
+    assert torch.equal(made[0].grad, torch.ones(3))
+
+
+def test_several_devices_have_their_own_norms(monkeypatch):
+    # One CPU stands for two devices.
+    from fastclip import _local
+
+    monkeypatch.setattr(_ops, "extension", None)
+    monkeypatch.setattr(
+        _local,
+        "_by_device",
+        lambda tensors: {"cpu": [*range(len(tensors))][::2], "cpu:0": [*range(len(tensors))][1::2]},
+    )
+    grads = layers(torch.float32, "cpu")
+    made, twins = weighted(grads), weighted(grads)
+    for one, other in zip(made, twins, strict=True):
+        other.data = one.data.clone()
+    norms = fastclip.clip_grad_norms_(made, 2.0)
+    fastclip.clip_grad_agc_(made, 0.1)
+    monkeypatch.undo()
+    torch.testing.assert_close(norms, fastclip.clip_grad_norms_(twins, 2.0))
+    fastclip.clip_grad_agc_(twins, 0.1)
+    for one, other in zip(made, twins, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+CALLS = {
+    "norms": lambda made: fastclip.clip_grad_norms_(made, 0.5),
+    "agc": lambda made: fastclip.clip_grad_agc_(made, 0.1),
+    "normalize": lambda made: fastclip.normalize_grad_(made, 0.5),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_compiled_whole_it_does_the_same(call):
+    grads = layers(torch.float32, "cpu")[:4]
+    made, twins = weighted(grads), weighted(grads)
+    for one, other in zip(made, twins, strict=True):
+        other.data = one.data.clone()
+    expected, found = call(made), torch.compile(call, fullgraph=True, backend="aot_eager")(twins)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(made, twins, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_the_examples_are_right():
+    assert doctest.testmod(per_tensor).failed == 0
