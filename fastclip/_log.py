@@ -1,0 +1,63 @@
+"""What was clipped: a ring of norms and thresholds on the device, and numbers made of it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
+
+
+class Log:
+    """One row of numbers a step. No addition waits; reading is one copy.
+
+    The counter is on the device too, so that replays of a captured addition add rows as well.
+    """
+
+    # 10^5 steps and some; half a MiB for a number.
+    CAPACITY = 1 << 17
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        self.rows = like.new_zeros((self.CAPACITY, width))
+        self.steps = like.new_zeros(1, dtype=torch.int64)
+
+    def add(self, row: Tensor) -> None:
+        _ops.record_(self.rows, self.steps, row)
+
+    def read(self) -> tuple[int, Tensor]:
+        """How many steps there were, and the rows of the last of them, oldest first."""
+        flat = torch.cat((self.rows.flatten().double(), self.steps.double())).cpu()
+        steps, rows = int(flat[-1]), flat[:-1].to(self.rows.dtype).view(self.rows.shape)
+        begin = steps % self.CAPACITY
+        return steps, rows[:begin] if steps < self.CAPACITY else rows.roll(-begin, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        steps, rows = self.read()
+        return {"steps": steps, "rows": rows.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        steps, rows = state["steps"], state["rows"]
+        at = torch.arange(steps - len(rows), steps) % self.CAPACITY
+        self.rows[at.to(self.rows.device)] = rows.to(self.rows)
+        self.steps.fill_(steps)
+
+
+def summary(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
+    """The numbers of one group, of the recorded steps: plain Python, ready for any logger."""
+    finite = norms.isfinite()
+    ranks = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
+    # torch.quantile takes 16 Mi elements at most, more than a ring holds.
+    values = (
+        norms[finite].double().quantile(ranks).tolist() if finite.any() else [math.nan] * len(ranks)
+    )
+    return {
+        "steps": steps,
+        "clipped": int((coefs < 1).sum()),
+        "nonfinite": int((~finite).sum()),
+        "total_norm": norms.tolist(),
+        "coef": coefs.tolist(),
+        "percentiles": {f"p{p}": v for p, v in zip(PERCENTILES, values, strict=True)},
+    }

@@ -1,0 +1,83 @@
+"""Parameters with their names, from whatever holds them: modules, optimizers, lists, pairs."""
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import _ops
+
+
+def named(source: Any) -> list[tuple[str, Tensor]]:
+    """Names and parameters, in order; those of several modules or optimizers with their numbers.
+
+    Raises:
+        TypeError: something that holds no parameters.
+    """
+    if isinstance(source, nn.Module):
+        return list(source.named_parameters())
+    if isinstance(source, Optimizer):
+        return [
+            (name, parameter)
+            for g, group in enumerate(source.param_groups)
+            for name, parameter in zip(_names(g, group), group["params"], strict=True)
+        ]
+    if isinstance(source, Tensor):
+        return [("0", source)]
+    if isinstance(source, str | bytes | dict) or not isinstance(source, Iterable):
+        raise TypeError(
+            f"parameters: expected a module, an optimizer, tensors or (name, tensor) pairs, got "
+            f"{type(source).__name__}"
+        )
+    found: list[tuple[str, Tensor]] = []
+    for i, item in enumerate(source):
+        if isinstance(item, Tensor):
+            found.append((str(i), item))
+        elif isinstance(item, nn.Module | Optimizer):
+            found += [(f"{i}.{name}", parameter) for name, parameter in named(item)]
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+            found.append(item)
+        else:
+            raise TypeError(
+                f"parameters[{i}]: expected a tensor, a (name, tensor) pair, a module or an "
+                f"optimizer, got {type(item).__name__}"
+            )
+    return found
+
+
+def _names(g: int, group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
+
+
+class Walk:
+    """The named parameters of a source, walked again only when they are others."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = list(source) if isinstance(source, Iterator) else source
+        self._watch: Any = None
+
+    def is_unchanged(self) -> bool:
+        """Whether `named` would return what it did at the last `start`; False if none can tell."""
+        if self._watch is None or not self._watch.is_unchanged():
+            return False
+        return not self._lists or all(map(operator.is_, _lists(self._optimizers), self._lists))
+
+    def start(self) -> list[tuple[str, Tensor]]:
+        if _ops.extension is not None:
+            own = [self.source] if isinstance(self.source, list) else []
+            several = isinstance(self.source, list | tuple)
+            holders = self.source if several else [self.source]
+            modules = [m for h in holders if isinstance(h, nn.Module) for m in h.modules()]
+            self._optimizers = [h for h in holders if isinstance(h, Optimizer)]
+            self._lists = _lists(self._optimizers)
+            dicts = [d for m in modules for d in (m._parameters, m._modules)]
+            self._watch = _ops.extension.Watch(own + self._lists + dicts)
+        return named(self.source)
+
+
+def _lists(optimizers: list[Optimizer]) -> list[list[Any]]:
+    """The lists that hold their parameters, which may be replaced by others."""
+    groups = [optimizer.param_groups for optimizer in optimizers]
+    return groups + [group["params"] for some in groups for group in some]

@@ -1,0 +1,91 @@
+"""Pictures of a run: norms over steps, with the threshold and what was clipped."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# More steps than a picture has columns are drawn as bands.
+COLUMNS = 800
+
+
+class History(NamedTuple):
+    """Of one group, for each recorded step: its norm, its threshold, its coefficient."""
+
+    name: str
+    norms: Tensor
+    limits: Tensor
+    coefs: Tensor
+
+
+def draw(steps: int, histories: Sequence[History], path: str | PathLike[str]) -> None:
+    try:
+        # Figure alone, without pyplot, draws with Agg and leaves the process's backend as it is.
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot: needs matplotlib; to add it: pip install matplotlib") from None
+    if not steps:
+        raise ValueError("plot: no step was recorded; call clip_() first")
+    figure = Figure(figsize=(9, 3.2 * len(histories) + 0.6), dpi=110, layout="constrained")
+    for row, (axes, history) in enumerate(
+        zip(
+            figure.subplots(len(histories), sharex=True, squeeze=False)[:, 0],
+            histories,
+            strict=True,
+        )
+    ):
+        _draw_one(axes, steps, history)
+        if len(histories) > 1:
+            axes.set_title(history.name, loc="left")
+        if row == 0:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    axes.set_xlabel("step")
+    figure.savefig(path)
+
+
+def _draw_one(axes, steps: int, history: History) -> None:
+    _, norms, limits, coefs = history
+    size = -(-len(norms) // COLUMNS)
+    x = torch.arange(steps - len(norms) + 1, steps + 1)
+    middle = [float(part.double().mean()) for part in x.split(size)]
+    shown = norms.where(norms.isfinite() & (norms > 0), torch.nan)
+    clipped = (coefs < 1) & norms.isfinite()
+    if size > 1:
+        _draw_bands(axes, middle, shown.split(size), clipped.split(size))
+    label = "norm before clipping" if size == 1 else "median norm"
+    mark = "." if len(norms) == 1 else None
+    axes.plot(
+        middle, _medians(shown, size), color="tab:blue", linewidth=1, marker=mark, label=label
+    )
+    shown = limits.where(limits.isfinite(), torch.nan)
+    style = {"color": "black", "linewidth": 1, "linestyle": "--", "marker": mark}
+    axes.plot(middle, _medians(shown, size), **style, label="threshold")
+    if size == 1:
+        axes.plot(x[clipped], norms[clipped], "o", ms=3, color="tab:orange", label="clipped")
+    for i, step in enumerate(x[~norms.isfinite()].tolist()[:COLUMNS]):
+        label = None if i else "norm not finite"
+        axes.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6, label=label)
+    axes.set(yscale="log", xmargin=0.01, ylabel="gradient norm")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_bands(axes, middle: list[float], norms: Sequence[Tensor], clipped: Sequence[Tensor]):
+    """From the least to the largest norm of some steps, and below the share that was clipped."""
+    low = [float(part.nan_to_num(torch.inf).amin()) for part in norms]
+    high = [float(part.nan_to_num(-1).amax()) for part in norms]
+    style = {"color": "tab:blue", "alpha": 0.3, "linewidth": 0}
+    kept = [a <= b for a, b in zip(low, high, strict=True)]
+    label = f"least to largest of {len(norms[0])} steps"
+    axes.fill_between(middle, low, high, where=kept, **style, label=label)
+    share = [float(part.float().mean()) for part in clipped]
+    other = axes.twinx()
+    other.fill_between(middle, share, step="mid", color="tab:orange", alpha=0.4, linewidth=0)
+    other.set(ylim=(0, 6), yticks=(0, 1), yticklabels=("0", "all"))
+    other.set_ylabel("share clipped", loc="bottom")
+    axes.fill_between([], [], color="tab:orange", alpha=0.4, label="share clipped")
+
+
+def _medians(values: Tensor, size: int) -> list[float]:
+    return [float(part.nanmedian()) for part in values.split(size)]

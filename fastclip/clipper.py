@@ -1,0 +1,243 @@
+"""A clip that is prepared once: groups with their own norms, a policy, and numbers to look at."""
+
+import math
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ._arguments import Threshold, fixed_threshold, order, policy, raise_if_nonfinite
+from ._grads import agreed, aligned, read, read_by
+from ._groups import checked
+from ._log import Log, summary
+from ._mesh import value_of
+from ._named import Walk
+from ._picture import History, draw
+from ._plan import Kind
+from ._ranks import as_groups
+from ._reference import clip_coef, spared_coef
+
+Source = nn.Module | Optimizer | Iterable[Any] | Tensor
+
+
+class GradClipper:
+    r"""Clip the gradients of a model by their global norm, or by groups, at every step.
+
+    Each group's gradients are scaled by $\min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$
+    of its own norm, all groups in one pass over the data. Parameters are looked up once and again
+    when a module, an optimizer or a list holds others. No wait for the device, unless `nonfinite`
+    is `"error"`.
+
+    Args:
+        parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several modules or
+            optimizers. Names are those of the module, or of the optimizer if it was given any.
+        max_norm: a number, a 0-d tensor or a rule, as in `clip_grad_norm_`; `inf` only measures.
+        norm_type: order p of the norms, any number or `'inf'`.
+        nonfinite: what an infinite or NaN norm does to its group, as in `clip_grad_norm_`.
+        groups: instead of the first two, dicts with `"params"`, as `parameters`; `"max_norm"`, None
+            to leave the group out; or instead `"coef_of"`, the name of the group by whose
+            coefficient to scale it; and a `"name"`, else its number.
+        process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+
+    Call `clip_` once before a CUDA graph captures it: that call makes the tensors.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; a parameter in two groups.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> clipper = GradClipper([w], max_norm=1.0)
+    >>> clipper.clip_(), clipper.stats()["clipped"]
+    (tensor(5.), 1)
+    """
+
+    def __init__(
+        self,
+        parameters: Source | None = None,
+        max_norm: Threshold | None = None,
+        norm_type: float = 2.0,
+        nonfinite: str = "propagate",
+        *,
+        groups: Sequence[dict[str, Any]] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if {parameters is not None, max_norm is not None} != {groups is None}:
+            raise TypeError("parameters, groups: expected parameters and max_norm, or groups alone")
+        self.p, self.nonfinite = order(norm_type), policy(nonfinite)
+        self.asked = as_groups(process_group)
+        self.is_one = groups is None
+        one = {"params": parameters, "max_norm": max_norm, "name": "total"}
+        groups = checked([one] if groups is None else groups)
+        self.names = [group["name"] for group in groups]
+        self.thresholds = [group.get("max_norm", math.inf) for group in groups]
+        self.leaders = [self.names.index(group.get("coef_of", group["name"])) for group in groups]
+        self._has_followers = self.leaders != list(range(len(groups)))
+        self._is_fixed = all(isinstance(t, float) for t in self.thresholds)
+        self._fixed: Tensor | None = None
+        self._walks = [Walk(group["params"]) for group in groups]
+        self._items: list[Tensor] = []
+        self._plan: Any = None
+        self._log: Log | None = None
+        self._saved: dict[str, Any] | None = None
+        self._walk()
+
+    def clip_(self) -> Tensor:
+        """Clip the gradients in place.
+
+        Returns:
+            The norm before clipping as `clip_grad_norm_` returns it; of groups one for each, 1-d.
+
+        Raises:
+            RuntimeError: a norm is not finite, on any rank, and `nonfinite` is `"error"`.
+            TypeError: a gradient that cannot be clipped; gradients untouched.
+        """
+        for walk in self._walks:
+            if not walk.is_unchanged():
+                self._walk()
+                break
+        grads = self._read()
+        if self.is_one and self.nonfinite == "propagate" and not callable(self.thresholds[0]):
+            total_norm = grads.clip_norm_(self.thresholds[0], self.p)
+            self._record(value_of(total_norm))
+            return total_norm
+        total_norm = grads.norm(self.p) if self.is_one else grads.norms(self.p)
+        norms = value_of(total_norm).reshape(-1)
+        judged = norms if self.nonfinite == "propagate" else agreed(grads, norms)
+        if self.nonfinite == "error":
+            raise_if_nonfinite(judged, self.p)
+        limits = self._limits(norms)
+        coefs = spared_coef(clip_coef(norms, limits), judged, self.nonfinite)
+        if self._has_followers:
+            each = coefs.unbind()
+            coefs = torch.stack([each[leader] for leader in self.leaders])
+        grads.scale_(coefs[0] if self.is_one else coefs)
+        self._record(judged, limits)
+        return total_norm
+
+    def norms_by_parameter(self) -> dict[str, float]:
+        """Return the norm of each parameter's gradient by its name; waits for the device.
+
+        Of order `norm_type`, 0 without a gradient. A DTensor's norm is that of the full gradient,
+        for which every rank calls this. Gradients are only read.
+        """
+        norms = aligned(read(self._items, kind=Kind.EACH).each_norms(self.p), self._items)
+        return dict(zip(self._item_names, norms.tolist(), strict=True))
+
+    def stats(self) -> dict[str, Any]:
+        """Return numbers of the steps so far; one copy, for which it waits for the device.
+
+        Returns:
+            `steps`, how many there were; of the last 131 072 of them the counts `clipped` (the
+            coefficient was below 1) and `nonfinite`, the lists `total_norm` and `coef`, and the
+            `percentiles` of the finite norms, `"p50"` the median. Of groups one such dict each, by
+            name.
+        """
+        steps, histories = self._histories()
+        found = {h.name: summary(steps, h.norms, h.coefs) for h in histories}
+        return found["total"] if self.is_one else found
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the norms of the recorded steps, the threshold and what was clipped, into a file.
+
+        Raises:
+            ImportError: no matplotlib.
+            ValueError: no step was recorded.
+        """
+        draw(*self._histories(), path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of rules by their group, and what was recorded; waits for the device."""
+        rules = {
+            name: rule.state_dict()
+            for name, rule in zip(self.names, self.thresholds, strict=True)
+            if hasattr(rule, "state_dict")
+        }
+        return {"rules": rules, "log": self._log.state_dict() if self._log else self._saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of a clipper with the same arguments returned.
+
+        Raises:
+            ValueError: the rules of other groups, or another number of them.
+        """
+        rules = dict(zip(self.names, self.thresholds, strict=True))
+        own = [name for name, rule in rules.items() if hasattr(rule, "load_state_dict")]
+        log, width = state["log"], self._width()
+        if own != list(state["rules"]) or (log is not None and log["rows"].shape[1] != width):
+            raise ValueError(
+                f"state: expected rules of {own} and {width} numbers a step, got rules of "
+                f"{list(state['rules'])}; make the clipper with the arguments the saved one had"
+            )
+        for name in own:
+            rules[name].load_state_dict(state["rules"][name])
+        self._log, self._saved = None, log
+
+    def _walk(self) -> None:
+        owners: dict[int, tuple[str, int]] = {}
+        items, labels, names = [], [], []
+        for label, walk in enumerate(self._walks):
+            for name, parameter in walk.start():
+                name = name if self.is_one else f"{self.names[label]}.{name}"
+                other, owner = owners.setdefault(id(parameter), (name, label))
+                if owner != label:
+                    raise ValueError(
+                        f"groups: {other} and {name} are one parameter; leave it out of one group"
+                    )
+                if other == name:
+                    items.append(parameter)
+                    labels.append(label)
+                    names.append(name)
+        same = list(map(id, items)) == list(map(id, self._items))
+        self._plan = self._plan if same else None
+        self._items, self._labels, self._item_names = items, labels, names
+
+    def _read(self) -> Any:
+        if self.is_one and not self.asked:
+            return read(self._items)
+        grads = read_by(self._plan, self._items, self.asked, self._labels, len(self.names))
+        self._plan = grads.plan
+        return grads
+
+    def _limits(self, norms: Tensor) -> Tensor:
+        """The thresholds, one for each norm."""
+        if self._is_fixed:
+            if self._fixed is None or self._fixed.device != norms.device:
+                self._fixed = norms.new_tensor(self.thresholds)
+            return self._fixed
+        each = zip(self.thresholds, norms.unbind(), strict=True)
+        found = [fixed_threshold(t(norm)) if callable(t) else t for t, norm in each]
+        return torch.stack([_as_tensor(t, norms) for t in found])
+
+    def _width(self) -> int:
+        return len(self.names) * (1 if self._is_fixed else 2)
+
+    def _record(self, norms: Tensor, limits: Tensor | None = None) -> None:
+        if not self._is_fixed:
+            norms = norms.reshape(-1)
+            norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
+        if self._log is None or self._log.rows.device != norms.device:
+            saved = self._log.state_dict() if self._log else self._saved
+            self._log = Log(self._width(), norms)
+            if saved is not None:
+                self._log.load_state_dict(saved)
+        self._log.add(norms)
+
+    def _histories(self) -> tuple[int, list[History]]:
+        log = self._log.state_dict() if self._log else self._saved
+        steps, rows = (log["steps"], log["rows"]) if log else (0, torch.zeros(0, self._width()))
+        count = len(self.names)
+        norms = rows[:, :count]
+        limits = rows[:, count:]
+        if self._is_fixed:
+            limits = rows.new_tensor(self.thresholds)
+        coefs = spared_coef(clip_coef(norms, limits.expand(norms.shape)), norms, self.nonfinite)
+        coefs = coefs[:, self.leaders].clamp(min=0)
+        limits = limits.expand(norms.shape)
+        each = zip(self.names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
+        return steps, [History(*one) for one in each]
+
+
+def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)

@@ -1,0 +1,365 @@
+"""GradClipper: against separate calls of the functions, and what it sees, counts and keeps."""
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+from conftest import parameters
+from torch import nn
+
+import fastclip
+from fastclip import AutoClip, GradClipper, ZClip, _log, _ops, clipper, nonfinite
+
+
+@pytest.fixture(params=["walk", "python"], autouse=True)
+def reader(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    elif _ops.extension is None:
+        pytest.skip("no extension")
+
+
+def grads(seed: int = 0, device: str = "cpu") -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(n, generator=generator) for n in (5, 300, 17, 40000, 1, 64)]
+    return [tensor.to(device) for tensor in made]
+
+
+def network() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    for i, parameter in enumerate(net.parameters()):
+        parameter.grad = torch.full_like(parameter, i + 1.0)
+    return net
+
+
+def same(made, twins):
+    return all(torch.equal(a.grad, b.grad) for a, b in zip(made, twins, strict=True))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, torch.tensor(0.5)], ids=["clips", "not", "tensor"])
+def test_one_group_is_the_function(device, max_norm, p):
+    made, twins = parameters(grads(0, device)), parameters(grads(0, device))
+    clipper = GradClipper(made, max_norm, p)
+    for _ in range(2):
+        assert torch.equal(clipper.clip_(), fastclip.clip_grad_norm_(twins, max_norm, p))
+        assert same(made, twins)
+
+
+@pytest.mark.parametrize("rule", [lambda: AutoClip(50, 7), lambda: ZClip(warmup_steps=2)])
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+def test_a_rule_and_a_policy_are_the_functions(device, rule, policy):
+    made, twins = parameters(grads(0, device)), parameters(grads(0, device))
+    ours, theirs = rule(), rule()
+    clipper = GradClipper(made, ours, nonfinite=policy)
+    for step in range(8):
+        for some in (made, twins):
+            for parameter, grad in zip(some, grads(step, device), strict=True):
+                parameter.grad = grad * (1 + step % 3)
+        if step == 5:
+            made[1].grad[3] = twins[1].grad[3] = math.nan
+        norm = clipper.clip_()
+        expected = fastclip.clip_grad_norm_(twins, theirs, nonfinite=policy)
+        torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(made, twins, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_groups_are_separate_calls_to_the_bit(device):
+    made, twins = parameters(grads(1, device)), parameters(grads(1, device))
+    rules = AutoClip(30, 5), AutoClip(30, 5)
+    clipper = GradClipper(
+        groups=[
+            {"params": made[:2], "max_norm": 0.5, "name": "numbers"},
+            {"params": made[2:3], "max_norm": rules[0], "name": "rule"},
+            {"params": made[3:4], "max_norm": math.inf, "name": "watched"},
+            {"params": made[4:5], "coef_of": "numbers", "name": "led"},
+            {"params": made[5:], "max_norm": None, "name": "left out"},
+        ]
+    )
+    for _ in range(3):
+        norms = clipper.clip_()
+        first = fastclip.clip_grad_norm_(twins[:2], 0.5)
+        second = fastclip.clip_grad_norm_(twins[2:3], rules[1])
+        third = fastclip.clip_grad_norm_(twins[3:4], math.inf)
+        fourth = fastclip.clip_grad_norm_(twins[4:5], math.inf)
+        fastclip.clip_grads_with_norm_(twins[4:5], 0.5, first)
+        assert norms.tolist() == [float(n) for n in (first, second, third, fourth)]
+        assert same(made, twins)
+    assert list(clipper.stats()) == ["numbers", "rule", "watched", "led"]
+    assert clipper.stats()["led"]["coef"] == clipper.stats()["numbers"]["coef"]
+    assert clipper.stats()["watched"]["clipped"] == 0
+
+
+def test_a_group_that_is_not_finite_leaves_the_others_alone():
+    made = parameters([torch.ones(4), torch.tensor([1.0, math.nan]), torch.ones(4)])
+    groups = [{"params": made[:1], "max_norm": 1.0}, {"params": made[1:2], "max_norm": 1.0}]
+    groups.append({"params": [], "max_norm": 1.0})
+    GradClipper(groups=groups, nonfinite="zero").clip_()
+    assert made[0].grad.tolist() == pytest.approx([0.5] * 4)
+    assert made[1].grad.tolist() == [0.0, 0.0]
+    made[1].grad[0] = math.inf
+    before = made[0].grad.clone()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        GradClipper(groups=groups, nonfinite="error").clip_()
+    assert torch.equal(made[0].grad, before)
+
+
+def test_a_module_is_walked_again_when_it_has_other_parameters():
+    net = network()
+    clipper = GradClipper(net, math.inf)
+    first = float(clipper.clip_())
+    net.append(nn.Linear(2, 2))
+    net[3].weight.grad = torch.full((2, 2), 50.0)
+    assert float(clipper.clip_()) == pytest.approx(math.hypot(first, 100.0))
+    net[3].weight = nn.Parameter(torch.zeros(1))
+    net[3].weight.grad = torch.tensor([7.0])
+    assert float(clipper.clip_()) == pytest.approx(math.hypot(first, 7.0))
+    net[3] = nn.Identity()
+    assert float(clipper.clip_()) == first
+
+
+def test_an_optimizer_is_walked_again_when_it_has_other_parameters():
+    net, more = network(), parameters([torch.tensor([100.0])])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    clipper = GradClipper([optimizer, network()], math.inf)
+    first = float(clipper.clip_())
+    optimizer.add_param_group({"params": more})
+    assert float(clipper.clip_()) == pytest.approx(math.hypot(first, 100.0))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[1]["params"] = parameters([torch.tensor([7.0])])
+    assert float(clipper.clip_()) == pytest.approx(math.hypot(first, 7.0))
+
+
+def test_a_list_is_walked_again_when_it_is_changed():
+    made = parameters([torch.tensor([3.0])])
+    clipper = GradClipper(made, math.inf)
+    assert float(clipper.clip_()) == 3
+    made += parameters([torch.tensor([4.0])])
+    assert float(clipper.clip_()) == 5
+    made[0], made[1] = made[1], parameters([torch.tensor([0.0])])[0]
+    assert float(clipper.clip_()) == 4
+    made.clear()
+    assert float(clipper.clip_()) == 0
+
+
+def test_names_are_those_of_the_module_or_the_optimizer():
+    net = network()
+    expected = {n: float(p.grad.norm()) for n, p in net.named_parameters()}
+    net[2].bias.grad = None
+    expected["2.bias"] = 0.0
+    found = [
+        GradClipper(net, 1.0),
+        GradClipper(net.named_parameters(), 1.0),
+        GradClipper(torch.optim.SGD(net.named_parameters(), lr=0.1), 1.0),
+    ]
+    before = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    for one in found:
+        assert one.norms_by_parameter() == pytest.approx(expected)
+    groups = [{"params": net[0], "max_norm": 1.0, "name": "a"}, {"params": net[2], "max_norm": 1}]
+    assert list(GradClipper(groups=groups).norms_by_parameter())[::2] == ["a.weight", "1.weight"]
+    now = [p.grad for p in net.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+    assert GradClipper([], 1.0).norms_by_parameter() == {}
+
+
+def test_what_is_not_finite_is_found_and_counted():
+    net = network()
+    assert fastclip.find_nonfinite(net) == {}
+    net[0].weight.grad[0, :3] = torch.tensor([math.inf, math.nan, -math.inf])
+    net[2].bias.grad[:] = math.nan
+    assert fastclip.find_nonfinite(net) == {"0.weight": 3, "2.bias": 1}
+    assert fastclip.find_nonfinite(net.parameters()) == {"0": 3, "3": 1}
+    big = parameters([torch.full((3,), 1e308, dtype=torch.float64)])
+    assert fastclip.find_nonfinite(big) == {}
+    assert fastclip.find_nonfinite([]) == {}
+
+
+def test_numbers_are_those_of_the_steps(device):
+    (parameter,) = parameters([torch.zeros(2, device=device)])
+    clipper = GradClipper([parameter], 2.0, nonfinite="skip")
+    norms = [1.0, 4.0, math.inf, 8.0, 0.0]
+    for norm in norms:
+        parameter.grad[:] = torch.tensor([norm, 0.0])
+        clipper.clip_()
+    stats = clipper.stats()
+    assert stats["total_norm"] == norms
+    assert stats["coef"] == pytest.approx([1, 0.5, 1, 0.25, 1], rel=1e-6)
+    assert (stats["steps"], stats["clipped"], stats["nonfinite"]) == (5, 2, 1)
+    assert stats["percentiles"]["p50"] == 2.5
+    assert clipper.stats() == stats
+
+
+def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
+    monkeypatch.setattr(_log.Log, "CAPACITY", 4)
+    (parameter,) = parameters([torch.zeros(1, device=device)])
+    clipper = GradClipper([parameter], AutoClip(100, 1))
+    for step in range(1, 11):
+        parameter.grad.fill_(step)
+        clipper.clip_()
+        stats = clipper.stats()
+        assert stats["steps"] == step
+        assert stats["total_norm"] == list(range(max(1, step - 3), step + 1))
+
+
+def test_a_returned_norm_may_be_changed():
+    (parameter,) = parameters([torch.ones(4)])
+    clipper = GradClipper([parameter], 5.0)
+    clipper.clip_().mul_(100)
+    assert clipper.stats()["total_norm"] == [2.0]
+
+
+def test_the_state_goes_on_where_it_was(device):
+    def make():
+        made = parameters(grads(0, device))
+        groups = [
+            {"params": made[:3], "max_norm": AutoClip(50, 9), "name": "a"},
+            {"params": made[3:], "max_norm": 1.0, "name": "b"},
+        ]
+        return made, GradClipper(groups=groups)
+
+    (made, clipper), (twins, other) = make(), make()
+    for step in range(6):
+        if step == 3:
+            other.load_state_dict(copy.deepcopy(clipper.state_dict()))
+            assert other.stats() == clipper.stats()
+        for parameter, twin, grad in zip(made, twins, grads(step, device), strict=True):
+            parameter.grad, twin.grad = grad.clone(), grad.clone()
+        clipper.clip_()
+        if step >= 3:
+            other.clip_()
+            assert same(made, twins)
+    assert other.stats() == clipper.stats()
+    with pytest.raises(ValueError, match="state"):
+        GradClipper(made, 1.0).load_state_dict(clipper.state_dict())
+    fresh = GradClipper(made, 1.0)
+    fresh.load_state_dict(GradClipper(made, 1.0).state_dict())
+    assert fresh.stats()["steps"] == 0
+
+
+def test_a_long_run_takes_no_more_memory(tmp_path):
+    import gc
+
+    (parameter,) = parameters([torch.ones(3)])
+    clipper = GradClipper([parameter], ZClip())
+    for _ in range(10):
+        clipper.clip_()
+    gc.collect()
+    held = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    for _ in range(2000):
+        parameter.grad.fill_(1)
+        clipper.clip_()
+    gc.collect()
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= held
+
+
+@pytest.mark.parametrize("steps", [1, 50, 100_000])
+def test_plot_draws_any_number_of_steps(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    made = parameters([torch.ones(2)])
+    clipper = GradClipper(made, 1.0)
+    with pytest.raises(ValueError, match="plot"):
+        clipper.plot(tmp_path / "none.png")
+    norms = torch.rand(steps) * 3
+    norms[steps // 2] = math.nan
+    clipper.load_state_dict({"rules": {}, "log": {"steps": steps, "rows": norms[:, None]}})
+    clipper.plot(tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").stat().st_size > 10_000
+
+
+def test_plot_without_matplotlib_says_what_is_missing(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        GradClipper(parameters([torch.ones(2)]), 1.0).plot(tmp_path / "norms.png")
+
+
+def bad(**change):
+    group = {"params": parameters([torch.ones(2)]), "max_norm": 1.0} | change
+    return {key: value for key, value in group.items() if value != "gone"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (dict(), TypeError, "groups"),
+        (dict(parameters=[], groups=[]), TypeError, "groups"),
+        (dict(parameters=[]), TypeError, "max_norm"),
+        (dict(parameters=3, max_norm=1.0), TypeError, "parameters"),
+        (dict(parameters="net", max_norm=1.0), TypeError, "parameters"),
+        (dict(parameters=[3], max_norm=1.0), TypeError, r"parameters\[0\]"),
+        (dict(parameters=[], max_norm=-1.0), ValueError, "max_norm"),
+        (dict(parameters=[], max_norm=1.0, nonfinite="stop"), ValueError, "nonfinite"),
+        (dict(parameters=[], max_norm=1.0, norm_type=math.nan), ValueError, "norm_type"),
+        (dict(parameters=[], max_norm=1.0, process_group=3), TypeError, "process_group"),
+        (dict(groups=[bad(norm=1)]), ValueError, r"groups\[0\].*norm"),
+        (dict(groups=[bad(max_norm="gone")]), ValueError, r"groups\[0\].*coef_of"),
+        (dict(groups=[bad(params="gone")]), ValueError, r"groups\[0\].*params"),
+        (dict(groups=[bad(), bad(name="0")]), ValueError, "named '0'"),
+        (dict(groups=[bad(), bad(max_norm="gone", coef_of="x")]), ValueError, "coef_of 'x'"),
+        (dict(groups=[bad(max_norm="gone", coef_of="0")]), ValueError, "coef_of '0'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        GradClipper(**arguments)
+
+
+def test_a_parameter_in_two_groups_is_named():
+    net = network()
+    groups = [{"params": net, "max_norm": 1.0}, {"params": net[2], "max_norm": 1.0}]
+    with pytest.raises(ValueError, match=r"0\.2\.weight and 1\.weight"):
+        GradClipper(groups=groups)
+
+
+@pytest.mark.parametrize("kind", ["number", "rule", "groups"])
+def test_a_compiled_step_clips_alike(kind):
+    net = network()
+    twin = copy.deepcopy(net)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        b.grad = a.grad.clone()
+
+    def make(net):
+        if kind == "groups":
+            return GradClipper(groups=[{"params": layer, "max_norm": 0.5} for layer in net[::2]])
+        return GradClipper(net, 0.5 if kind == "number" else AutoClip(50, 4))
+
+    ours, theirs = make(net), make(twin)
+    compiled = torch.compile(lambda: ours.clip_(), backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(), theirs.clip_())
+    assert same(list(net.parameters()), list(twin.parameters()))
+    assert ours.stats() == theirs.stats()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["number", "rule", "groups"])
+def test_a_captured_clip_counts_its_replays(kind):
+    made = parameters(grads(0, "cuda"))
+    clipper = {
+        "number": lambda: GradClipper(made, 0.5),
+        "rule": lambda: GradClipper(made, AutoClip(50, 4), nonfinite="skip"),
+        "groups": lambda: GradClipper(
+            groups=[
+                {"params": made[:2], "max_norm": 0.5},
+                {"params": made[2:], "max_norm": ZClip()},
+            ]
+        ),
+    }[kind]()
+    clipper.clip_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        clipper.clip_()
+    for _ in range(3):
+        graph.replay()
+    stats = clipper.stats()
+    assert (stats["0"] if kind == "groups" else stats)["steps"] == 4
+
+
+def test_the_examples_are_right():
+    assert doctest.testmod(clipper).failed == 0
+    assert doctest.testmod(nonfinite).failed == 0
