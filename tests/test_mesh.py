@@ -505,8 +505,8 @@ def test_the_norm_is_the_same_bits_however_it_is_cut(world, dtype):
     world(4).run(same_bits, dtype, seconds=240)
 
 
-def any_layout(seeds: range) -> None:
-    """Random meshes over random ranks, random placements and lists."""
+def any_lists(seeds: range) -> Iterator[tuple[random.Random, list[nn.Parameter]]]:
+    """Random lists on random meshes over four ranks, in random placements."""
     world = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("c", "d"))
@@ -524,6 +524,11 @@ def any_layout(seeds: range) -> None:
             ways = [Replicate(), *(Shard(d) for d in range(len(shape)))]
             places = [generator.choice(ways) for _ in range(mesh.ndim)]
             parameters.append(spread(shape, mesh, *places))
+        yield generator, parameters
+
+
+def any_layout(seeds: range) -> None:
+    for generator, parameters in any_lists(seeds):
         check(parameters, generator.choice(ORDERS))
 
 

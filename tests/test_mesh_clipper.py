@@ -1,0 +1,182 @@
+"""Norms of tensors, rows and groups over ranks: against one process that has the full gradients."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ORDERS, oracle, ulps
+from ranks import World
+from test_mesh import any_lists, full, plain, spread
+from test_per_tensor import agc
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import fastclip
+from fastclip import AutoClip, GradClipper
+from fastclip._mesh import local_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[Callable[[int], World]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    worlds = {size: World(size, folder) for size in (2, 4)}
+    yield worlds.__getitem__
+    for one in worlds.values():
+        one.stop()
+
+
+def same_everywhere(*values: float) -> None:
+    gathered: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    assert all(found == gathered[0] for found in gathered)
+
+
+def each_tensor(seeds: range) -> None:
+    for generator, parameters in any_lists(seeds):
+        p = generator.choice(ORDERS)
+        before = [full(q.grad).clone() for q in parameters]
+        norms = fastclip.clip_grad_norms_(parameters, 3.0, p)
+        same_everywhere(*norms.tolist())
+        for q, grad, norm in zip(parameters, before, norms, strict=True):
+            expected = oracle([grad], p)
+            assert ulps(norm, expected) <= 2
+            coef = min(1, 3.0 / (expected + 1e-6))
+            torch.testing.assert_close(full(q.grad), grad * coef)
+
+
+def test_each_tensor_of_any_layout_is_clipped_by_its_own_norm(world):
+    world(4).run(each_tensor, range(40), seconds=120)
+
+
+def each_unit(seeds: range) -> None:
+    for _, parameters in any_lists(seeds):
+        for q in parameters:
+            with torch.no_grad():
+                local_of(q).copy_(local_of(q.grad) * float(torch.rand(())))
+        before = [full(q.grad).clone() for q in parameters]
+        weights = [full(q.detach()) for q in parameters]
+        fastclip.clip_grad_agc_(parameters, 0.5)
+        for q, weight, grad in zip(parameters, weights, before, strict=True):
+            expected = agc(weight, grad, 0.5, 1e-3).float()
+            torch.testing.assert_close(full(q.grad), expected)
+
+
+def test_each_unit_of_any_layout_is_clipped_adaptively(world):
+    world(4).run(each_unit, range(40), seconds=120)
+
+
+def groups(seeds: range) -> None:
+    for generator, parameters in any_lists(seeds):
+        p = generator.choice(ORDERS)
+        labels = [generator.randrange(3) for _ in parameters]
+        members = [
+            [q for q, label in zip(parameters, labels, strict=True) if label == one]
+            for one in range(3)
+        ]
+        before = [[full(q.grad).clone() for q in some] for some in members]
+        thresholds = [2.0, math.inf, AutoClip(50, 3)]
+        limits = [2.0, math.inf, oracle(before[2], p)]
+        clipper = GradClipper(
+            groups=[
+                {"params": some, "max_norm": threshold}
+                for some, threshold in zip(members, thresholds, strict=True)
+            ],
+            norm_type=p,
+        )
+        norms = clipper.clip_()
+        same_everywhere(*norms.tolist())
+        for some, grads, norm, limit in zip(members, before, norms, limits, strict=True):
+            expected = oracle(grads, p)
+            assert ulps(norm, expected) <= 2
+            coef = min(1, limit / (expected + 1e-6))
+            for q, grad in zip(some, grads, strict=True):
+                torch.testing.assert_close(full(q.grad), grad * coef)
+
+
+def test_groups_of_any_layout_have_their_own_norms(world):
+    world(4).run(groups, range(40), seconds=120)
+
+
+def normalised(seeds: range) -> None:
+    for _, parameters in any_lists(seeds):
+        fastclip.normalize_grad_(parameters, 7.0)
+        assert oracle([full(q.grad) for q in parameters], 2.0) == pytest.approx(7.0, rel=1e-6)
+
+
+def test_gradients_of_any_layout_are_normalised(world):
+    world(4).run(normalised, range(10))
+
+
+def missing() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    rank = dist.get_rank()
+    parameters = [spread((4, 3), mesh, Shard(1)), spread((6,), mesh, Shard(0)), plain(2)]
+    clipper = GradClipper(
+        groups=[
+            {"params": parameters[:1], "max_norm": 1.0},
+            {"params": parameters[1:], "max_norm": 1.0},
+        ]
+    )
+    there = parameters[0].grad._local_tensor.clone()
+    if rank == 1:
+        parameters[0].grad = None
+    gathered = [None, None]
+    dist.all_gather_object(gathered, there)
+    rest = [full(parameters[1].grad), parameters[2].grad]
+    expected = [oracle([gathered[0]], 2.0), *(oracle([g], 2.0) for g in rest)]
+    both = oracle(rest, 2.0)
+    norms = fastclip.clip_grad_norms_(parameters, math.inf)
+    assert norms.tolist() == pytest.approx(expected)
+    assert list(clipper.norms_by_parameter().values()) == pytest.approx(expected)
+    norms = clipper.clip_()
+    assert norms.tolist() == pytest.approx([expected[0], both])
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.zero_()
+    fastclip.clip_grad_agc_(parameters, 1.0, eps=1e-2)
+    if rank == 0:
+        # The rows are those of this rank alone: the other has none.
+        rows = parameters[0].grad._local_tensor.norm(dim=1)
+        torch.testing.assert_close(rows, torch.full((4,), 1e-2))
+
+
+def test_a_rank_without_a_gradient_takes_part(world):
+    world(2).run(missing)
+
+
+def counted() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    layer = nn.ParameterDict({"a": spread((4, 3), mesh, Shard(0)), "b": plain(2)})
+    layer["a"].grad._local_tensor[0, : 1 + dist.get_rank()] = math.nan
+    assert fastclip.find_nonfinite(layer) == {"a": 3}
+    layer["b"].grad[0] = math.inf
+    assert fastclip.find_nonfinite(layer) == {"a": 3, "b": 1}
+
+
+def test_what_is_not_finite_is_counted_over_ranks(world):
+    world(2).run(counted)
+
+
+def stages() -> None:
+    rank = dist.get_rank()
+    mine = [plain(3 + rank)]
+    mine[0].grad = torch.full((3 + rank,), 1.0 + rank)
+    clipper = GradClipper(mine, 1.0, process_group=dist.group.WORLD)
+    for _ in range(2):
+        mine[0].grad.fill_(1.0 + rank)
+        assert float(clipper.clip_()) == pytest.approx(math.sqrt(3 + 4 * 4))
+    assert clipper.stats()["clipped"] == 2
+    if rank == 1:
+        mine[0].grad.fill_(math.nan)
+    before = mine[0].grad.clone()
+    skipping = GradClipper(mine, 1.0, nonfinite="skip", process_group=dist.group.WORLD)
+    skipping.clip_()
+    torch.testing.assert_close(mine[0].grad, before, equal_nan=True)
+    assert skipping.stats()["nonfinite"] == 1
+
+
+def test_pipeline_stages_share_a_clipper(world):
+    world(2).run(stages)
