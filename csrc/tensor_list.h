@@ -116,6 +116,8 @@ using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
 using ClipNormOp = at::Tensor(at::TensorList, double, double);
+using CoefOp = at::Tensor(const at::Tensor&, double);
+using CoefTensorOp = at::Tensor(const at::Tensor&, const at::Tensor&);
 using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double);
 
 template <class Op>

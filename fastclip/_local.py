@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._reference import clip_coef, count_rows, result_dtype
+from ._ops import clip_coef
+from ._reference import count_rows, result_dtype
 
 
 class Grads:

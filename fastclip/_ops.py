@@ -1,7 +1,8 @@
 """The ops: schemas, fakes, defaults; the compiled kernels if they are there.
 
-`norm`, `norms`, `scale_`, `clamp_`, `clip_norm_` and `record_` exist on every device with nothing
-built; the extension adds kernels device by device. The dispatcher is the only switch between them.
+`norm`, `norms`, `scale_`, `clamp_`, `clip_norm_`, and the small `clip_coef`, `record_`, `autoclip_`
+and `zclip_` exist on every device with nothing built; the extension adds kernels device by device.
+The dispatcher is the only switch between them.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _reference
+from . import _reference, _thresholds
 
 REBUILD = "pip install --no-build-isolation -e ."
 
@@ -49,7 +50,7 @@ def _load_extension() -> ModuleType | None:
 def _define(name: str, schema: str, fake: Callable[..., Any], default: Callable[..., Any]) -> None:
     torch.library.define(f"fastclip::{name}", schema)
     torch.library.register_fake(f"fastclip::{name}", fake)
-    torch.library.impl(f"fastclip::{name}", "CompositeExplicitAutograd", _announced(default))
+    torch.library.impl(f"fastclip::{name}", "CompositeExplicitAutograd", default)
 
 
 def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,36 +102,69 @@ def _clip_norm_fake(tensors: Sequence[Tensor], max_norm: float | Tensor, p: floa
     return _norm_fake(tensors, p)
 
 
-_define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _reference.norm)
+_define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _announced(_reference.norm))
 _define(
     "norms",
     "(Tensor[] tensors, float p, int[]? group=None, bool wide=False, bool rows=False) -> Tensor",
     _norms_fake,
-    _reference.norms,
+    _announced(_reference.norms),
 )
 _define(
     "scale_",
     "(Tensor(a!)[] tensors, Tensor coef, int[]? group=None, bool rows=False) -> ()",
     _in_place_fake,
-    _reference.scale_,
+    _announced(_reference.scale_),
 )
-_define("clamp_", "(Tensor(a!)[] tensors, float bound) -> ()", _in_place_fake, _reference.clamp_)
+_define(
+    "clamp_",
+    "(Tensor(a!)[] tensors, float bound) -> ()",
+    _in_place_fake,
+    _announced(_reference.clamp_),
+)
 _define(
     "clip_norm_",
     "(Tensor(a!)[] tensors, float max_norm, float p) -> Tensor",
     _clip_norm_fake,
-    _reference.clip_norm_,
+    _announced(_reference.clip_norm_),
 )
 _define(
     "clip_norm_.tensor",
     "(Tensor(a!)[] tensors, Tensor max_norm, float p) -> Tensor",
     _clip_norm_fake,
-    _reference.clip_norm_,
+    _announced(_reference.clip_norm_),
 )
 
-torch.library.define("fastclip::record_", "(Tensor(a!) rows, Tensor(b!) steps, Tensor row) -> ()")
-torch.library.register_fake("fastclip::record_", _in_place_fake)
-torch.library.impl("fastclip::record_", "CompositeExplicitAutograd", _reference.record_)
+_define(
+    "clip_coef",
+    "(Tensor total_norm, float max_norm) -> Tensor",
+    lambda total_norm, max_norm: torch.empty_like(total_norm),
+    _reference.clip_coef,
+)
+_define(
+    "clip_coef.tensor",
+    "(Tensor total_norm, Tensor max_norm) -> Tensor",
+    lambda total_norm, max_norm: torch.empty_like(total_norm),
+    _reference.clip_coef,
+)
+_define(
+    "record_",
+    "(Tensor(a!) rows, Tensor(b!) steps, Tensor row) -> ()",
+    _in_place_fake,
+    _reference.record_,
+)
+_define(
+    "autoclip_",
+    "(Tensor(a!) norms, Tensor(b!) count, Tensor total_norm, float percentile) -> Tensor",
+    lambda norms, count, total_norm, percentile: torch.empty_like(total_norm),
+    _thresholds.autoclip_,
+)
+_define(
+    "zclip_",
+    "(Tensor(a!) steps, Tensor(b!) mean, Tensor(c!) variance, Tensor total_norm, float alpha, "
+    "float z_threshold, int warmup_steps) -> Tensor",
+    lambda steps, mean, variance, total_norm, *how: torch.empty_like(total_norm),
+    _thresholds.zclip_,
+)
 
 
 def has_kernels(device_type: str) -> bool:
@@ -144,5 +178,18 @@ norm = torch.ops.fastclip.norm
 norms = torch.ops.fastclip.norms
 scale_ = torch.ops.fastclip.scale_
 clamp_ = torch.ops.fastclip.clamp_
-clip_norm_ = torch.ops.fastclip.clip_norm_
 record_ = torch.ops.fastclip.record_.default
+autoclip_ = torch.ops.fastclip.autoclip_.default
+zclip_ = torch.ops.fastclip.zclip_.default
+
+
+# The dispatcher would take a 0-d tensor for a number and wait for its value.
+def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+    ops = torch.ops.fastclip.clip_norm_
+    op = ops.tensor if isinstance(max_norm, Tensor) else ops.default
+    return op(tensors, max_norm, p)
+
+
+def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    ops = torch.ops.fastclip.clip_coef
+    return (ops.tensor if isinstance(max_norm, Tensor) else ops.default)(total_norm, max_norm)

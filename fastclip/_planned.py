@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _mesh, _ranks
+from ._ops import clip_coef
 from ._plan import Kind, Plan
-from ._reference import clip_coef
 
 
 class PlannedGrads:

@@ -19,7 +19,8 @@ from ._arguments import (
 )
 from ._grads import agreed, read, take
 from ._mesh import value_of
-from ._reference import clip_coef, spared_coef
+from ._ops import clip_coef
+from ._reference import spared_coef
 
 
 def clip_grad_norm_(

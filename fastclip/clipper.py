@@ -15,10 +15,11 @@ from ._groups import checked
 from ._log import Log, summary
 from ._mesh import value_of
 from ._named import Walk
+from ._ops import clip_coef
 from ._picture import History, draw
 from ._plan import Kind
 from ._ranks import as_groups
-from ._reference import clip_coef, spared_coef
+from ._reference import spared_coef
 
 Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ._arguments import at_least_zero, fixed_threshold, order
 from ._grads import aligned, as_list, read, take
 from ._mesh import value_of
+from ._ops import clip_coef
 from ._plan import Kind, is_spread
-from ._reference import clip_coef
 
 
 def clip_grad_norms_(

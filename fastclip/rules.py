@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _ops
+
 
 class _Rule:
-    """State in tensors, made by `_start` at the first norm; `_saved` names what is not derived."""
-
-    _saved: tuple[str, ...]
+    """State in tensors, made by `_start` at the first norm."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ class _Rule:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the state; empty before the first call."""
-        return {name: self._state[name].clone() for name in self._saved if self._state}
+        return {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a rule with the same arguments returned.
@@ -42,15 +42,18 @@ class _Rule:
         Raises:
             ValueError: names or shapes that are not this rule's.
         """
-        whole = self._start(torch.zeros(()))
+        own = self._start(torch.zeros(()))
         shapes = {name: tuple(value.shape) for name, value in state.items()}
-        if state and shapes != {name: tuple(whole[name].shape) for name in self._saved}:
+        if state and shapes != {name: tuple(value.shape) for name, value in own.items()}:
             raise ValueError(
                 f"state: expected what state_dict of this {type(self).__name__} returns, got "
                 f"{shapes}; make the rule with the arguments that the saved one had"
             )
-        saved = {name: value.clone() for name, value in state.items()}
-        self._state = whole | saved if saved else {}
+        self._state = (
+            {name: state[name].to(value.dtype).clone() for name, value in own.items()}
+            if state
+            else {}
+        )
 
 
 class AutoClip(_Rule):
@@ -74,8 +77,6 @@ class AutoClip(_Rule):
     [1.0, 2.0, 3.0]
     """
 
-    _saved = ("norms", "count")
-
     def __init__(self, percentile: float = 10, history: int = 1000) -> None:
         super().__init__()
         if not 0 <= percentile <= 100:
@@ -86,21 +87,10 @@ class AutoClip(_Rule):
 
     def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
         norms = total_norm.new_full((self.history,), math.inf, dtype=torch.float64)
-        return {"norms": norms, "count": norms.new_zeros(())}
+        return {"norms": norms, "count": norms.new_zeros((), dtype=torch.int64)}
 
-    @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        norms, count = self._on(total_norm)
-        finite = total_norm.isfinite()
-        # A ring; where the norm is not finite its place keeps what it holds.
-        place = (count % self.history).long().reshape(1)
-        norms.index_copy_(0, place, torch.where(finite, total_norm.double(), norms[place]))
-        count += finite
-        # Places not taken yet are infinite and come last.
-        rank = (count.clamp(max=self.history) - 1).clamp_(min=0) * (self.percentile / 100)
-        below = rank.floor()
-        around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
-        return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
+        return _ops.autoclip_(*self._on(total_norm), total_norm.detach(), self.percentile)
 
 
 class ZClip(_Rule):
@@ -128,8 +118,6 @@ class ZClip(_Rule):
     [inf, inf, 2.781]
     """
 
-    _saved = ("steps", "mean", "variance")
-
     def __init__(
         self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25
     ) -> None:
@@ -143,34 +131,10 @@ class ZClip(_Rule):
         self.alpha, self.z_threshold, self.warmup_steps = alpha, z_threshold, warmup_steps
 
     def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
-        # Of each number of steps: the share of the old averages, of the new squared distance, and
-        # the limit of z. In the warm-up the averages are those of all norms so far (Welford 1962).
-        rows = [(n / (n + 1), 1 / max(n, 1), math.inf) for n in range(self.warmup_steps)]
-        rows.append((self.alpha, 1 - self.alpha, self.z_threshold))
-        table = torch.tensor(rows, dtype=torch.float64).to(total_norm.device)
-        zero = table.new_zeros(())
-        return {
-            "steps": zero.new_zeros(1, dtype=torch.int64),
-            "mean": zero,
-            "variance": zero.clone(),
-            "table": table,
-        }
+        zero = total_norm.new_zeros((), dtype=torch.float64)
+        steps = zero.new_zeros((), dtype=torch.int64)
+        return {"steps": steps, "mean": zero, "variance": zero.clone()}
 
-    @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        steps, mean, variance, table = self._on(total_norm)
-        old, new, limit = table.index_select(0, steps)[0].unbind()
-        norm = total_norm.double()
-        deviation = variance.sqrt()
-        z = (norm - mean) / (deviation + 1e-6)
-        threshold = mean + deviation * self.z_threshold**2 / z
-        # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
-        quiet = (z <= limit) & norm.isfinite()
-        clipped = norm.where(quiet, threshold)
-        following = torch.lerp(clipped, mean, old)
-        spread = variance * old + (clipped - following).square() * new
-        finite = norm.isfinite()
-        mean.copy_(following.where(finite, mean))
-        variance.copy_(spread.where(finite, variance))
-        steps.add_(finite).clamp_(max=self.warmup_steps)
-        return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)
+        state, norm = self._on(total_norm), total_norm.detach()
+        return _ops.zclip_(*state, norm, self.alpha, self.z_threshold, self.warmup_steps)

@@ -10,7 +10,8 @@ import torch
 
 import fastclip
 from fastclip import _ops
-from fastclip.__main__ import INSTALL_EXTRA, Run, main
+from fastclip.__main__ import main
+from fastclip._demo import INSTALL_EXTRA, Run
 
 
 def final_losses(printed: str) -> dict[str, str]:
@@ -54,6 +55,26 @@ def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):
     assert str(picture) in printed
 
 
+@pytest.mark.parametrize("rule", ["autoclip", "zclip", "agc"])
+def test_demo_runs_by_a_rule(rule, capsys, tmp_path):
+    main(
+        [
+            "demo",
+            "--device",
+            "cpu",
+            "--steps",
+            "3",
+            "--rule",
+            rule,
+            "--out",
+            str(tmp_path / "a.png"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert re.search(rf"^fastclip, {rule} +\d", printed, re.M)
+    assert f"By {rule}" in printed
+
+
 def test_demo_runs_without_its_extras(capsys, monkeypatch, tmp_path):
     for module in ("tqdm", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -69,7 +90,7 @@ def test_demo_runs_without_its_extras(capsys, monkeypatch, tmp_path):
 
 def test_a_run_that_blows_up_is_drawn_and_told(tmp_path):
     pytest.importorskip("matplotlib")
-    from fastclip.__main__ import _draw, _interpretation
+    from fastclip._demo import _draw, _interpretation
 
     lost = Run("unclipped", [4.0, math.inf, math.nan], [1.0, math.inf, math.nan], 0.0)
     kept = Run("clipped", [4.0, 3.0, 2.0], [1.0, 1.0, 1.0], 1.0)

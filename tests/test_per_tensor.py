@@ -103,9 +103,8 @@ def test_adaptive_clipping_is_the_papers_formula(reader, device, dtype):
     grads = layers(dtype, "cpu")
     made = weighted(grads)
     expected = [agc(p.detach(), g, 0.1, 1e-3) for p, g in zip(made, grads, strict=True)]
-    for parameter in made:
-        parameter.grad, grad = None, parameter.grad
-        parameter.data = parameter.data.to(device)
+    made = [torch.nn.Parameter(p.detach().to(device)) for p in made]
+    for parameter, grad in zip(made, grads, strict=True):
         parameter.grad = grad.to(device)
     fastclip.clip_grad_agc_(made, 0.1)
     for parameter, value in zip(made, expected, strict=True):

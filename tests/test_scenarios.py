@@ -22,7 +22,7 @@ EPS = torch.finfo(torch.float32).eps
 ROUNDINGS = 4
 
 BY_NORM = "clip_grad_norm_(parameters, max_norm)"
-BY_NORM_EACH = "clip_grad_norm_(parameter, max_norm)"
+BY_NORM_EACH = "clip_grad_norms_(parameters, max_norm)"
 BY_VALUE = "clip_grad_value_(parameters, clip_value)"
 MEASURED = "get_total_norm(tensors)"
 
@@ -50,7 +50,26 @@ NORMS = [
     ("tf.linalg.global_norm", MEASURED, lambda ts: math.sqrt(sum(l2(t) ** 2 for t in ts))),
     ("optax.global_norm", MEASURED, lambda ts: math.sqrt(sum(np.vdot(t, t) for t in ts))),
 ]
-NAMES: list[tuple[str, str]] = [(theirs, ours) for theirs, ours, *_ in [*CLIPS, *NORMS]]
+
+
+def units(t: np.ndarray) -> np.ndarray:
+    """Norms of the slices along the first dimension, or of a vector, ready to multiply."""
+    axes = tuple(range(1, t.ndim)) if t.ndim > 1 else (0,)
+    return np.sqrt(np.sum(np.square(t), axis=axes, keepdims=True))
+
+
+def timm(t: np.ndarray, w: np.ndarray, c: float, n: float) -> np.ndarray:
+    limit, norm = np.maximum(units(w), 1e-3) * c, units(t)
+    return np.where(norm < limit, t, t * (limit / np.maximum(norm, 1e-6)))
+
+
+# w: the weights of t.
+OTHERS = [
+    ("timm.utils.adaptive_clip_grad", "clip_grad_agc_(parameters, clip_factor)", timm),
+    ("optax.adaptive_grad_clip", "clip_grad_agc_(parameters, clip_factor)", timm),
+    ("optax.normalize_by_update_norm", "normalize_grad_(parameters)", lambda t, w, c, n: t / n),
+]
+NAMES: list[tuple[str, str]] = [(theirs, ours) for theirs, ours, *_ in [*CLIPS, *NORMS, *OTHERS]]
 
 SIZES = [(5, 7), (3,), (64, 4), (1,)]
 WAYS = {
@@ -79,7 +98,9 @@ def _one_thread() -> Iterator[None]:
 
 def run(call: str, group: list[nn.Parameter], bound: float) -> Tensor | None:
     names = dict(parameters=group, parameter=group[0], tensors=[p.grad for p in group])
-    return eval(call, vars(fastclip) | names | dict(max_norm=bound, clip_value=bound))
+    return eval(
+        call, vars(fastclip) | names | dict(max_norm=bound, clip_value=bound, clip_factor=bound)
+    )
 
 
 def float64(tensors: Iterable[Tensor]) -> list[np.ndarray]:
@@ -236,6 +257,19 @@ def test_clip_name_keeps_its_published_formula(theirs, ours, formula, addend, ma
             published, exact = formula(t, bound, norm), formula(t, bound, norm + addend)
             np.testing.assert_allclose(result, published, rtol=addend / norm + rtol, atol=0)
             np.testing.assert_allclose(result, exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "formula"), OTHERS, ids=[r[0] for r in OTHERS])
+@pytest.mark.parametrize("bound", [0.01, 1.0, 10.0])
+def test_other_name_keeps_its_published_formula(theirs, ours, formula, bound):
+    given = parameters([torch.randn(size) for size in SIZES])
+    for parameter in given:
+        parameter.data = torch.randn(parameter.shape)
+    grads, weights = float64(p.grad for p in given), float64(given)
+    norm = l2(np.concatenate([t.ravel() for t in grads]))
+    run(ours, given, bound)
+    for t, w, result in zip(grads, weights, float64(p.grad for p in given), strict=True):
+        np.testing.assert_allclose(result, formula(t, w, bound, norm), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("theirs", "ours", "formula"), NORMS, ids=[r[0] for r in NORMS])
