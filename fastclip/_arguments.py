@@ -36,7 +36,7 @@ def scalar(name: str, value: Tensor) -> Tensor:
     value = value_of(value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(value.shape)}")
-    return value.reshape(())
+    return value.reshape(()) if value.dim() else value
 
 
 def threshold(max_norm: Any) -> Any:

@@ -27,10 +27,11 @@ class _Rule:
         """The state, on the device of the norm, in the order of `_start`."""
         if not self._state:
             self._state = self._start(total_norm)
-        if any(value.device != total_norm.device for value in self._state.values()):
-            state = self._state.items()
-            self._state = {name: value.to(total_norm.device) for name, value in state}
-        return list(self._state.values())
+        values = list(self._state.values())
+        if values[0].device != total_norm.device:
+            values = [value.to(total_norm.device) for value in values]
+            self._state = dict(zip(self._state, values, strict=True))
+        return values
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the state; empty before the first call."""
@@ -90,7 +91,7 @@ class AutoClip(_Rule):
         return {"norms": norms, "count": norms.new_zeros((), dtype=torch.int64)}
 
     def __call__(self, total_norm: Tensor) -> Tensor:
-        return _ops.autoclip_(*self._on(total_norm), total_norm.detach(), self.percentile)
+        return _ops.autoclip_(*self._on(total_norm), total_norm, self.percentile)
 
 
 class ZClip(_Rule):
@@ -136,5 +137,5 @@ class ZClip(_Rule):
         return {"steps": steps, "mean": zero, "variance": zero.clone()}
 
     def __call__(self, total_norm: Tensor) -> Tensor:
-        state, norm = self._on(total_norm), total_norm.detach()
-        return _ops.zclip_(*state, norm, self.alpha, self.z_threshold, self.warmup_steps)
+        how = self.alpha, self.z_threshold, self.warmup_steps
+        return _ops.zclip_(*self._on(total_norm), total_norm, *how)
