@@ -3,6 +3,7 @@
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .clipper import GradClipper
 from .nonfinite import find_nonfinite
+from .optim import clipped_step, unscale_and_clip_
 from .per_tensor import clip_grad_agc_, clip_grad_norms_, normalize_grad_
 from .rules import AutoClip, ZClip
 
@@ -15,8 +16,10 @@ __all__ = [
     "clip_grad_norms_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clipped_step",
     "find_nonfinite",
     "get_total_norm",
     "normalize_grad_",
+    "unscale_and_clip_",
 ]
 __version__ = "0.1.0"

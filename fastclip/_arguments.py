@@ -25,6 +25,16 @@ def at_least_zero(name: str, value: float) -> float:
     return checked
 
 
+def positive(name: str, value: float | Tensor) -> float | Tensor | None:
+    """A factor, a number > 0 or a 0-d tensor; None for 1."""
+    if isinstance(value, Tensor):
+        return scalar(name, value)
+    checked = number(name, value)
+    if not 0 < checked < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return None if checked == 1 else checked
+
+
 def order(norm_type: float) -> float:
     p = number("norm_type", norm_type)
     if math.isnan(p):

@@ -1,5 +1,6 @@
 """The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from ._arguments import (
     fixed_threshold,
     order,
     policy,
+    positive,
     raise_if_nonfinite,
     scalar,
     threshold,
@@ -31,6 +33,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     process_group: Any = None,
     nonfinite: str = "propagate",
+    grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Scale the gradients in place so that their global norm is at most `max_norm`.
 
@@ -53,6 +56,8 @@ def clip_grad_norm_(
         nonfinite: what an infinite or NaN norm does: `"propagate"` into the gradients, as in
             torch; `"zero"` them all; `"skip"`, leave them; `"error"`, as `error_if_nonfinite`.
             On every rank alike, decided on the device, but for the error.
+        grad_scale: factor > 0, a number or a 0-d tensor, by which the gradients are multiplied in
+            the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
 
     Returns:
         The norm before clipping, 0-d: float32, float64 if any gradient is (over ranks, if any
@@ -73,18 +78,24 @@ def clip_grad_norm_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     max_norm, p = threshold(max_norm), order(norm_type)
-    nonfinite = policy(nonfinite, error_if_nonfinite)
+    nonfinite, factor = policy(nonfinite, error_if_nonfinite), positive("grad_scale", grad_scale)
     grads = read(parameters, foreach, process_group)
-    if nonfinite == "propagate" and not callable(max_norm):
+    if nonfinite == "propagate" and not callable(max_norm) and factor is None:
         return grads.clip_norm_(max_norm, p)
     total_norm = grads.norm(p)
     value = value_of(total_norm)
+    if factor is not None:
+        value.mul_(factor)
     judged = value if nonfinite == "propagate" else agreed(grads, value)
     if nonfinite == "error":
         raise_if_nonfinite(judged, p)
     if callable(max_norm):
         max_norm = fixed_threshold(max_norm(value))
-    grads.scale_(spared_coef(clip_coef(value, max_norm), judged, nonfinite))
+    coef = clip_coef(value, max_norm)
+    if factor is not None:
+        # A tensor may be anything; below 0 it would read as zeros.
+        coef = (coef * factor).masked_fill(value < 0, math.nan)
+    grads.scale_(spared_coef(coef, judged, nonfinite))
     return total_norm
 
 

@@ -1,0 +1,220 @@
+"""Clipping where the gradients are touched anyway: by the scaler, by a fused optimizer's step."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from ._arguments import Threshold, fixed_threshold, order, threshold
+from ._grads import read
+from ._mesh import value_of
+from ._ops import clip_coef
+from ._reference import spared_coef
+
+Optimizers = Optimizer | Iterable[Optimizer]
+
+
+@torch.no_grad()
+def unscale_and_clip_(
+    scaler: GradScaler,
+    optimizer: Optimizers,
+    max_norm: Threshold,
+    norm_type: float = 2.0,
+    process_group: Any = None,
+) -> Tensor:
+    r"""Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
+
+    Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
+    of g / s, $g \leftarrow g / s \cdot \min(1, \text{max\_norm} / (n + 10^{-6}))$. One read and one
+    write, no wait for the device. `scaler.step` and `scaler.update` follow as ever. If the norm is
+    infinite or NaN the gradients are unscaled, not clipped, and `scaler.step` skips the step.
+
+    Args:
+        scaler: the one that scaled the loss; a disabled one scales nothing.
+        optimizer: any; or several under one norm, all of which skip a step together.
+        max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
+        norm_type: order p of the norm, any number or `'inf'`.
+        process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+
+    Returns:
+        The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
+
+    Raises:
+        RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
+        ValueError: a gradient is float16, as in torch; bad input, named; gradients untouched.
+
+    Reference: `torch.amp.GradScaler.unscale_`, `torch.nn.utils.clip_grad_norm_`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); optimizer = torch.optim.SGD([w], lr=1.0)
+    >>> scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    >>> scaler.scale((w * torch.tensor([3.0, 4.0])).sum()).backward()
+    >>> unscale_and_clip_(scaler, optimizer, max_norm=1.0), w.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    optimizers = _as_list(optimizer)
+    max_norm, p = threshold(max_norm), order(norm_type)
+    inv_scale = _inverse_scale(scaler, optimizers)
+    items = _parameters(optimizers)
+    _refuse_float16(items, inv_scale)
+    grads = read(items, process_group=process_group)
+    found = _measure(grads, max_norm, p, inv_scale)
+    coef = spared_coef(found.coef, value_of(found.total_norm), "skip")
+    if inv_scale is None:
+        grads.scale_(found.coef)
+        return found.total_norm
+    grads.scale_(coef * inv_scale.to(coef))
+    _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
+    return found.total_norm
+
+
+@torch.no_grad()
+def clipped_step(
+    optimizer: Optimizers,
+    max_norm: Threshold,
+    scaler: GradScaler | None = None,
+    norm_type: float = 2.0,
+    process_group: Any = None,
+) -> Tensor:
+    r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
+
+    Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
+    `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
+    once to be measured; the optimizer divides what it reads by the inverse coefficient and leaves
+    them clipped. No wait for the device: a norm that is not finite skips the step there.
+
+    Args:
+        optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` of `torch.optim` with `fused=True`; or
+            several under one norm, all of which skip a step together.
+        max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
+        scaler: the one that scaled the loss, if any.
+        norm_type: order p of the norm, any number or `'inf'`.
+        process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+
+    Returns:
+        The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
+
+    Raises:
+        ValueError: an optimizer that cannot; a float16 gradient under a scaler; bad input, named.
+            Gradients and parameters untouched.
+        RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
+
+    Reference: `torch.optim.AdamW(..., fused=True)`, whose `grad_scale` and `found_inf` this sets
+        for the step.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> clipped_step(torch.optim.SGD([w], lr=1.0, fused=True), max_norm=1.0), w
+    (tensor(5.), Parameter containing:
+    tensor([-0.6000, -0.8000], requires_grad=True))
+    """
+    optimizers = _as_list(optimizer)
+    for one in optimizers:
+        _check_fused(one)
+    max_norm, p = threshold(max_norm), order(norm_type)
+    inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
+    items = _parameters(optimizers)
+    _refuse_float16(items, inv_scale)
+    found = _measure(read(items, process_group=process_group), max_norm, p, inv_scale)
+    coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
+    if inv_scale is not None:
+        _note(scaler, optimizers, found.is_bad, OptState.READY)
+    for one in optimizers:
+        _step(one, coef.float().reciprocal(), found.is_bad)
+        if inv_scale is not None:
+            scaler._per_optimizer_states[id(one)]["stage"] = OptState.STEPPED
+    return found.total_norm
+
+
+class _Found(NamedTuple):
+    total_norm: Tensor
+    coef: Tensor
+    is_bad: Tensor  # 0-d, float32, as scalers and optimizers have it
+
+
+def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
+    total_norm = grads.norm(p)
+    value = value_of(total_norm)
+    is_bad = (~value.isfinite()).float()
+    if inv_scale is not None:
+        value.mul_(inv_scale.to(value))
+    limit = fixed_threshold(max_norm(value)) if callable(max_norm) else max_norm
+    return _Found(total_norm, clip_coef(value, limit), is_bad)
+
+
+def _step(optimizer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
+    """A step with these two set, and as they were after it, even None, which breaks a scaler."""
+    held = vars(optimizer)
+    before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
+    held.update(grad_scale=grad_scale, found_inf=found_inf)
+    try:
+        with torch.enable_grad():
+            optimizer.step()
+    finally:
+        for name in ("grad_scale", "found_inf"):
+            held.pop(name, None)
+        held.update(before)
+
+
+def _as_list(optimizer: Any) -> list[Optimizer]:
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
+    optimizers = list(optimizer) if several else [optimizer]
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
+            )
+    return optimizers
+
+
+def _parameters(optimizers: list[Optimizer]) -> list[Tensor]:
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+def _check_fused(optimizer: Optimizer) -> None:
+    takes = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if takes and all(group.get("fused") for group in optimizer.param_groups):
+        return
+    name = type(optimizer).__name__
+    way = "make it with fused=True, or " if "fused" in optimizer.defaults else ""
+    raise ValueError(
+        f"optimizer: {name} as it is cannot divide gradients in its step; {way}call "
+        "unscale_and_clip_(scaler, optimizer, max_norm), or without a scaler clip_grad_norm_, and "
+        "then step"
+    )
+
+
+def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:
+    """None for a disabled scaler; raises what `scaler.unscale_` would."""
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if not scaler.is_enabled():
+        return None
+    scaler._check_scale_growth_tracker("unscale_")
+    for optimizer in optimizers:
+        stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+        if stage is not OptState.READY:
+            done = "unscaled" if stage is OptState.UNSCALED else "stepped"
+            raise RuntimeError(
+                f"optimizer: {type(optimizer).__name__} has already been {done} since the last "
+                "scaler.update(); this does both, unscale and clip, once in each step"
+            )
+    return scaler._scale.double().reciprocal().float()
+
+
+def _refuse_float16(items: list[Tensor], inv_scale: Tensor | None) -> None:
+    for i, item in enumerate(items) if inv_scale is not None else ():
+        if item.grad is not None and item.grad.dtype == torch.float16:
+            raise ValueError(
+                f"the gradient of parameter {i} of the optimizer: float16 gradients are not "
+                "unscaled, as in torch; keep the parameters in float32 under autocast"
+            )
+
+
+def _note(scaler: GradScaler, optimizers: list[Optimizer], is_bad: Tensor, stage: OptState) -> None:
+    """As `scaler.unscale_` notes it; a tensor each, for `scaler.update` adds them up in place."""
+    for optimizer in optimizers:
+        state = scaler._per_optimizer_states[id(optimizer)]
+        state["found_inf_per_device"] = {is_bad.device: is_bad.clone()}
+        state["stage"] = stage

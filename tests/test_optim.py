@@ -1,0 +1,287 @@
+"""Unscaling, clipping and stepping in one pass: equal to torch's sequence, step by step."""
+
+import copy
+import doctest
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import parameters
+from torch import nn
+from torch.nn import utils
+
+import fastclip
+from fastclip import AutoClip, optim
+
+KINDS = {
+    "sgd": lambda p, **how: torch.optim.SGD(p, lr=0.1, momentum=0.9, **how),
+    "adam": lambda p, **how: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, **how),
+    "adamw": lambda p, **how: torch.optim.AdamW(p, lr=0.01, amsgrad=True, **how),
+    "adagrad": lambda p, **how: torch.optim.Adagrad(p, lr=0.1, **how),
+    "rmsprop": lambda p, **how: torch.optim.RMSprop(p, lr=0.01, **how),
+}
+FUSED = list(KINDS)[:4]
+HOW = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}
+ALL = [(kind, how) for kind in KINDS for how in HOW if (kind, how) != ("rmsprop", "fused")]
+OVERFLOWS = (7, 8, 30)
+
+
+def device_types():
+    marks = [pytest.mark.cuda]
+    marks.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+    return ["cpu", pytest.param("cuda", marks=marks)]
+
+
+@pytest.fixture(params=device_types())
+def place(request):
+    return request.param
+
+
+def network(place: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 1)).to(place)
+
+
+def twins(kind: str, how: str, place: str):
+    nets = [network(place) for _ in range(2)]
+    return [(net, KINDS[kind](net.parameters(), **HOW[how])) for net in nets]
+
+
+def scalers(place: str, on: bool):
+    return [
+        torch.amp.GradScaler(place, init_scale=1024.0, growth_interval=10, enabled=on)
+        for _ in range(2)
+    ]
+
+
+def backward(net: nn.Module, scaler, step: int) -> None:
+    """Gradients that do not depend on the parameters, so that no rounding grows with the steps."""
+    generator = torch.Generator().manual_seed(step)
+    loss = 0
+    for parameter in net.parameters():
+        grad = torch.randn(parameter.shape, generator=generator) * (1 + step % 3)
+        loss = loss + (parameter * grad.to(parameter.device)).sum()
+    net.zero_grad()
+    scaler.scale(loss).backward()
+    if step in OVERFLOWS:
+        net[2].weight.grad[0, 0] = math.inf if step % 2 else math.nan
+
+
+def assert_same(ours, theirs, gradients: bool = True) -> None:
+    (net, optimizer), (other, reference) = ours, theirs
+    close = dict(rtol=1e-5, atol=1e-6, equal_nan=True)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **close)
+        if gradients:
+            torch.testing.assert_close(a.grad, b.grad, **close)
+    states = (one.state_dict()["state"] for one in (optimizer, reference))
+    for a, b in zip(*(s.values() for s in states), strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9], ids=["clips", "not"])
+@pytest.mark.parametrize("on", [True, False], ids=["scaled", "plain"])
+@pytest.mark.parametrize(("kind", "how"), ALL)
+def test_unscale_and_clip_is_torchs_sequence(place, kind, how, on, max_norm):
+    ours, theirs = twins(kind, how, place)
+    scaler, other = scalers(place, on)
+    for step in range(40):
+        if step in OVERFLOWS and not on:
+            continue
+        backward(ours[0], scaler, step)
+        backward(theirs[0], other, step)
+        norm = fastclip.unscale_and_clip_(scaler, ours[1], max_norm)
+        other.unscale_(theirs[1])
+        expected = utils.clip_grad_norm_(theirs[0].parameters(), max_norm)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0, equal_nan=True)
+        for one, optimizer in ((scaler, ours[1]), (other, theirs[1])):
+            one.step(optimizer)
+            one.update()
+        assert scaler.state_dict() == other.state_dict()
+        assert_same(ours, theirs, gradients=step not in OVERFLOWS)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, "rule"], ids=["clips", "not", "rule"])
+@pytest.mark.parametrize("on", [True, False, None], ids=["scaled", "disabled", "none"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_clipped_step_is_torchs_sequence(place, kind, on, max_norm):
+    ours, theirs = twins(kind, "fused", place)
+    rules = [AutoClip(50, 9) if max_norm == "rule" else max_norm for _ in range(2)]
+    scaler, other = scalers(place, bool(on))
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.99) for _, o in (ours, theirs)]
+    for step in range(50):
+        backward(ours[0], scaler, step)
+        backward(theirs[0], other, step)
+        norm = fastclip.clipped_step(ours[1], rules[0], None if on is None else scaler)
+        other.unscale_(theirs[1])
+        expected = fastclip.clip_grad_norm_(theirs[0].parameters(), rules[1])
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0, equal_nan=True)
+        if on:
+            other.step(theirs[1])
+            scaler.update()
+            other.update()
+        elif step not in OVERFLOWS:
+            theirs[1].step()
+        for schedule in schedules:
+            schedule.step()
+        assert scaler.state_dict() == other.state_dict()
+        assert_same(ours, theirs, gradients=step not in OVERFLOWS)
+        assert not {"grad_scale", "found_inf"} & set(vars(ours[1]))
+
+
+def test_several_optimizers_have_one_norm_and_skip_together():
+    nets = [[nn.Linear(3, 3), nn.Linear(3, 1)] for _ in range(2)]
+    for a, b in zip(*nets, strict=True):
+        b.load_state_dict(a.state_dict())
+    made = [[KINDS["adamw"](n.parameters(), fused=True) for n in some] for some in nets]
+    scaler, other = scalers("cpu", True)
+    before = None
+    for step in range(6):
+        for some, one in zip(nets, (scaler, other), strict=True):
+            for net in some:
+                net.zero_grad()
+            x = torch.ones(2, 3) * (step + 1)
+            one.scale(some[1](some[0](x)).square().mean()).backward()
+            if step == 3:
+                some[1].bias.grad.fill_(math.inf)
+                before = copy.deepcopy([n.state_dict() for n in nets[0]])
+        if step % 2:
+            fastclip.clipped_step(made[0], 0.1, scaler)
+        else:
+            fastclip.unscale_and_clip_(scaler, made[0], 0.1)
+            for optimizer in made[0]:
+                scaler.step(optimizer)
+        for optimizer in made[1]:
+            other.unscale_(optimizer)
+        every = [p for n in nets[1] for p in n.parameters()]
+        utils.clip_grad_norm_(every, 0.1)
+        for optimizer in made[1]:
+            if step != 3:
+                other.step(optimizer)
+        scaler.update()
+        other.update()
+        assert scaler.state_dict() == other.state_dict()
+        if step == 3:
+            now = [n.state_dict() for n in nets[0]]
+            torch.testing.assert_close(now, before, rtol=0, atol=0)
+        for a, b in zip(*nets, strict=True):
+            torch.testing.assert_close(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("call", ["unscale", "step"])
+def test_a_second_call_raises_as_torch_does(call):
+    (net, optimizer), _ = twins("adam", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    act = {
+        "unscale": lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0),
+        "step": lambda: fastclip.clipped_step(optimizer, 1.0, scaler),
+    }[call]
+    backward(net, scaler, 0)
+    act()
+    before = [p.grad.clone() for p in net.parameters()]
+    for again in (
+        lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0),
+        lambda: fastclip.clipped_step(optimizer, 1.0, scaler),
+        lambda: scaler.unscale_(optimizer),
+    ):
+        with pytest.raises(RuntimeError, match="unscale"):
+            again()
+    for parameter, grad in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    if call == "unscale":
+        scaler.step(optimizer)
+    scaler.update()
+    backward(net, scaler, 1)
+    act()
+
+
+def test_a_step_that_raises_leaves_nothing_behind(monkeypatch):
+    (net, optimizer), _ = twins("adamw", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    backward(net, scaler, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "step", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fastclip.clipped_step(optimizer, 1.0, scaler)
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+    optimizer.grad_scale = None
+    fastclip.clipped_step(optimizer, 1.0)
+    assert vars(optimizer)["grad_scale"] is None
+    assert "found_inf" not in vars(optimizer)
+
+
+def test_optimizer_and_scaler_are_pickled_afterwards():
+    (net, optimizer), _ = twins("adam", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    backward(net, scaler, 0)
+    fastclip.clipped_step(optimizer, 1.0, scaler)
+    scaler.update()
+    other = pickle.loads(pickle.dumps(scaler))
+    assert other.state_dict() == scaler.state_dict()
+    state = pickle.loads(pickle.dumps(optimizer)).state_dict()["state"]
+    torch.testing.assert_close(state, optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "way"),
+    [
+        ("adam", "foreach", "fused=True"),
+        ("sgd", "single", "fused=True"),
+        ("rmsprop", "single", "unscale_and_clip_"),
+    ],
+)
+def test_an_optimizer_that_cannot_is_told_the_way_out(kind, how, way):
+    (net, optimizer), (_, fused) = twins(kind, how, "cpu")[0], twins("adam", "fused", "cpu")[0]
+    backward(net, scalers("cpu", False)[0], 0)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=way):
+        fastclip.clipped_step([fused, optimizer], 1.0)
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_bad_input_is_named_and_changes_nothing():
+    (net, optimizer), _ = twins("adam", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    backward(net, scaler, 0)
+    before = [p.grad.clone() for p in net.parameters()]
+    half = parameters([torch.ones(2, dtype=torch.float16)])
+    halves = torch.optim.AdamW(half, fused=True)
+    for call, error, match in (
+        (lambda: fastclip.unscale_and_clip_(scaler, net, 1.0), TypeError, "optimizer"),
+        (lambda: fastclip.unscale_and_clip_(optimizer, optimizer, 1.0), TypeError, "scaler"),
+        (lambda: fastclip.unscale_and_clip_(scaler, optimizer, -1.0), ValueError, "max_norm"),
+        (lambda: fastclip.clipped_step(net, 1.0), TypeError, "optimizer"),
+        (lambda: fastclip.clipped_step(optimizer, 1.0, scaler="x"), TypeError, "scaler"),
+        (lambda: fastclip.clipped_step(optimizer, math.nan), ValueError, "max_norm"),
+        (lambda: fastclip.unscale_and_clip_(scaler, halves, 1.0), ValueError, "float16"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+        for parameter, grad in zip(net.parameters(), before, strict=True):
+            assert torch.equal(parameter.grad, grad)
+    fastclip.unscale_and_clip_(scaler, optimizer, 1.0)
+
+
+@pytest.mark.parametrize("factor", [0.25, 3.0, torch.tensor(0.25)], ids=str)
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, lambda norm: norm / 2])
+def test_a_factor_is_applied_before_the_norm_is_taken(factor, max_norm):
+    grads = [torch.randn(300), torch.randn(4, 5)]
+    made, others = parameters(grads), parameters([g * float(factor) for g in grads])
+    norm = fastclip.clip_grad_norm_(made, max_norm, grad_scale=factor)
+    torch.testing.assert_close(norm, fastclip.clip_grad_norm_(others, max_norm))
+    for one, other in zip(made, others, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_factor_that_is_none_is_refused_or_seen():
+    made = parameters([torch.ones(3)])
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="grad_scale"):
+            fastclip.clip_grad_norm_(made, 1.0, grad_scale=factor)
+    fastclip.clip_grad_norm_(made, 1.0, grad_scale=torch.tensor(-1.0))
+    assert made[0].grad.isnan().all()
+
+
+def test_the_examples_are_right():
+    assert doctest.testmod(optim).failed == 0
