@@ -6,7 +6,7 @@ have the same number of them in the same order.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,37 @@ def device_of(group: Any, wanted: str | None = None) -> torch.device:
     if own is not None and own != backends.get("cpu"):
         return accelerator
     return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
+
+
+def is_data_parallel(module: object) -> bool:
+    return isinstance(module, torch.nn.parallel.DistributedDataParallel)
+
+
+def on_reduced_buckets(
+    module: Any, measure: Callable[[int, list[Tensor], Tensor], None], finish: Callable[[], None]
+) -> None:
+    """Have a `DistributedDataParallel` average as it does, and say so.
+
+    `measure(number, parameters, bucket)` for each averaged bucket, and `finish()` at the end of
+    backward, when the gradients are in their places.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+
+    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        number, parameters = bucket.index(), bucket.parameters()
+
+        def measured(done: Any) -> Tensor:
+            measure(number, parameters, done.value())
+            return done.value()
+
+        if bucket.is_last():
+            # After what the module itself has queued, which is later than this.
+            queue(lambda: queue(finish))
+        return allreduce_hook(group, bucket).then(measured)
+
+    module.register_comm_hook(module.process_group, hook)
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:

@@ -22,7 +22,7 @@ LAYERS = [
     {"_planned", "_groups"},
     {"_grads"},
     {"clip", "per_tensor", "rules", "nonfinite", "_log", "_picture"},
-    {"clipper", "optim"},
+    {"clipper", "optim", "accumulator"},
     {"__init__"},
     {"_demo"},
     {"__main__"},

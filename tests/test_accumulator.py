@@ -1,0 +1,267 @@
+"""The norm gathered during backward: never another than that of the gradients as they are."""
+
+import copy
+import doctest
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import oracle, ulps
+from ranks import World
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastclip
+from fastclip import NormAccumulator, accumulator
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5) for _ in range(4)])
+        self.sometimes = nn.Linear(5, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+
+    def forward(self, x, more: bool = True):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.frozen(self.sometimes(x) if more else x)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def run(module: nn.Module, step: int, more: bool = True) -> None:
+    generator = torch.Generator().manual_seed(step)
+    module(torch.randn(3, 5, generator=generator), more).square().sum().backward()
+
+
+def grads_of(module: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def check(norms: NormAccumulator, module: nn.Module, p: float = 2.0) -> None:
+    """Norm and gradients are those of a clip of what the gradients are now."""
+    before = grads_of(module)
+    expected = oracle(before, p)
+    norm = norms.clip_(expected / 2)
+    assert ulps(norm, expected) <= 2
+    for grad, then in zip(grads_of(module), before, strict=True):
+        torch.testing.assert_close(grad, then / 2)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How many gradients `clip_` measures itself."""
+    counts = []
+    real = accumulator.read
+
+    def read(items, **how):
+        counts.append(len(items) if how else 0)
+        return real(items, **how)
+
+    monkeypatch.setattr(accumulator, "read", read)
+    return lambda: sum(counts)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_norm_and_gradients_are_those_of_a_clip(p, measured):
+    module = net()
+    norms = NormAccumulator(module, p)
+    for step in range(3):
+        module.zero_grad()
+        run(module, step)
+        check(norms, module, p)
+    assert measured() == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_accumulate_and_the_last_backward_counts(set_to_none):
+    module = net()
+    norms = NormAccumulator(module)
+    for step in range(4):
+        module.zero_grad(set_to_none=set_to_none)
+        for micro in range(3):
+            with norms.pause() if micro < 2 else nullcontext():
+                run(module, 10 * step + micro, more=micro != 2 or step % 2 == 0)
+        check(norms, module)
+
+
+def test_what_was_only_seen_paused_is_measured_again():
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, 0)
+    with norms.pause():
+        run(module, 1)
+    check(norms, module)
+
+
+@pytest.mark.parametrize("change", ["in place", "object", "none", "scaler", "sparse"])
+def test_gradients_changed_since_are_measured_again(change):
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, 0)
+    weight = module.layers[1].weight
+    if change == "in place":
+        weight.grad.mul_(3)
+    elif change == "object":
+        weight.grad = torch.ones(5, 5)
+    elif change == "none":
+        weight.grad = None
+    elif change == "sparse":
+        weight.grad = torch.ones(5, 5).to_sparse()
+        assert float(norms.clip_(math.inf)) > 5
+        return
+    else:
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(torch.optim.SGD(module.parameters(), lr=0.1))
+        norms.forget()
+    check(norms, module)
+
+
+def test_a_second_clip_measures_the_clipped():
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, 0)
+    check(norms, module)
+    check(norms, module)
+
+
+def test_nothing_to_clip_writes_nothing_and_nothing_at_all_is_zero():
+    module = net()
+    norms = NormAccumulator(module)
+    assert float(norms.clip_(1.0)) == 0
+    run(module, 0)
+    before = grads_of(module)
+    norms.clip_(1e9)
+    assert all(torch.equal(a, b) for a, b in zip(grads_of(module), before, strict=True))
+
+
+def test_a_rule_and_float64():
+    module = net().double()
+    norms = NormAccumulator(module)
+    run_double = torch.randn(3, 5, dtype=torch.float64)
+    module(run_double).sum().backward()
+    expected = oracle(grads_of(module), 2.0)
+    norm = norms.clip_(lambda norm: norm / 4)
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(expected, rel=1e-14)
+    assert oracle(grads_of(module), 2.0) == pytest.approx(expected / 4)
+
+
+def test_removed_hooks_leave_nothing_behind():
+    module = net()
+    with NormAccumulator(module) as norms:
+        run(module, 0)
+    assert all(not p._post_accumulate_grad_hooks for p in module.layers.parameters())
+    copy.deepcopy(module)
+    check(norms, module)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="norm_type"):
+        NormAccumulator(net(), 0)
+    with pytest.raises(TypeError, match="parameters"):
+        NormAccumulator(3)
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, 0)
+    before = grads_of(module)
+    with pytest.raises(ValueError, match="max_norm"):
+        norms.clip_(-1.0)
+    assert all(torch.equal(a, b) for a, b in zip(grads_of(module), before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[Callable[[int], World]]:
+    worlds = {2: World(2, tmp_path_factory.mktemp("ranks"))}
+    yield worlds.__getitem__
+    for one in worlds.values():
+        one.stop()
+
+
+def data_parallel(views: bool, unused: bool) -> int:
+    module = DistributedDataParallel(
+        net(),
+        bucket_cap_mb=0.0002,
+        gradient_as_bucket_view=views,
+        find_unused_parameters=unused,
+    )
+    counts = []
+    real = accumulator.read
+    accumulator.read = lambda items, **how: (
+        counts.append(len(items) * bool(how)) or real(items, **how)
+    )
+    norms = NormAccumulator(module)
+    rank = dist.get_rank()
+    try:
+        for step in range(6):
+            module.zero_grad(set_to_none=step % 2 == 0)
+            if step == 3:
+                with module.no_sync():
+                    run(module, 100 + rank)
+            # Used by one rank alone, by none, by both.
+            more = [True, rank == 0, False, True, True, True][step] if unused else True
+            run(module, 10 * step + rank, more)
+            if step == 4:
+                module.module.layers[0].weight.grad.mul_(2)
+            check(norms, module)
+            total = [None, None]
+            dist.all_gather_object(total, [g.tolist() for g in grads_of(module)])
+            assert total[0] == total[1]
+        found = sum(counts)
+        norms.remove()
+        run(module, 7)
+        check(norms, module)
+    finally:
+        accumulator.read = real
+    return found
+
+
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("views", [False, True])
+def test_buckets_are_measured_as_they_are_averaged(world, views, unused):
+    found = world(2).run(data_parallel, views, unused)
+    # 12 parameters, of which two are frozen: most come from buckets.
+    assert all(count < 6 * 6 for count in found), found
+
+
+def sharded() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    module = net()
+    module.frozen.requires_grad_(True)
+    fully_shard(module)
+    norms = NormAccumulator(module)
+    for step in range(2):
+        module.zero_grad()
+        run(module, step)
+        before = [p.grad.full_tensor() for p in module.parameters()]
+        expected = oracle(before, 2.0)
+        assert ulps(norms.clip_(expected / 2), expected) <= 2
+        now = oracle([p.grad.full_tensor() for p in module.parameters()], 2.0)
+        assert now == pytest.approx(expected / 2)
+
+
+def test_sharded_gradients_are_measured_by_the_clip(world):
+    world(2).run(sharded)
+
+
+def test_the_examples_are_right():
+    assert doctest.testmod(accumulator).failed == 0
+
+
+def test_it_is_the_clip_of_the_function():
+    ours, theirs = net(), net()
+    norms = NormAccumulator(ours)
+    run(ours, 0)
+    run(theirs, 0)
+    torch.testing.assert_close(norms.clip_(0.1), fastclip.clip_grad_norm_(theirs.parameters(), 0.1))
+    for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
+        torch.testing.assert_close(a, b)
