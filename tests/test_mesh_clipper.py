@@ -180,3 +180,39 @@ def stages() -> None:
 
 def test_pipeline_stages_share_a_clipper(world):
     world(2).run(stages)
+
+
+def steps(scaled: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for layer in nets[0]:
+        fully_shard(layer)
+    fully_shard(nets[0])
+    optimizers = [torch.optim.AdamW(n.parameters(), lr=0.01, fused=True) for n in nets]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+    for step in range(6):
+        x = torch.randn(4, 5)
+        for net, optimizer, scale in zip(
+            nets, optimizers, (scaler.scale, lambda x: x), strict=True
+        ):
+            optimizer.zero_grad()
+            scale(net(x).square().sum()).backward()
+        if step % 2:
+            norm = fastclip.clipped_step(optimizers[0], 0.5, scaler)
+        else:
+            norm = fastclip.unscale_and_clip_(scaler, optimizers[0], 0.5)
+            scaler.step(optimizers[0])
+        scaler.update()
+        expected = nn.utils.clip_grad_norm_(nets[1].parameters(), 0.5)
+        optimizers[1].step()
+        torch.testing.assert_close(full(norm), expected)
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(full(a.detach()), b.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_sharded_step_is_that_of_one_process(world, scaled):
+    world(2).run(steps, scaled)
