@@ -78,7 +78,9 @@ def main(path: str, changed: str) -> None:
     where = run["benchmarks"][0]["extra_info"]["where"]
     hosts = [b["extra_info"]["host"] for b in run["benchmarks"] if "host" in b["extra_info"]]
     record = {"where": where, "changed": changed, "rows": rows, "hosts": hosts}
-    write(record, [*table(rows), *(line for host in hosts for line in ("", host))])
+    lines = [table(rows)] if rows else []
+    lines += [[host] for host in hosts]
+    write(record, [line for part in lines for line in ("", *part)][1:])
 
 
 def write(record: dict[str, Any], lines: list[str]) -> None:
