@@ -64,7 +64,7 @@ class NormAccumulator:
         self._is_removed = False
         hook = self._measure
         if is_data_parallel(parameters):
-            self._module, hook = parameters, self._touch
+            hook = self._touch
             on_reduced_buckets(parameters, self._measure_bucket, self._finish)
         leaves = [i for i in self._items if i.requires_grad and not is_dtensor(i)]
         self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
@@ -146,9 +146,8 @@ class NormAccumulator:
         self._seen[i] = parameter.grad, parameter.grad._version
 
     def _touch(self, parameter: Tensor) -> None:
-        # What is not synchronised now is in no bucket of this backward.
-        if self._module.require_backward_grad_sync:
-            self._touched.add(self._index[id(parameter)])
+        # Under `no_sync` too: the next buckets average what has accumulated.
+        self._touched.add(self._index[id(parameter)])
 
     @torch.no_grad()
     def _measure_bucket(self, number: int, parameters: list[Tensor], bucket: Tensor) -> None:

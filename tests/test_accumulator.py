@@ -224,6 +224,24 @@ def data_parallel(views: bool, unused: bool) -> int:
     return found
 
 
+def touched_unsynchronised(views: bool) -> None:
+    module = DistributedDataParallel(
+        net(), bucket_cap_mb=0.0002, gradient_as_bucket_view=views, find_unused_parameters=True
+    )
+    norms = NormAccumulator(module)
+    for step in range(3):
+        module.zero_grad()
+        with module.no_sync():
+            run(module, 10 * step + dist.get_rank(), more=True)
+        run(module, 10 * step + 5, more=False)
+        check(norms, module)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_what_only_an_unsynchronised_backward_made_counts(world, views):
+    world(2).run(touched_unsynchronised, views)
+
+
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("views", [False, True])
 def test_buckets_are_measured_as_they_are_averaged(world, views, unused):

@@ -141,6 +141,25 @@ def missing() -> None:
         # The rows are those of this rank alone: the other has none.
         rows = parameters[0].grad._local_tensor.norm(dim=1)
         torch.testing.assert_close(rows, torch.full((4,), 1e-2))
+    for parameter in parameters[1:]:
+        assert float(full(parameter.grad).norm()) == pytest.approx(1e-2)
+
+
+def spoilt_on_one() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((4, 3), mesh, Shard(0)), plain(2)]
+    if dist.get_rank() == 1:
+        parameters[1].grad[0] = math.nan
+    before = [q.grad.clone() for q in parameters]
+    clipper = GradClipper(parameters, 1e-3, nonfinite="skip")
+    clipper.clip_()
+    for q, grad in zip(parameters, before, strict=True):
+        torch.testing.assert_close(local_of(q.grad), local_of(grad), equal_nan=True)
+    assert clipper.stats()["nonfinite"] == 1
+
+
+def test_a_norm_spoilt_on_one_rank_is_skipped_on_all(world):
+    world(2).run(spoilt_on_one)
 
 
 def test_a_rank_without_a_gradient_takes_part(world):

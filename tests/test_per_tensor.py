@@ -158,6 +158,8 @@ def test_gradients_of_zeros_and_of_subnormals_are_normalised_without_nan(reader)
     made = parameters([torch.zeros(3)])
     assert float(fastclip.normalize_grad_(made)) == 0
     assert not made[0].grad.any()
+    fastclip.normalize_grad_(made, 0.0)
+    assert not made[0].grad.any()
     made = parameters([torch.tensor([1e-40, 0.0])])
     fastclip.normalize_grad_(made)
     assert 0 < float(made[0].grad[0]) <= 1
