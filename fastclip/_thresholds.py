@@ -18,8 +18,8 @@ def autoclip_(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: floa
     norms.index_copy_(0, place, torch.where(finite, total_norm.double(), norms[place]))
     count += finite
     # Places not taken yet are infinite and come last.
-    rank = (count.clamp(max=history) - 1).clamp_(min=0) * (percentile / 100)
-    below = rank.double().floor()
+    rank = (count.clamp(max=history) - 1).clamp_(min=0).double() * (percentile / 100)
+    below = rank.floor()
     around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
     return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
 

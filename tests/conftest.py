@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 
 
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Autograd counts devices at its first backward: an emulated one has to be there by then."""
+    if any(item.get_closest_marker("emulated") for item in session.items) and not emulation.MISSING:
+        emulated(session.config.cache.mkdir("emulation"))
+
+
 @functools.cache
 def emulated(cache: Path) -> Any:
     return emulation.load(emulation.build(cache))

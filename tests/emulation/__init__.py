@@ -87,5 +87,8 @@ def load(library: Path) -> Any:
     device_module.current_device = lambda: 0
     device_module._is_in_bad_fork = lambda: False
     device_module.manual_seed_all = lambda seed: None
+    # Asked for by opcheck, of every device that there is.
+    device_module.get_rng_state = lambda device=None: torch.empty(0, dtype=torch.uint8)
+    device_module.set_rng_state = lambda state, device=None: None
     torch._register_device_module("emulated", device_module)
     return module
