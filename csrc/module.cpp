@@ -55,6 +55,6 @@ PYBIND11_MODULE(_C, m) {
       .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
   using fastclip::Watch;
   py::class_<Watch>(m, "Watch")
-      .def(py::init<std::vector<py::object>>())
+      .def(py::init<const std::vector<py::handle>&>())
       .def("is_unchanged", &Watch::is_unchanged);
 }

@@ -161,6 +161,12 @@ inline void check_coef(const FlatList& list, const at::Tensor& coef,
                     " groups, got shape ", coef.sizes());
 }
 
+// max_norm of `clip_norm_`, where it is a tensor.
+inline void check_threshold(const at::Tensor& max_norm) {
+  TORCH_CHECK_VALUE(max_norm.numel() == 1, "max_norm: expected a 0-d tensor, got shape ",
+                    max_norm.sizes());
+}
+
 // The in-place ops promise this for every tensor they are given, written or not. The counters of a
 // batch are read before the first is bumped: plain loads overlap their cache misses, atomics wait
 // for each.

@@ -1,5 +1,6 @@
 // Whether Python lists and dicts still hold what they held: what tells a prepared clip that the
-// parameters of a module or an optimizer are others now, in a nanosecond or two for each.
+// parameters of a module or an optimizer are others now, in a nanosecond or two for each. Whoever
+// makes a Watch keeps containers and contents alive, where the garbage collector sees it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,11 +13,11 @@ namespace fastclip {
 
 class [[gnu::visibility("hidden")]] Watch {
  public:
-  explicit Watch(const std::vector<py::object>& containers) {
-    for (const py::object& container : containers) {
+  explicit Watch(const std::vector<py::handle>& containers) {
+    for (const py::handle container : containers) {
       containers_.push_back({container, PyDict_Check(container.ptr()) != 0, size_of(container)});
       for_each(containers_.back(), [this](PyObject* item) {
-        held_.push_back(py::reinterpret_borrow<py::object>(item));
+        held_.push_back(item);
         return true;
       });
     }
@@ -27,18 +28,18 @@ class [[gnu::visibility("hidden")]] Watch {
     auto held = held_.begin();
     return std::ranges::all_of(containers_, [&](const Container& container) {
       return size_of(container.object) == container.size &&
-             for_each(container, [&](PyObject* item) { return (held++)->ptr() == item; });
+             for_each(container, [&](PyObject* item) { return *held++ == item; });
     });
   }
 
  private:
   struct Container {
-    py::object object;
+    py::handle object;
     bool is_dict;
     Py_ssize_t size;
   };
 
-  static Py_ssize_t size_of(const py::object& container) {
+  static Py_ssize_t size_of(py::handle container) {
     return PyDict_Check(container.ptr()) ? PyDict_Size(container.ptr())
                                          : PyList_GET_SIZE(container.ptr());
   }
@@ -59,7 +60,7 @@ class [[gnu::visibility("hidden")]] Watch {
   }
 
   std::vector<Container> containers_;
-  std::vector<py::object> held_;
+  std::vector<PyObject*> held_;
 };
 
 }  // namespace fastclip

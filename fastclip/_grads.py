@@ -118,7 +118,7 @@ def _look(items: list[Tensor], foreach: bool | None, write: bool, plan: Plan | N
             wrappers += [wrapper] * (wrapper is not tensor)
             slot = plan.slot_of[position]
         _check_supported(tensor, f"the gradient of {name}" if write else name, write)
-        found[id(item) if write else position] = tensor, slot
+        found.setdefault(id(item) if write else position, (tensor, slot))
     tensors = [tensor for tensor, _ in found.values()]
     _check_foreach(tensors, foreach)
     return Grads(tensors, [slot for _, slot in found.values()], wrappers)
@@ -175,11 +175,12 @@ def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
             f"{name}: layout {tensor.layout} cannot be clipped; convert it to torch.strided or "
             "torch.sparse_coo"
         )
-    if write and tensor.layout == torch.strided and _overlaps(tensor):
+    stored = tensor._values() if tensor.is_sparse else tensor
+    if write and _overlaps(stored):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             f"single memory location. Please clone() the tensor before performing the operation. "
-            f"({name} has shape {tuple(tensor.shape)} and strides {tensor.stride()})"
+            f"({name} has shape {tuple(stored.shape)} and strides {stored.stride()})"
         )
 
 

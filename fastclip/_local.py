@@ -147,6 +147,7 @@ def _stored(tensor: Tensor, rows: bool = False) -> Tensor:
     """The stored real numbers: lazy conjugates and negatives have the same magnitudes."""
     if tensor.is_complex():
         real = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+        real = torch._neg_view(real) if _is_negated(real) else real
         return real[None] if rows and tensor.dim() < 2 else real
     return torch._neg_view(tensor) if _is_negated(tensor) else tensor
 

@@ -73,7 +73,10 @@ class Walk:
             self._optimizers = [h for h in holders if isinstance(h, Optimizer)]
             self._lists = _lists(self._optimizers)
             dicts = [d for m in modules for d in (m._parameters, m._modules)]
-            self._watch = _ops.extension.Watch(own + self._lists + dicts)
+            containers: list[Any] = own + self._lists + dicts
+            contents = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
+            self._held = containers, contents
+            self._watch = _ops.extension.Watch(containers)
         return named(self.source)
 
 

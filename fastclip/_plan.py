@@ -60,9 +60,8 @@ class Plan:
         ]
         # Every label has one slot, and that is all there is to its norm.
         self.is_flat = all(members == [i] for i, members in enumerate(self.members))
-        self.sizes = (
-            [count_rows(_mesh.local_of(item)) for item in items] if kind is Kind.ROWS else None
-        )
+        # Of ROWS, how many each item has here.
+        self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
         self.wide = any(layout.tensor_meta.dtype == torch.float64 for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
@@ -215,9 +214,13 @@ def follow(
 ) -> tuple[Plan, Any]:
     """As `find`, by the `plan` at hand, or a new one if that is not for these items any more."""
     known = plan is not None and plan.is_for(asked)
-    if known and walks and (grads := plan.read(items, write)) is not None:
-        return plan, grads
-    layouts = [_mesh.layout_of(item) for item in items]
-    if not (known and plan.fits(layouts)):
-        plan = Plan(items, layouts, asked, kind, labels, count)
-    return plan, plan.read(items, write) if walks else None
+    grads = plan.read(items, write) if known and walks else None
+    if grads is None:
+        layouts = [_mesh.layout_of(item) for item in items]
+        if not (known and plan.fits(layouts)):
+            plan = Plan(items, layouts, asked, kind, labels, count)
+        grads = plan.read(items, write) if walks else None
+    if kind is Kind.ROWS:
+        # A layout does not tell them: plain tensors have none.
+        plan.sizes = [count_rows(_mesh.local_of(item)) for item in items]
+    return plan, grads

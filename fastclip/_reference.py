@@ -39,8 +39,9 @@ def norms(
         members: list[list[int]] = [[] for _ in range(max(group, default=-1) + 1)]
         for index, g in enumerate(group):
             members[g].append(index)
-        empty = values.new_zeros(())
-        each = [norm_of(values[m], p) if m else empty for m in members]
+        # Picked without a copy of indices to the device.
+        every, empty = values.unbind(), values.new_zeros(())
+        each = [norm_of(torch.stack([every[i] for i in m]), p) if m else empty for m in members]
         values = torch.stack(each) if each else values
     return values if wide else values.to(result_dtype(tensors))
 
@@ -75,13 +76,17 @@ def scale_(
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
     for tensor in tensors:
         # torch refuses a bound that overflows the dtype.
-        limit = bound if bound <= torch.finfo(tensor.dtype).max else math.inf
+        limit = float(torch.tensor(bound, dtype=torch.float64).to(tensor.dtype))
         tensor.clamp_(-limit, limit)
 
 
 def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+    if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
+        raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
     total_norm = norm(tensors, p)
     scale_(tensors, clip_coef(total_norm, max_norm))
     return total_norm
@@ -101,8 +106,8 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     multiplier would silently reverse a step.
     """
     if not isinstance(max_norm, Tensor):
-        if not 0 <= max_norm < math.inf:
-            return torch.full_like(total_norm, 1 if max_norm == math.inf else math.nan)
+        if not 0 <= max_norm <= torch.finfo(total_norm.dtype).max:
+            return torch.full_like(total_norm, 1 if max_norm > 0 else math.nan)
         return torch.full_like(total_norm, max_norm).div_(total_norm + 1e-6).clamp_max_(1)
     threshold = max_norm.to(total_norm)
     coef = (threshold / (total_norm + 1e-6)).clamp(max=1)

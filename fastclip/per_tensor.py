@@ -24,7 +24,7 @@ def clip_grad_norms_(
 
     Args:
         parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
-            that of the full gradient.
+            that of the full gradient, and DTensors come in the same order on every rank.
         max_norm: threshold, >= 0, a number or a 0-d tensor, the same for all.
         norm_type: order p of the norms, any number or `'inf'`.
 
@@ -62,8 +62,8 @@ def clip_grad_agc_(
     weights and gradients, one write of what is clipped, no wait for the device.
 
     Args:
-        parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes. The
-            paper leaves out the last linear layer.
+        parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes,
+            DTensors in the same order on every rank. The paper leaves out the last linear layer.
         clip_factor: lambda >= 0.
         eps: >= 0, for weights that begin at 0.
 
@@ -86,7 +86,8 @@ def clip_grad_agc_(
     grads = read(items, kind=Kind.ROWS)
     norms = grads.each_norms(2.0, rows=True)
     weights = take(items, kind=Kind.ROWS).each_norms(2.0, rows=True).to(norms.dtype)
-    limits = weights.clamp(min=eps) * clip_factor
+    most = torch.finfo(norms.dtype).max
+    limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
     # A norm that is infinite or NaN is no reason to leave a gradient as it is.
     coefs = (limits / norms).masked_fill(norms <= limits, 1)
     grads.scale_each_(coefs, rows=True)

@@ -363,3 +363,18 @@ def test_a_captured_clip_counts_its_replays(kind):
 def test_the_examples_are_right():
     assert doctest.testmod(clipper).failed == 0
     assert doctest.testmod(nonfinite).failed == 0
+
+
+@pytest.mark.parametrize("inside", ["itself", "list", "layer"])
+def test_a_module_that_holds_its_clipper_can_be_freed(inside):
+    import gc
+    import weakref
+
+    net = network()
+    holder = net[0] if inside == "layer" else net
+    holder.clipper = GradClipper([net] if inside == "list" else net, 1.0)
+    holder.clipper.clip_()
+    layer = weakref.ref(net[2])
+    del net, holder
+    gc.collect()
+    assert layer() is None

@@ -147,3 +147,22 @@ def test_error_if_nonfinite_is_refused_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="error_if_nonfinite: waits"):
         _arguments.raise_if_nonfinite(Norm(), 2.0)
+
+
+def test_sparse_values_that_share_memory_raise_before_anything_changes():
+    first, second = (torch.nn.Parameter(torch.zeros(n)) for n in ((4,), (3, 4)))
+    first.grad = torch.full((4,), 3.0)
+    values = torch.ones(1, 1).expand(2, 4)
+    second.grad = torch.sparse_coo_tensor(torch.tensor([[0, 1]]), values, (3, 4))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fastclip.clip_grad_norm_([first, second], 1.0)
+    assert torch.equal(first.grad, torch.full((4,), 3.0))
+
+
+def test_lazily_negated_complex_gradients_are_clipped():
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    for grad in (torch.tensor([3j, 4.0]), torch.tensor([3j, 4.0]).conj()):
+        parameter.grad = torch._neg_view(grad.resolve_conj())
+        before = parameter.grad.clone()
+        assert float(fastclip.clip_grad_norm_([parameter], 1.0)) == 5
+        torch.testing.assert_close(parameter.grad.clone(), before / 5)

@@ -166,6 +166,29 @@ def test_a_rank_without_a_gradient_takes_part(world):
     world(2).run(missing)
 
 
+def other_rows() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    shared = spread((4, 3), mesh, Shard(1))
+    for rows in ((3, 5), (5, 3), (7, 2)):
+        made = [shared, *(plain(count, 2) for count in rows), plain(2)]
+        made[3].grad = None
+        for parameter in made[1:]:
+            column = torch.arange(1.0, 1 + len(parameter)).view(
+                len(parameter), *[1] * (parameter.dim() - 1)
+            )
+            parameter.data = column.expand_as(parameter).clone()
+            if parameter.grad is not None:
+                parameter.grad.fill_(100.0)
+        fastclip.clip_grad_agc_(made, 0.5)
+        for parameter in made[1:3]:
+            expected = 0.5 * parameter.detach().norm(dim=1)
+            torch.testing.assert_close(parameter.grad.norm(dim=1), expected)
+
+
+def test_rows_are_those_of_the_tensors_at_hand(world):
+    world(2).run(other_rows)
+
+
 def counted() -> None:
     mesh = init_device_mesh("cpu", (2,))
     layer = nn.ParameterDict({"a": spread((4, 3), mesh, Shard(0)), "b": plain(2)})

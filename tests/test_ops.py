@@ -375,3 +375,37 @@ def test_the_defaults_split_large_tensors(device, monkeypatch):
     halves = [t.clone() for t in tensors]
     _reference.scale_(halves, torch.tensor(0.5, device=device))
     assert all(torch.equal(h, t * 0.5) for h, t in zip(halves, tensors, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_threshold_tensor_is_one_number(ops, device, count):
+    tensors = [torch.ones(3, device=device)]
+    with pytest.raises(ValueError, match="max_norm"):
+        ops.clip_norm_(tensors, torch.ones(count, device=device), 2.0)
+    assert torch.equal(tensors[0].cpu(), torch.ones(3))
+
+
+@pytest.mark.parametrize("max_norm", [1e39, torch.finfo(torch.float64).max])
+def test_a_threshold_beyond_float32_only_measures(ops, device, max_norm):
+    tensors = [torch.ones(4, device=device)]
+    assert float(ops.clip_norm_(tensors, max_norm, 2.0)) == 2
+    assert float(ops.clip_coef(torch.tensor(2.0, device=device), max_norm)) == 1
+    assert torch.equal(tensors[0].cpu(), torch.ones(4))
+
+
+def test_a_bound_is_rounded_to_the_largest_float16(ops, device):
+    tensors = [torch.tensor([math.inf, -math.inf, 1.0], dtype=torch.float16, device=device)]
+    ops.clamp_(tensors, 65510.0)
+    assert tensors[0].tolist() == [65504.0, -65504.0, 1.0]
+
+
+def test_a_ring_is_not_written_before_its_begin():
+    total_norm = torch.tensor(1.0)
+    if _ops.extension is None:
+        pytest.skip("the default indexes as Python does")
+    with pytest.raises(ValueError, match="count"):
+        _ops.autoclip_(torch.zeros(4).double(), torch.tensor(-1), total_norm, 10.0)
+    with pytest.raises(ValueError, match="percentile"):
+        _ops.autoclip_(torch.zeros(4).double(), torch.tensor(4), total_norm, 1e9)
+    with pytest.raises(ValueError, match="steps"):
+        _ops.record_(torch.zeros(4, 1), torch.tensor([-1]), total_norm)

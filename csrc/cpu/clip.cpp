@@ -25,6 +25,7 @@ at::Tensor clip_norm_cpu(at::TensorList tensors, double max_norm, double p) {
 }
 
 at::Tensor clip_norm_tensor_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p) {
+  check_threshold(max_norm);
   const auto list = FlatList::look(tensors, p);
   if (!list || !max_norm.is_cpu())
     return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,

@@ -18,11 +18,12 @@ void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tenso
   TORCH_CHECK_VALUE(row.numel() == rows.size(1), "row: expected ", rows.size(1),
                     " numbers, got shape ", row.sizes());
   const at::Tensor numbers = row.to(rows.options()).contiguous();
+  bump_versions({rows, steps});
   int64_t& count = *steps.mutable_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(count >= 0, "steps: expected a count >= 0, got ", count);
   const size_t bytes = numbers.nbytes();
   std::memcpy(static_cast<char*>(rows.mutable_data_ptr()) + (count++ % rows.size(0)) * bytes,
               numbers.const_data_ptr(), bytes);
-  bump_versions({rows, steps});
 }
 
 }  // namespace

@@ -41,8 +41,11 @@ at::Tensor autoclip_cpu(const at::Tensor& norms, const at::Tensor& count,
   int64_t& steps = *state<int64_t>(count, 1, "count");
   const double norm = number_of(total_norm);
   const int64_t size = norms.numel();
-  if (std::isfinite(norm)) ring[steps++ % size] = norm;
+  TORCH_CHECK_VALUE(steps >= 0, "count: expected a number >= 0, got ", steps);
+  TORCH_CHECK_VALUE(percentile >= 0 && percentile <= 100,
+                    "percentile: expected a number from 0 to 100, got ", percentile);
   bump_versions({norms, count});
+  if (std::isfinite(norm)) ring[steps++ % size] = norm;
   const int64_t held = std::min(steps, size);
   if (held == 0) return threshold_of(std::nan(""), total_norm);
   std::vector<double> values(ring, ring + held);

@@ -112,6 +112,7 @@ at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p) {
 }
 
 at::Tensor clip_norm_tensor_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p) {
+  check_threshold(max_norm);
   const auto list = look(tensors, p);
   if (!list || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
     return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
