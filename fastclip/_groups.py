@@ -23,6 +23,8 @@ def checked(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if group.get("max_norm", math.inf) is None:
             continue
         known = {**group, "name": name}
+        if "coef_of" in group:
+            known["coef_of"] = str(group["coef_of"])
         if "max_norm" in group:
             known["max_norm"] = threshold(group["max_norm"])
         found.append(known)

@@ -1,7 +1,7 @@
 """Parameters with their names, from whatever holds them: modules, optimizers, lists, pairs."""
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Walk:
     """The named parameters of a source, walked again only when they are others."""
 
     def __init__(self, source: Any) -> None:
-        self.source = list(source) if isinstance(source, Iterator) else source
+        lasting = isinstance(source, nn.Module | Optimizer | Tensor | list | tuple)
+        self.source = list(source) if isinstance(source, Iterable) and not lasting else source
         self._watch: Any = None
 
     def is_unchanged(self) -> bool:
@@ -63,6 +64,10 @@ class Walk:
         if self._watch is None or not self._watch.is_unchanged():
             return False
         return not self._lists or all(map(operator.is_, _lists(self._optimizers), self._lists))
+
+    def stop(self) -> None:
+        """Have it walked again."""
+        self._watch = None
 
     def start(self) -> list[tuple[str, Tensor]]:
         if _ops.extension is not None:

@@ -151,7 +151,10 @@ class NormAccumulator:
 
     @torch.no_grad()
     def _measure_bucket(self, number: int, parameters: list[Tensor], bucket: Tensor) -> None:
-        if not (self._is_paused or self._is_removed):
+        self._parts.pop(number, None)
+        # A bucket of complex gradients holds their parts, and a sparse one is for `read`.
+        plain = bucket.layout == torch.strided and not any(p.is_complex() for p in parameters)
+        if plain and not (self._is_paused or self._is_removed):
             indices = [self._index[id(parameter)] for parameter in parameters]
             self._parts[number] = indices, norms([bucket], self.p, None, True)
 

@@ -79,6 +79,10 @@ def clip_grad_norm_(
     """
     max_norm, p = threshold(max_norm), order(norm_type)
     nonfinite, factor = policy(nonfinite, error_if_nonfinite), positive("grad_scale", grad_scale)
+    if factor is not None and p == 0:
+        raise ValueError(
+            "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
+        )
     grads = read(parameters, foreach, process_group)
     if nonfinite == "propagate" and not callable(max_norm) and factor is None:
         return grads.clip_norm_(max_norm, p)

@@ -94,10 +94,7 @@ class GradClipper:
             RuntimeError: a norm is not finite, on any rank, and `nonfinite` is `"error"`.
             TypeError: a gradient that cannot be clipped; gradients untouched.
         """
-        for walk in self._walks:
-            if not walk.is_unchanged():
-                self._walk()
-                break
+        self._look_again()
         grads = self._read()
         if self.is_one and self.nonfinite == "propagate" and not callable(self.thresholds[0]):
             total_norm = grads.clip_norm_(self.thresholds[0], self.p)
@@ -113,6 +110,7 @@ class GradClipper:
         if self._has_followers:
             each = coefs.unbind()
             coefs = torch.stack([each[leader] for leader in self.leaders])
+            coefs = spared_coef(coefs, judged, self.nonfinite)
         grads.scale_(coefs[0] if self.is_one else coefs)
         self._record(judged, limits)
         return total_norm
@@ -123,6 +121,7 @@ class GradClipper:
         Of order `norm_type`, 0 without a gradient. A DTensor's norm is that of the full gradient,
         for which every rank calls this. Gradients are only read.
         """
+        self._look_again()
         norms = aligned(read(self._items, kind=Kind.EACH).each_norms(self.p), self._items)
         return dict(zip(self._item_names, norms.tolist(), strict=True))
 
@@ -175,6 +174,11 @@ class GradClipper:
             rules[name].load_state_dict(state["rules"][name])
         self._log, self._saved = None, log
 
+    def _look_again(self) -> None:
+        for walk in self._walks:
+            if not walk.is_unchanged():
+                return self._walk()
+
     def _walk(self) -> None:
         owners: dict[int, tuple[str, int]] = {}
         items, labels, names = [], [], []
@@ -183,6 +187,8 @@ class GradClipper:
                 name = name if self.is_one else f"{self.names[label]}.{name}"
                 other, owner = owners.setdefault(id(parameter), (name, label))
                 if owner != label:
+                    for each in self._walks:
+                        each.stop()
                     raise ValueError(
                         f"groups: {other} and {name} are one parameter; leave it out of one group"
                     )
@@ -234,7 +240,7 @@ class GradClipper:
         if self._is_fixed:
             limits = rows.new_tensor(self.thresholds)
         coefs = spared_coef(clip_coef(norms, limits.expand(norms.shape)), norms, self.nonfinite)
-        coefs = coefs[:, self.leaders].clamp(min=0)
+        coefs = spared_coef(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
         limits = limits.expand(norms.shape)
         each = zip(self.names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
         return steps, [History(*one) for one in each]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ._arguments import Threshold, fixed_threshold, order, threshold
 from ._grads import read
-from ._mesh import value_of
+from ._mesh import local_of, value_of
 from ._ops import clip_coef
 from ._reference import spared_coef
 
@@ -30,13 +30,14 @@ def unscale_and_clip_(
     Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
     of g / s, $g \leftarrow g / s \cdot \min(1, \text{max\_norm} / (n + 10^{-6}))$. One read and one
     write, no wait for the device. `scaler.step` and `scaler.update` follow as ever. If the norm is
-    infinite or NaN the gradients are unscaled, not clipped, and `scaler.step` skips the step.
+    infinite or NaN the gradients are unscaled, not clipped, and `scaler.step` skips the step; under
+    a disabled scaler they are clipped as by `clip_grad_norm_`.
 
     Args:
         scaler: the one that scaled the loss; a disabled one scales nothing.
         optimizer: any; or several under one norm, all of which skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
-        norm_type: order p of the norm, any number or `'inf'`.
+        norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
 
     Returns:
@@ -55,7 +56,7 @@ def unscale_and_clip_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     optimizers = _as_list(optimizer)
-    max_norm, p = threshold(max_norm), order(norm_type)
+    max_norm, p = threshold(max_norm), _order(norm_type)
     inv_scale = _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
@@ -90,7 +91,7 @@ def clipped_step(
             several under one norm, all of which skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the one that scaled the loss, if any.
-        norm_type: order p of the norm, any number or `'inf'`.
+        norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
 
     Returns:
@@ -112,7 +113,7 @@ def clipped_step(
     optimizers = _as_list(optimizer)
     for one in optimizers:
         _check_fused(one)
-    max_norm, p = threshold(max_norm), order(norm_type)
+    max_norm, p = threshold(max_norm), _order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
@@ -121,7 +122,7 @@ def clipped_step(
     if inv_scale is not None:
         _note(scaler, optimizers, found.is_bad, OptState.READY)
     for one in optimizers:
-        _step(one, coef.float().reciprocal(), found.is_bad)
+        _step(one, _inverse(coef.float()), found.is_bad)
         if inv_scale is not None:
             scaler._per_optimizer_states[id(one)]["stage"] = OptState.STEPPED
     return found.total_norm
@@ -146,15 +147,36 @@ def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None
 def _step(optimizer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
     """A step with these two set, and as they were after it, even None, which breaks a scaler."""
     held = vars(optimizer)
+    fresh = [p for p in _parameters([optimizer]) if not optimizer.state.get(p)]
     before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
     held.update(grad_scale=grad_scale, found_inf=found_inf)
     try:
         with torch.enable_grad():
             optimizer.step()
+        # A first step of SGD that is skipped leaves its buffers as the memory was (torch 2.13).
+        for buffer in (optimizer.state.get(p, {}).get("momentum_buffer") for p in fresh):
+            if buffer is not None:
+                local = local_of(buffer)
+                local.copy_(local.where(found_inf.to(local.device) == 0, 0))
     finally:
         for name in ("grad_scale", "found_inf"):
             held.pop(name, None)
         held.update(before)
+
+
+def _inverse(coef: Tensor) -> Tensor:
+    """What the optimizer divides by, as large as float32 has it; but for 0, which gives zeros."""
+    inverse = coef.reciprocal()
+    return inverse.clamp(max=torch.finfo(inverse.dtype).max).where(coef != 0, inverse)
+
+
+def _order(norm_type: float) -> float:
+    p = order(norm_type)
+    if not p > 0:
+        raise ValueError(
+            f"norm_type: expected an order > 0, in which infinities show, got {norm_type}"
+        )
+    return p
 
 
 def _as_list(optimizer: Any) -> list[Optimizer]:
@@ -165,7 +187,7 @@ def _as_list(optimizer: Any) -> list[Optimizer]:
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
             )
-    return optimizers
+    return list({id(one): one for one in optimizers}.values())
 
 
 def _parameters(optimizers: list[Optimizer]) -> list[Tensor]:

@@ -224,6 +224,37 @@ def data_parallel(views: bool, unused: bool) -> int:
     return found
 
 
+class Odd(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.odd = nn.Embedding(5, 2, sparse=True)
+        if kind == "complex":
+            self.odd = nn.Linear(2, 2, bias=False, dtype=torch.complex64)
+        self.kind = kind
+
+    def forward(self, step: int):
+        if self.kind == "complex":
+            return torch.view_as_real(self.odd(torch.ones(1, 2) * (3 + 4j))).sum()
+        return self.odd(torch.tensor([step, 1])).sum()
+
+
+def odd_gradients(kind: str, p: float) -> None:
+    module = DistributedDataParallel(Odd(kind))
+    norms = NormAccumulator(module, p)
+    for step in range(3):
+        module.zero_grad()
+        module(step).backward()
+        weight = module.module.odd.weight
+        expected = fastclip.clip_grad_norm_([weight], math.inf, p)
+        torch.testing.assert_close(norms.clip_(math.inf), expected)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_buckets_that_are_not_plain_are_measured_as_gradients(world, kind, p):
+    world(2).run(odd_gradients, kind, p)
+
+
 def touched_unsynchronised(views: bool) -> None:
     module = DistributedDataParallel(
         net(), bucket_cap_mb=0.0002, gradient_as_bucket_view=views, find_unused_parameters=True

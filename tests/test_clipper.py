@@ -378,3 +378,39 @@ def test_a_module_that_holds_its_clipper_can_be_freed(inside):
     del net, holder
     gc.collect()
     assert layer() is None
+
+
+def test_after_a_parameter_in_two_groups_the_next_call_looks_again():
+    lists = [parameters([torch.tensor([3.0])]), parameters([torch.tensor([4.0])])]
+    clipper = GradClipper(groups=[{"params": one, "max_norm": 1.0} for one in lists])
+    (both,) = parameters([torch.tensor([5.0])])
+    for one in lists:
+        one.append(both)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="one parameter"):
+            clipper.clip_()
+    lists[0].pop()
+    assert clipper.clip_().tolist() == pytest.approx([3.0, math.hypot(4, 5)])
+
+
+def test_what_cannot_be_watched_is_taken_as_it_is():
+    net = network()
+    values = {"a": net[0]}.values()
+    clipper = GradClipper(values, math.inf)
+    expected = float(fastclip.clip_grad_norm_(net[0].parameters(), math.inf))
+    assert float(clipper.clip_()) == expected
+    net[0].weight = nn.Parameter(torch.zeros(1))
+    net[0].weight.grad = torch.tensor([100.0])
+    assert float(clipper.clip_()) > 100
+    assert clipper.norms_by_parameter()["0.weight"] == 100
+
+
+@pytest.mark.parametrize("policy", ["zero", "skip"])
+def test_a_led_group_has_its_own_policy(policy):
+    made = parameters([torch.ones(1), torch.tensor([math.inf])])
+    groups = [{"params": made[:1], "max_norm": 0.5}, {"params": made[1:], "coef_of": 0}]
+    clipper = GradClipper(groups=groups, nonfinite=policy)
+    clipper.clip_()
+    assert float(made[0].grad) == pytest.approx(0.5)
+    assert float(made[1].grad) == (0 if policy == "zero" else math.inf)
+    assert clipper.stats()["1"]["coef"] == [0 if policy == "zero" else 1]

@@ -285,3 +285,39 @@ def test_a_factor_that_is_none_is_refused_or_seen():
 
 def test_the_examples_are_right():
     assert doctest.testmod(optim).failed == 0
+
+
+@pytest.mark.parametrize("p", [0.0, -1.0, -math.inf])
+def test_an_order_that_hides_infinities_is_refused(p):
+    (net, optimizer), _ = twins("adam", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    backward(net, scaler, 0)
+    for call in (
+        lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0, p),
+        lambda: fastclip.clipped_step(optimizer, 1.0, scaler, p),
+    ):
+        with pytest.raises(ValueError, match="norm_type"):
+            call()
+    with pytest.raises(ValueError, match="norm_type"):
+        fastclip.clip_grad_norm_(net.parameters(), 1.0, 0.0, grad_scale=0.5)
+
+
+def test_a_first_step_that_is_skipped_leaves_no_memory_of_it():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+    weight.grad = torch.tensor([math.inf, 1.0])
+    fastclip.clipped_step([optimizer, optimizer], 1e9)
+    assert not optimizer.state[weight]["momentum_buffer"].any()
+    for expected in (-1.0, -2.9):
+        weight.grad = torch.ones(2)
+        fastclip.clipped_step([optimizer, optimizer], 1e9)
+        assert weight.tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3])
+def test_coefficients_too_small_to_invert_clip_all_the_same(max_norm):
+    made, others = parameters([torch.full((2,), 2e38)]), parameters([torch.full((2,), 2e38)])
+    norm = fastclip.clipped_step(torch.optim.SGD(made, lr=1.0, fused=True), max_norm)
+    torch.testing.assert_close(norm, fastclip.clip_grad_norm_(others, max_norm))
+    assert (made[0].grad > 0).all() == (max_norm > 0)
+    assert made[0].grad.isfinite().all()
