@@ -905,8 +905,13 @@ def hangs() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def returns() -> None:
+    pass
+
+
 def test_a_hang_is_a_failure(tmp_path):
     world = World(2, tmp_path)
-    world.run(gc.collect)
+    # Importing this file may take as long as the hang is given.
+    world.run(returns)
     with pytest.raises(AssertionError, match=r"ranks \[0\] hang"):
-        world.run(hangs, seconds=3)
+        world.run(hangs, seconds=5)
