@@ -42,6 +42,15 @@ def order(norm_type: float) -> float:
     return p
 
 
+def positive_order(norm_type: float) -> float:
+    p = order(norm_type)
+    if not p > 0:
+        raise ValueError(
+            f"norm_type: expected an order > 0, in which infinities show, got {norm_type}"
+        )
+    return p
+
+
 def scalar(name: str, value: Tensor) -> Tensor:
     value = value_of(value)
     if value.numel() != 1:
@@ -61,6 +70,11 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
     if not value >= 0:
         raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
     return value
+
+
+def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
+    """What a rule makes of the norm; a number or a tensor as it is."""
+    return fixed_threshold(max_norm(total_norm)) if callable(max_norm) else max_norm
 
 
 def policy(nonfinite: str, error_if_nonfinite: bool = False) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import Threshold, fixed_threshold, order, threshold
+from ._arguments import Threshold, positive_order, resolved, threshold
 from ._grads import read
 from ._mesh import is_dtensor
 from ._named import named
@@ -51,9 +51,7 @@ class NormAccumulator:
     """
 
     def __init__(self, parameters: Any, norm_type: float = 2.0) -> None:
-        self.p = order(norm_type)
-        if not self.p > 0:
-            raise ValueError(f"norm_type: expected an order > 0, got {norm_type}")
+        self.p = positive_order(norm_type)
         self._items = list({id(item): item for _, item in named(parameters)}.values())
         self._index = {id(item): i for i, item in enumerate(self._items)}
         # Norms of one gradient or a bucket of them, valid while all of those are as they were seen.
@@ -99,8 +97,7 @@ class NormAccumulator:
             parts = [part.to(first) for part in parts]
         held = [item.grad for item in self._items if item.grad is not None]
         total_norm = norm(parts, self.p).to(result_dtype(held))
-        limit = fixed_threshold(max_norm(total_norm)) if callable(max_norm) else max_norm
-        grads.scale_(clip_coef(total_norm, limit))
+        grads.scale_(clip_coef(total_norm, resolved(max_norm, total_norm)))
         self.forget()
         return total_norm
 

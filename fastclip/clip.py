@@ -16,6 +16,7 @@ from ._arguments import (
     policy,
     positive,
     raise_if_nonfinite,
+    resolved,
     scalar,
     threshold,
 )
@@ -93,9 +94,7 @@ def clip_grad_norm_(
     judged = value if nonfinite == "propagate" else agreed(grads, value)
     if nonfinite == "error":
         raise_if_nonfinite(judged, p)
-    if callable(max_norm):
-        max_norm = fixed_threshold(max_norm(value))
-    coef = clip_coef(value, max_norm)
+    coef = clip_coef(value, resolved(max_norm, value))
     if factor is not None:
         # A tensor may be anything; below 0 it would read as zeros.
         coef = (coef * factor).masked_fill(value < 0, math.nan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._arguments import Threshold, fixed_threshold, order, policy, raise_if_nonfinite
+from ._arguments import Threshold, order, policy, raise_if_nonfinite, resolved
 from ._grads import agreed, aligned, read, read_by
 from ._groups import checked
 from ._log import Log, summary
@@ -214,7 +214,7 @@ class GradClipper:
                 self._fixed = norms.new_tensor(self.thresholds)
             return self._fixed
         each = zip(self.thresholds, norms.unbind(), strict=True)
-        found = [fixed_threshold(t(norm)) if callable(t) else t for t, norm in each]
+        found = [resolved(t, norm) for t, norm in each]
         return torch.stack([_as_tensor(t, norms) for t in found])
 
     def _width(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from ._arguments import Threshold, fixed_threshold, order, threshold
+from ._arguments import Threshold, positive_order, resolved, threshold
 from ._grads import read
 from ._mesh import local_of, value_of
 from ._ops import clip_coef
@@ -56,16 +56,16 @@ def unscale_and_clip_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     optimizers = _as_list(optimizer)
-    max_norm, p = threshold(max_norm), _order(norm_type)
+    max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
     grads = read(items, process_group=process_group)
     found = _measure(grads, max_norm, p, inv_scale)
-    coef = spared_coef(found.coef, value_of(found.total_norm), "skip")
     if inv_scale is None:
         grads.scale_(found.coef)
         return found.total_norm
+    coef = spared_coef(found.coef, value_of(found.total_norm), "skip")
     grads.scale_(coef * inv_scale.to(coef))
     _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
     return found.total_norm
@@ -113,7 +113,7 @@ def clipped_step(
     optimizers = _as_list(optimizer)
     for one in optimizers:
         _check_fused(one)
-    max_norm, p = threshold(max_norm), _order(norm_type)
+    max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
@@ -140,8 +140,7 @@ def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None
     is_bad = (~value.isfinite()).float()
     if inv_scale is not None:
         value.mul_(inv_scale.to(value))
-    limit = fixed_threshold(max_norm(value)) if callable(max_norm) else max_norm
-    return _Found(total_norm, clip_coef(value, limit), is_bad)
+    return _Found(total_norm, clip_coef(value, resolved(max_norm, value)), is_bad)
 
 
 def _step(optimizer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
@@ -168,15 +167,6 @@ def _inverse(coef: Tensor) -> Tensor:
     """What the optimizer divides by, as large as float32 has it; but for 0, which gives zeros."""
     inverse = coef.reciprocal()
     return inverse.clamp(max=torch.finfo(inverse.dtype).max).where(coef != 0, inverse)
-
-
-def _order(norm_type: float) -> float:
-    p = order(norm_type)
-    if not p > 0:
-        raise ValueError(
-            f"norm_type: expected an order > 0, in which infinities show, got {norm_type}"
-        )
-    return p
 
 
 def _as_list(optimizer: Any) -> list[Optimizer]:
