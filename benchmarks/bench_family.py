@@ -2,12 +2,10 @@
 rules, groups, a prepared clip and its numbers."""
 
 import itertools
-import statistics
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import medians
 from models import QUICK, gpt2, parameters, resnet50
 from torch import nn
 from torch.nn import utils
@@ -17,26 +15,6 @@ from fastclip import _ops
 
 pytestmark = pytest.mark.skipif(_ops.extension is None, reason="no extension to measure")
 MODELS = {"ResNet-50": resnet50(), "GPT-2": gpt2()}
-
-
-def medians(
-    calls: dict[str, Callable[[], object]], rounds: int, turn: float = 4e-3, before=lambda: None
-) -> dict[str, float]:
-    """Microseconds of a call, in turns of some milliseconds, one contestant after the other."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = dict.fromkeys(calls, 1)
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            before()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            once = (time.perf_counter() - start) / repeats[name]
-            if i < 2:
-                repeats[name] = max(1, int(turn / once))
-            else:
-                times[name].append(1e6 * once)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def rows_norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,12 +59,12 @@ def bench_each(benchmark, where, request, name, kind, clips):
         },
     }[kind]
 
-    def restore() -> None:
+    def restore(name: str) -> None:
         torch._foreach_copy_(grads, originals)
 
     results = []
-    for call in calls.values():
-        restore()
+    for who, call in calls.items():
+        restore(who)
         call()
         results.append([g.clone() for g in grads])
     for ours, theirs in zip(*results, strict=True):

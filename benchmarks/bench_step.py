@@ -1,88 +1,66 @@
-"""A mixed-precision step, torch's sequence beside ours: unscale, clip, fused AdamW. And a norm that
-is gathered during backward."""
+"""A training step, torch's sequence beside ours: unscale, clip, fused AdamW. And a norm that is
+gathered during backward."""
 
 import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import medians
 from models import QUICK, gpt2, parameters
-from torch.nn import utils
+from report import markdown
+from steps import SCALE, TORCH, step_of
 
 import fastclip
 
-
-def turns(calls: dict[str, Callable[[], object]], before, rounds: int) -> dict[str, float]:
-    """Medians in milliseconds of single calls in turn; `before` is not timed."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            before(name)
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+pytestmark = pytest.mark.parametrize("device", ["cpu"])
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
-def bench_step(benchmark, where, request, clips):
+def bench_step(benchmark, where, request, clips, scaled):
     quick = request.config.getoption("--quick")
-    max_norm = 1e-3 if clips else 1e9
     made = parameters(QUICK["quick"][0] if quick else gpt2(), "fp32", "cpu")
     for parameter in made:
         parameter.data.normal_()
-    originals = [p.grad.mul_(1024) for p in made]
     start = [p.detach().clone() for p in made]
-    names = "torch", "unscaled", "stepped"
-    scalers = {name: torch.amp.GradScaler("cpu", init_scale=1024.0) for name in names}
-    optimizers = {name: torch.optim.AdamW(made, fused=True) for name in names}
-    for scaler in scalers.values():
-        scaler.scale(torch.ones(()))
-    grads = [g.clone() for g in originals]
-    for parameter, grad in zip(made, grads, strict=True):
-        parameter.grad = grad
+    grads = [p.grad.mul_(SCALE if scaled else 1.0) for p in made]
+    originals = [g.clone() for g in grads]
+    step = step_of(made, 1e-3 if clips else 1e9, scaled, clips)
+    hooks = []
 
-    def restore(name: str) -> None:
+    def before(name: str) -> None:
         torch._foreach_copy_(grads, originals)
+        begin = time.perf_counter()
+        step.before(name)
+        if name == "NormAccumulator":
+            hooks.append(1e3 * (time.perf_counter() - begin))
 
-    def as_torch() -> None:
-        scaler, optimizer = scalers["torch"], optimizers["torch"]
-        scaler.unscale_(optimizer)
-        utils.clip_grad_norm_(made, max_norm)
-        scaler.step(optimizer)
-        scaler.update()
-
-    def unscaled() -> None:
-        scaler, optimizer = scalers["unscaled"], optimizers["unscaled"]
-        fastclip.unscale_and_clip_(scaler, optimizer, max_norm)
-        scaler.step(optimizer)
-        scaler.update()
-
-    def stepped() -> None:
-        fastclip.clipped_step(optimizers["stepped"], max_norm, scalers["stepped"])
-        scalers["stepped"].update()
-
-    calls = {"torch": as_torch, "unscaled": unscaled, "stepped": stepped}
-    ends = []
-    for name, call in calls.items():
-        restore(name)
+    ends = {}
+    for name, call in step.ways.items():
+        before(name)
         with torch.no_grad():
             torch._foreach_copy_(made, start)
         call()
-        ends.append([p.detach().clone() for p in made])
-    for end in ends[1:]:
-        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-6)
+        ends[name] = [p.detach().clone() for p in made]
+        torch.testing.assert_close(ends[name], ends[TORCH], rtol=1e-5, atol=1e-6)
+    del ends
     found: dict[str, float] = {}
-    benchmark.pedantic(lambda: found.update(turns(calls, restore, 2 if quick else 15)), rounds=1)
-    line = (
-        f"Unscale, clip ({'active' if clips else 'not active'}) and fused AdamW on GPT-2's list, "
-        f"fp32: torch's sequence {found['torch']:.1f} ms, unscale_and_clip_ and step "
-        f"{found['unscaled']:.1f} ms, {found['torch'] / found['unscaled']:.2f} times, clipped_step "
-        f"{found['stepped']:.1f} ms, {found['torch'] / found['stepped']:.2f} times."
+    rounds = 2 if quick else 15
+    benchmark.pedantic(lambda: found.update(medians(step.ways, rounds, 0, before)), rounds=1)
+    lines = [["way", "N", "ms", "x torch"]]
+    for name, us in found.items():
+        ratio = found[TORCH] / us
+        lines.append([name, str(step.passes[name]), f"{us / 1e3:.1f}", f"{ratio:.2f}"])
+    head = (
+        f"A step of fused AdamW on GPT-2's list, fp32, {'with' if scaled else 'without'} a scaler, "
+        f"clip {'active' if clips else 'not active'}. N: how often the bytes of the gradients "
+        f"move, computed. The hooks of NormAccumulator took {statistics.median(hooks):.1f} ms "
+        "before, with the gradients in memory."
     )
-    benchmark.extra_info.update(where=where, host=line, step=found, correct=True)
-    print(line)
+    text = "\n".join([head, "", *markdown(lines)])
+    benchmark.extra_info.update(where=where, host=text, step=found, correct=True)
+    print(text)
 
 
 def bench_accumulator(benchmark, where, request):
@@ -90,39 +68,35 @@ def bench_accumulator(benchmark, where, request):
 
     quick = request.config.getoption("--quick")
     torch.manual_seed(0)
-    model = CharacterModel(100)
+    models = {"plain": CharacterModel(100), "hooked": CharacterModel(100)}
     text = torch.randint(100, (32, 65))
-    norms = fastclip.NormAccumulator(model)
-    hooked, times = norms._measure, {"plain": [], "hooked": [], "clip": [], "whole": []}
-
-    def backward(name: str) -> None:
-        model.zero_grad()
-        loss = model(text)
-        start = time.perf_counter()
-        loss.backward()
-        times[name].append(time.perf_counter() - start)
+    leaves = list(models["plain"].parameters())
+    norms = fastclip.NormAccumulator(models["hooked"])
+    clips = {
+        "plain": lambda: fastclip.clip_grad_norm_(leaves, 1e9),
+        "hooked": lambda: norms.clip_(1e9),
+    }
+    backwards, times = ({name: [] for name in models} for _ in range(2))
 
     def both() -> None:
-        for hook in norms._hooks:
-            hook.remove()
-        leaves = list(model.parameters())
-        backward("plain")
-        start = time.perf_counter()
-        fastclip.clip_grad_norm_(leaves, 1e9)
-        times["whole"].append(time.perf_counter() - start)
-        norms._hooks = [p.register_post_accumulate_grad_hook(hooked) for p in leaves]
-        backward("hooked")
-        start = time.perf_counter()
-        norms.clip_(1e9)
-        times["clip"].append(time.perf_counter() - start)
+        for name, model in models.items():
+            model.zero_grad()
+            loss = model(text)
+            begin = time.perf_counter()
+            loss.backward()
+            middle = time.perf_counter()
+            clips[name]()
+            times[name].append(1e6 * (time.perf_counter() - middle))
+            backwards[name].append(1e3 * (middle - begin))
 
-    benchmark.pedantic(both, rounds=3 if quick else 200)
-    found = {name: 1e6 * statistics.median(some) for name, some in times.items()}
+    benchmark.pedantic(both, rounds=3 if quick else 400)
+    ms = {name: statistics.median(some) for name, some in backwards.items()}
+    us = {name: statistics.median(some) for name, some in times.items()}
     line = (
-        f"NormAccumulator on the demo's model, {len(list(model.parameters()))} parameters: "
-        f"backward {found['hooked'] / 1e3:.2f} ms, without hooks {found['plain'] / 1e3:.2f} ms, so "
-        f"{100 * (found['hooked'] / found['plain'] - 1):.1f} % longer; the clip after it "
-        f"{found['clip']:.1f} µs, clip_grad_norm_ {found['whole']:.1f} µs."
+        f"NormAccumulator on the demo's model, {len(leaves)} parameters: backward "
+        f"{ms['hooked']:.2f} ms, without hooks {ms['plain']:.2f} ms, so "
+        f"{100 * (ms['hooked'] / ms['plain'] - 1):.1f} % longer; the clip after it "
+        f"{us['hooked']:.1f} µs, clip_grad_norm_ {us['plain']:.1f} µs."
     )
-    benchmark.extra_info.update(where=where, host=line, accumulator=found)
+    benchmark.extra_info.update(where=where, host=line, backward=ms, clip=us)
     print(line)

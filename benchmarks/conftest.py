@@ -63,6 +63,29 @@ def seconds(call: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def medians(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    turn: float = 4e-3,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Microseconds of a call, in turns of `turn` seconds or one call, after `before(name)`."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            before(name)
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            once = (time.perf_counter() - start) / repeats[name]
+            if i < 2:
+                repeats[name] = max(1, int(turn / once))
+            else:
+                times[name].append(1e6 * once)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def oracle(tensors: list[torch.Tensor]) -> float:
     """The 2-norm in float64, blockwise."""
     blocks = (b.double() for t in tensors for b in t.reshape(-1).split(1 << 22))

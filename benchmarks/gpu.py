@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from models import gpt2, llama, llama_7b, parameters
 from report import targets_table
+from steps import SCALE, TORCH, step_of
 from torch.nn import utils
 
 HERE = Path(__file__).parent
@@ -76,13 +77,16 @@ class Gpu:
 
 
 def race(
-    clock: Gpu, contestants: dict[str, Call], repeats: int, restore: Call = lambda: None
+    clock: Gpu,
+    contestants: dict[str, Call],
+    repeats: int,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """Milliseconds of each, the median of turns that they take one after the other."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(TURNS + 1):
         for name, call in contestants.items():
-            restore()
+            before(name)
             times[name].append(clock.ms(call, repeats))
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
@@ -150,7 +154,7 @@ class Bench:
             }
 
     def run(self) -> None:
-        for step in (self.reads, self.models, self.small, self.odd, self.bits):
+        for step in (self.reads, self.models, self.steps, self.small, self.odd, self.bits):
             start = time.perf_counter()
             try:
                 step()
@@ -221,10 +225,11 @@ class Bench:
         norm = self.oracle(grads)
         step = itertools.count()
 
-        def restore() -> None:
+        def restore(name: str) -> None:
             nonlocal step
-            step = itertools.count(1)
-            torch._foreach_copy_(grads, originals)
+            if clips:
+                step = itertools.count(1)
+                torch._foreach_copy_(grads, originals)
 
         def threshold() -> float:
             return norm * 0.98 ** next(step) if clips else 1e9
@@ -243,12 +248,40 @@ class Bench:
                 call = functions[name]
                 captured = self.clock.replay(lambda call=call: call(made[0], 1e9))
                 contestants[f"{name}, replayed"] = captured
-        ms = race(self.clock, contestants, repeats=4, restore=restore if clips else lambda: None)
+        ms = race(self.clock, contestants, repeats=4, before=restore)
         ratio = ms["foreach"] / ms["fastclip"]
         self.row(work, ms, dtype=dtype, bytes=size_of(made[0]))
         least = {"fp32": 1.1, "bf16": 1.2, "mixed": 1.0} if clips else {"mixed": 4.0}
         enough = least.get(dtype, 3.0)
         self.target(f"{work}, {dtype}: x foreach >= {enough}", ratio, ratio >= enough)
+
+    def steps(self) -> None:
+        """A training step with a scaler, in torch's sequence and in ours; and what it moves."""
+        for clips in (False, True):
+            self.step(f"a step of GPT-2, clip {'active' if clips else 'not active'}", clips)
+
+    def step(self, work: str, clips: bool) -> None:
+        made = parameters(self.lists["quick" if self.quick else "GPT-2"][0], "fp32", self.device)
+        for parameter in made:
+            parameter.data.normal_()
+        grads = [p.grad.mul_(SCALE) for p in made]
+        originals = [g.clone() for g in grads]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        target = torch.empty_like(flat)
+        step = step_of(made, 1e-3 if clips else 1e9, True, clips)
+
+        def before(name: str) -> None:
+            torch._foreach_copy_(grads, originals)
+            step.before(name)
+
+        ms = race(self.clock, {**step.ways, "copy": lambda: target.copy_(flat)}, 1, before)
+        self.row(work, ms, dtype="fp32", bytes=size_of(made))
+        for name, passes in step.passes.items():
+            ratio, seen = ms[TORCH] / ms[name], 2 * ms[name] / ms["copy"]
+            if name != TORCH:
+                self.target(f"{work}, {name}: x torch >= 1.25", ratio, ratio >= 1.25)
+            what = f"{work}, {name}: N at the speed of a copy, {passes} within 10 %"
+            self.target(what, seen, abs(seen / passes - 1) <= 0.1)
 
     def small(self) -> None:
         """Wall time on a thousand tensors; what a call that clips nothing adds to the norm."""

@@ -25,15 +25,17 @@ inline bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& ot
 // counters, but for those of the wrappers.
 class Grads {
  private:
+  // The verbs keep the handles of their ops: finding one is a look at a locked table, and cold.
   template <class Op, class... Args>
-  auto call(const c10::TypedOperatorHandle<Op>& op, Args&&... args) const {
+  static auto call(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
     py::gil_scoped_release release;
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(tensors_, std::forward<Args>(args)...);
+    return op.call(std::forward<Args>(args)...);
   }
 
   std::vector<at::Tensor> tensors_, wrappers_;
   std::vector<int64_t> slots_;
+  std::optional<std::vector<at::Tensor>> known_;
 
  public:
   void reserve(size_t count) { tensors_.reserve(count); }
@@ -48,51 +50,64 @@ class Grads {
   void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
   void note(int64_t slot) { slots_.push_back(slot); }
 
+  // What was measured before: norms, of one element each, whose norm is that of the tensors.
+  void know(std::vector<at::Tensor> norms) { known_ = std::move(norms); }
+
   size_t size() const { return tensors_.size(); }
 
   bool is_wide() const {
     return std::ranges::any_of(tensors_, [](const auto& t) { return t.dtype() == at::kDouble; });
   }
 
-  at::Tensor norm(double p) const { return call(find_op<NormOp>("fastclip::norm"), p); }
+  at::Tensor norm(double p) const {
+    static const auto op = find_op<NormOp>("fastclip::norm");
+    return known_ ? call(op, *known_, p).to(is_wide() ? at::kDouble : at::kFloat)
+                  : call(op, tensors_, p);
+  }
 
   const std::vector<int64_t>& slots() const { return slots_; }
 
   // The norm of each slot in float64, up to the last slot that holds a gradient.
   at::Tensor norms(double p) const {
-    return call(find_op<NormsOp>("fastclip::norms"), p, at::OptionalIntArrayRef(slots_), true,
-                false);
+    static const auto op = find_op<NormsOp>("fastclip::norms");
+    return call(op, tensors_, p, at::OptionalIntArrayRef(slots_), true, false);
   }
 
   // The norm of each gradient, or of each row.
   at::Tensor each_norms(double p, bool rows, bool wide) const {
-    return call(find_op<NormsOp>("fastclip::norms"), p, std::nullopt, wide, rows);
+    static const auto op = find_op<NormsOp>("fastclip::norms");
+    return call(op, tensors_, p, std::nullopt, wide, rows);
   }
 
   // By one coefficient, or one for each slot.
   void scale_(const at::Tensor& coef) const {
     const auto slots = coef.dim() ? at::OptionalIntArrayRef(slots_) : std::nullopt;
-    call(find_op<ScaleOp>("fastclip::scale_"), coef, slots, false);
+    static const auto op = find_op<ScaleOp>("fastclip::scale_");
+    call(op, tensors_, coef, slots, false);
     bump_versions(wrappers_);
   }
 
   // By one coefficient for each gradient, or for each row.
   void scale_each_(const at::Tensor& coefs, bool rows) const {
-    call(find_op<ScaleOp>("fastclip::scale_"), coefs, std::nullopt, rows);
+    static const auto op = find_op<ScaleOp>("fastclip::scale_");
+    call(op, tensors_, coefs, std::nullopt, rows);
     bump_versions(wrappers_);
   }
 
   void clamp_(double bound) const {
-    call(find_op<ClampOp>("fastclip::clamp_"), bound);
+    static const auto op = find_op<ClampOp>("fastclip::clamp_");
+    call(op, tensors_, bound);
     bump_versions(wrappers_);
   }
 
   at::Tensor clip_norm_(double max_norm, double p) const {
-    return call(find_op<ClipNormOp>("fastclip::clip_norm_"), max_norm, p);
+    static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
+    return call(op, tensors_, max_norm, p, known_);
   }
 
   at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p) const {
-    return call(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), max_norm, p);
+    static const auto op = find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor");
+    return call(op, tensors_, max_norm, p, known_);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "measured.h"
 #include "walk.h"
 #include "watch.h"
 
@@ -57,4 +58,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Watch>(m, "Watch")
       .def(py::init<const std::vector<py::handle>&>())
       .def("is_unchanged", &Watch::is_unchanged);
+  using fastclip::Measured;
+  py::class_<Measured>(m, "Measured")
+      .def(py::init<const py::list&, double>())
+      .def_readwrite("is_paused", &Measured::is_paused)
+      .def("see", &Measured::see)
+      .def("touch", &Measured::touch)
+      .def("see_bucket", &Measured::see_bucket)
+      .def("settle", &Measured::settle)
+      .def("read", &Measured::read)
+      .def("clip_", &Measured::clip_)
+      .def("forget", &Measured::forget);
 }

@@ -110,15 +110,32 @@ class FlatList {
   bool wide_ = false;
 };
 
+// What `clip_norm_` scales, and what it measures: the same, or norms that are known already.
+struct ClipLists {
+  FlatList scaled;
+  std::optional<FlatList> known;
+
+  static std::optional<ClipLists> look(at::TensorList tensors, double p,
+                                       std::optional<at::TensorList> norms) {
+    auto scaled = FlatList::look(tensors, p);
+    auto known = norms ? FlatList::look(*norms) : std::nullopt;
+    if (!scaled || known.has_value() != norms.has_value()) return std::nullopt;
+    return ClipLists{std::move(*scaled), std::move(known)};
+  }
+
+  const FlatList& measured() const { return known ? *known : scaled; }
+};
+
 // The ops, as their schemas read in C++.
 using NormOp = at::Tensor(at::TensorList, double);
 using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
-using ClipNormOp = at::Tensor(at::TensorList, double, double);
+using Norms = std::optional<at::TensorList>;
+using ClipNormOp = at::Tensor(at::TensorList, double, double, Norms);
 using CoefOp = at::Tensor(const at::Tensor&, double);
 using CoefTensorOp = at::Tensor(const at::Tensor&, const at::Tensor&);
-using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double);
+using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double, Norms);
 
 template <class Op>
 auto find_op(const char* name, const char* overload = "") {

@@ -98,7 +98,12 @@ def _in_place_fake(*args: Any) -> None:
     return None
 
 
-def _clip_norm_fake(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+def _clip_norm_fake(
+    tensors: Sequence[Tensor],
+    max_norm: float | Tensor,
+    p: float,
+    norms: Sequence[Tensor] | None = None,
+) -> Tensor:
     return _norm_fake(tensors, p)
 
 
@@ -123,13 +128,13 @@ _define(
 )
 _define(
     "clip_norm_",
-    "(Tensor(a!)[] tensors, float max_norm, float p) -> Tensor",
+    "(Tensor(a!)[] tensors, float max_norm, float p, Tensor[]? norms=None) -> Tensor",
     _clip_norm_fake,
     _announced(_reference.clip_norm_),
 )
 _define(
     "clip_norm_.tensor",
-    "(Tensor(a!)[] tensors, Tensor max_norm, float p) -> Tensor",
+    "(Tensor(a!)[] tensors, Tensor max_norm, float p, Tensor[]? norms=None) -> Tensor",
     _clip_norm_fake,
     _announced(_reference.clip_norm_),
 )
@@ -184,10 +189,15 @@ zclip_ = torch.ops.fastclip.zclip_.default
 
 
 # The dispatcher would take a 0-d tensor for a number and wait for its value.
-def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+def clip_norm_(
+    tensors: Sequence[Tensor],
+    max_norm: float | Tensor,
+    p: float,
+    norms: Sequence[Tensor] | None = None,
+) -> Tensor:
     ops = torch.ops.fastclip.clip_norm_
     op = ops.tensor if isinstance(max_norm, Tensor) else ops.default
-    return op(tensors, max_norm, p)
+    return op(tensors, max_norm, p, norms)
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:

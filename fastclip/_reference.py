@@ -84,10 +84,16 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         tensor.clamp_(-limit, limit)
 
 
-def clip_norm_(tensors: Sequence[Tensor], max_norm: float | Tensor, p: float) -> Tensor:
+def clip_norm_(
+    tensors: Sequence[Tensor],
+    max_norm: float | Tensor,
+    p: float,
+    norms: Sequence[Tensor] | None = None,
+) -> Tensor:
     if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
         raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
-    total_norm = norm(tensors, p)
+    measured = tensors if norms is None else norms
+    total_norm = norm(measured, p).to(result_dtype(tensors))
     scale_(tensors, clip_coef(total_norm, max_norm))
     return total_norm
 

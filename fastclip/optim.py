@@ -13,6 +13,7 @@ from ._grads import read
 from ._mesh import local_of, value_of
 from ._ops import clip_coef
 from ._reference import spared_coef
+from .accumulator import NormAccumulator
 
 Optimizers = Optimizer | Iterable[Optimizer]
 
@@ -24,6 +25,7 @@ def unscale_and_clip_(
     max_norm: Threshold,
     norm_type: float = 2.0,
     process_group: Any = None,
+    measured: NormAccumulator | None = None,
 ) -> Tensor:
     r"""Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
 
@@ -39,6 +41,8 @@ def unscale_and_clip_(
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+        measured: the accumulator that has measured these gradients during backward: they are not
+            read for it again.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
@@ -60,7 +64,7 @@ def unscale_and_clip_(
     inv_scale = _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
-    grads = read(items, process_group=process_group)
+    grads = _read(items, p, process_group, measured)
     found = _measure(grads, max_norm, p, inv_scale)
     if inv_scale is None:
         grads.scale_(found.coef)
@@ -78,6 +82,7 @@ def clipped_step(
     scaler: GradScaler | None = None,
     norm_type: float = 2.0,
     process_group: Any = None,
+    measured: NormAccumulator | None = None,
 ) -> Tensor:
     r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
 
@@ -93,6 +98,8 @@ def clipped_step(
         scaler: the one that scaled the loss, if any.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+        measured: the accumulator that has measured these gradients during backward: they are not
+            read for it again.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
@@ -117,7 +124,7 @@ def clipped_step(
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = _parameters(optimizers)
     _refuse_float16(items, inv_scale)
-    found = _measure(read(items, process_group=process_group), max_norm, p, inv_scale)
+    found = _measure(_read(items, p, process_group, measured), max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     if inv_scale is not None:
         _note(scaler, optimizers, found.is_bad, OptState.READY)
@@ -126,6 +133,18 @@ def clipped_step(
         if inv_scale is not None:
             scaler._per_optimizer_states[id(one)]["stage"] = OptState.STEPPED
     return found.total_norm
+
+
+def _read(
+    items: list[Tensor], p: float, process_group: Any, measured: NormAccumulator | None
+) -> Any:
+    if measured is None:
+        return read(items, process_group=process_group)
+    if not isinstance(measured, NormAccumulator):
+        raise TypeError(f"measured: expected a NormAccumulator, got {type(measured).__name__}")
+    if process_group is not None:
+        raise ValueError("measured: knows the norm of this rank alone; leave out process_group")
+    return measured.take(items, p)
 
 
 class _Found(NamedTuple):

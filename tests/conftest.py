@@ -10,6 +10,7 @@ import emulation
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip import _ops, _reference
 
@@ -127,6 +128,21 @@ def ulps(value: Tensor, expected: float) -> float:
     rounded = torch.tensor(expected, dtype=torch.float32)
     step = torch.nextafter(rounded, torch.tensor(math.inf)) - rounded
     return abs(float(value) - expected) / float(step)
+
+
+class Reads(TorchDispatchMode):
+    """How many gradients are measured in here, not counting the norms that take their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        known = name.startswith("fastclip.clip_norm_") and len(args) > 3 and args[3] is not None
+        if name.startswith(("fastclip.norm", "fastclip.clip_norm_")) and not known:
+            self.count += sum(t.numel() > 1 for t in args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def parameters(grads: list[Tensor | None]) -> list[torch.nn.Parameter]:

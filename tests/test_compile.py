@@ -135,8 +135,15 @@ def samples(dtype):
         "norms.rows": [(awkward(dtype), 2.0, None, False, True)],
         "scale_": [(awkward(dtype), coef), (awkward(dtype), coef.repeat(2), [0, 1] * 5 + [0])],
         "clamp_": [(awkward(dtype), 0.5)],
-        "clip_norm_": [(awkward(dtype), 0.5, 2.0), (awkward(dtype), 1e9, 2.0)],
-        "clip_norm_.tensor": [(awkward(dtype), coef, 2.0)],
+        "clip_norm_": [
+            (awkward(dtype), 0.5, 2.0),
+            (awkward(dtype), 1e9, 2.0),
+            (awkward(dtype), 0.5, 2.0, [coef.double()]),
+        ],
+        "clip_norm_.tensor": [
+            (awkward(dtype), coef, 2.0),
+            (awkward(dtype), coef, 2.0, [coef.double().repeat(2), coef.double()]),
+        ],
         "clip_coef": [(coef.to(dtype), 0.2)],
         "clip_coef.tensor": [(coef.to(dtype), coef), (coef.repeat(3), coef.repeat(3))],
         "record_": [(torch.zeros(3, 2, dtype=dtype), torch.tensor([4]), coef.repeat(2))],

@@ -84,6 +84,8 @@ def test_a_list_that_fits_is_one_launch_to_clip_and_two_to_measure(machine):
     tensors = list(torch.randn(2000, 5, device="emulated").unbind())
     assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 1
     assert count(machine, lambda: _ops.norm(tensors, 2.0)) == 2
+    norms = [_ops.norms(tensors, 2.0, None, True)]
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0, norms)) == 2
     assert count(machine, lambda: _ops.scale_(tensors, torch.tensor(0.5))) == 1
     assert count(machine, lambda: _ops.clamp_(tensors, 0.1)) == 1
     machine.cooperative = 0

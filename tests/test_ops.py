@@ -261,6 +261,36 @@ def test_clip_norm_is_measure_then_scale(ops, device, dtype, p, share, as_tensor
     assert all(torch.equal(a, b) for a, b in zip(tensors, apart, strict=True))
 
 
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("share", [0.1, 1.5])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_a_clip_by_known_norms_reads_nothing_else(ops, device, dtype, p, share, as_tensor):
+    tensors = awkward(dtype, device)
+    expected = oracle(tensors, p)
+    norms = [ops.norms([t], p, None, True) for t in tensors[:5]]
+    norms.append(ops.norms(tensors[5:], p, None, True))
+    # What is not read does not count.
+    tensors[-1].fill_(2.0)
+    before = [t.clone() for t in tensors]
+    max_norm = expected * share
+    threshold = torch.tensor(max_norm, device=device) if as_tensor else max_norm
+    norm = ops.clip_norm_(tensors, threshold, p, norms)
+    assert ulps(norm, expected) <= 2
+    assert norm.dtype == _reference.result_dtype(tensors)
+    ops.scale_(before, _reference.clip_coef(norm, threshold))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_a_known_norm_that_is_not_finite_spoils_all(ops, device, p, bad):
+    tensors = [torch.ones(3, device=device), torch.ones(5, device=device)]
+    norms = [torch.tensor([value], dtype=torch.float64, device=device) for value in (1.0, bad)]
+    norm = ops.clip_norm_(tensors, 1.0, p, norms)
+    torch.testing.assert_close(norm.cpu(), torch.tensor(bad), equal_nan=True)
+    assert (tensors[0] == 0).all() if bad == math.inf else tensors[0].isnan().all()
+
+
 def test_clip_norm_is_within_the_threshold_and_idempotent(ops, device, dtype):
     tensors = awkward(dtype, device)
     ops.clip_norm_(tensors, 1.0, 2.0)

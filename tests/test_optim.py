@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import parameters
+from conftest import Reads, parameters
 from torch import nn
 from torch.nn import utils
 
 import fastclip
-from fastclip import AutoClip, optim
+from fastclip import AutoClip, NormAccumulator, _ops, optim
 
 KINDS = {
     "sgd": lambda p, **how: torch.optim.SGD(p, lr=0.1, momentum=0.9, **how),
@@ -128,6 +128,61 @@ def test_a_clipped_step_is_torchs_sequence(place, kind, on, max_norm):
         assert scaler.state_dict() == other.state_dict()
         assert_same(ours, theirs, gradients=step not in OVERFLOWS)
         assert not {"grad_scale", "found_inf"} & set(vars(ours[1]))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("on", [True, False], ids=["scaled", "plain"])
+@pytest.mark.parametrize("call", ["unscale", "step"])
+def test_what_was_measured_during_backward_is_not_measured_again(place, call, on, norm_type):
+    ours, theirs = twins("adamw", "fused", place)
+    scaler, other = scalers(place, on)
+    norms = NormAccumulator(ours[0], norm_type)
+    for step in range(32):
+        backward(ours[0], scaler, step)
+        backward(theirs[0], other, step)
+        if step in OVERFLOWS and not on:
+            continue
+        how = {"norm_type": norm_type, "measured": norms}
+        with Reads() as reads:
+            if call == "unscale":
+                norm = fastclip.unscale_and_clip_(scaler, ours[1], 0.5, **how)
+            else:
+                norm = fastclip.clipped_step(ours[1], 0.5, scaler, **how)
+        assert reads.count == (step in OVERFLOWS) or _ops.extension is None
+        if call == "unscale":
+            scaler.step(ours[1])
+        scaler.update()
+        other.unscale_(theirs[1])
+        expected = utils.clip_grad_norm_(theirs[0].parameters(), 0.5, norm_type)
+        other.step(theirs[1])
+        other.update()
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0, equal_nan=True)
+        assert scaler.state_dict() == other.state_dict()
+        assert_same(ours, theirs, gradients=step not in OVERFLOWS)
+
+
+def test_an_accumulator_of_other_gradients_is_refused():
+    (net, optimizer), (stranger, _) = twins("adam", "fused", "cpu")
+    scaler, _ = scalers("cpu", True)
+    backward(net, scaler, 0)
+    backward(stranger, scaler, 0)
+    before = [p.grad.clone() for p in net.parameters()]
+    both = list(net.parameters()) + list(stranger.parameters())
+    for measured, more, error in (
+        (NormAccumulator(stranger), {}, ValueError),
+        (NormAccumulator(both), {}, ValueError),
+        (NormAccumulator(net, 1.0), {}, ValueError),
+        (NormAccumulator(net), {"process_group": "any"}, ValueError),
+        (2.0, {}, TypeError),
+    ):
+        with pytest.raises(error, match="measured"):
+            fastclip.unscale_and_clip_(scaler, optimizer, 1.0, measured=measured, **more)
+        with pytest.raises(error, match="measured"):
+            fastclip.clipped_step(optimizer, 1.0, scaler, measured=measured, **more)
+    assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before, strict=True))
+    # What the optimizer leaves out may be without a gradient.
+    stranger.zero_grad()
+    fastclip.clipped_step(optimizer, 1.0, scaler, measured=NormAccumulator(both))
 
 
 def test_several_optimizers_have_one_norm_and_skip_together():

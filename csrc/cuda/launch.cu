@@ -183,14 +183,15 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream) {
   }
 }
 
-void launch_clip(const Partition& partition, const Work& work, Stream stream) {
+void launch_clip(const Partition& measured, const Partition& scaled, const Work& work,
+                 Stream stream) {
   const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
-  const bool fits = partition.parts() <= entries && partition.tiles() <= kMaxTableTiles;
-  if (fits && attribute(cudaDevAttrCooperativeLaunch, stream.device)) {
-    launch_phases<Phases::kBoth>("both phases", partition, work, stream);
+  const bool fits = scaled.parts() <= entries && scaled.tiles() <= kMaxTableTiles;
+  if (&measured == &scaled && fits && attribute(cudaDevAttrCooperativeLaunch, stream.device)) {
+    launch_phases<Phases::kBoth>("both phases", scaled, work, stream);
   } else {
-    launch_phases<Phases::kNorm>("the norm phase", partition, work, stream);
-    launch_phases<Phases::kScale>("the scale phase", partition, work, stream);
+    launch_phases<Phases::kNorm>("the norm phase", measured, work, stream);
+    launch_phases<Phases::kScale>("the scale phase", scaled, work, stream);
   }
 }
 

@@ -40,9 +40,9 @@ struct Work {
 // The norm of each slot, of order p; for several slots the partition is apart and sorted.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
-// The norm of all, of order p, and the tensors scaled to max_norm: in one launch where the list
-// fits one and the device can, otherwise in two phases, with the same bits.
-void launch_clip(const Partition& partition, const Work& work, Stream stream);
+// The norm of what is measured, of order p, and the rest scaled to max_norm: in one launch where
+// both are one, it fits and the device can, otherwise in two phases, with the same bits.
+void launch_clip(const Partition& measured, const Partition& scaled, const Work&, Stream);
 
 // The tensors scaled by the coef of their slot, or the only one; with none given, clamped.
 void launch_change(const Partition& partition, const Work& work, Stream stream);

@@ -16,11 +16,11 @@ namespace fastclip {
 namespace {
 
 // Nothing where the list, or its device, is for the default op.
-template <class... How>
-std::optional<FlatList> look(at::TensorList tensors, How... how) {
+template <class List = FlatList, class... How>
+std::optional<List> look(at::TensorList tensors, How... how) {
   if (tensors.empty() || tensors[0].is_cpu() || !cuda::serves(tensors[0].get_device()))
     return std::nullopt;
-  return FlatList::look(tensors, how...);
+  return List::look(tensors, how...);
 }
 
 enum class Slots { kOne, kGroups };  // 0, or group[i], or i without groups
@@ -35,6 +35,11 @@ std::vector<cuda::Part> parts_of(const FlatList& list, Slots slots = Slots::kOne
 
 cuda::Numbers numbers_of(const at::Tensor& tensor) {
   return {tensor.data_ptr(), tensor.scalar_type() == at::kDouble};
+}
+
+// What `numbers_of` takes.
+at::Tensor as_numbers(const at::Tensor& tensor) {
+  return tensor.to(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
 }
 
 cuda::Stream stream_of(const at::Tensor& tensor) {
@@ -84,8 +89,7 @@ void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntA
   check_coef(*list, coef, group);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
-  const at::ScalarType dtype = coef.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor values = coef.to(tensors[0].device(), dtype).contiguous();
+  const at::Tensor values = as_numbers(coef.to(tensors[0].device()));
   const auto parts = parts_of(*list, slots > 1 ? Slots::kGroups : Slots::kOne, group);
   const cuda::Work work{.given = numbers_of(values), .slots = static_cast<int>(slots)};
   cuda::launch_change({parts, false}, work, stream_of(tensors[0]));
@@ -99,28 +103,34 @@ void clamp_cuda(at::TensorList tensors, double bound) {
   cuda::launch_change({parts_of(*list), false}, {.number = bound}, stream_of(tensors[0]));
 }
 
-at::Tensor clip(at::TensorList tensors, const FlatList& list, const cuda::Work& work) {
+std::optional<at::Tensor> clip(at::TensorList tensors, Norms norms, const cuda::Work& work) {
+  const auto lists = look<ClipLists>(tensors, work.p, norms);
+  if (!lists) return std::nullopt;
   bump_versions(tensors);
-  return measure(tensors[0], {parts_of(list), false}, {}, list.result_dtype(), work,
-                 cuda::launch_clip);
+  const cuda::Partition scaled(parts_of(lists->scaled), false);
+  std::optional<cuda::Partition> known;
+  if (lists->known) known.emplace(parts_of(*lists->known), false);
+  return measure(tensors[0], known ? *known : scaled, {}, lists->scaled.result_dtype(), work,
+                 [&](const auto& measured, const auto& all, auto stream) {
+                   cuda::launch_clip(measured, scaled, all, stream);
+                 });
 }
 
-at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p) {
-  const auto list = look(tensors, p);
-  if (!list) return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p);
-  return clip(tensors, *list, {.p = p, .number = max_norm});
+at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p, Norms norms) {
+  if (const auto norm = clip(tensors, norms, {.p = p, .number = max_norm})) return *norm;
+  return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
 }
 
-at::Tensor clip_norm_tensor_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p) {
+at::Tensor clip_norm_tensor_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p,
+                                 Norms norms) {
   check_threshold(max_norm);
-  const auto list = look(tensors, p);
-  if (!list || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
-    return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
-                        max_norm, p);
-  const at::Tensor value = max_norm.to(max_norm.is_cpu() ? at::kDouble : list->result_dtype());
-  if (value.is_cpu())
-    return clip(tensors, *list, {.p = p, .number = *value.const_data_ptr<double>()});
-  return clip(tensors, *list, {.p = p, .given = numbers_of(value)});
+  if (max_norm.is_cpu()) return clip_norm_cuda(tensors, max_norm.item<double>(), p, norms);
+  const at::Tensor value = as_numbers(max_norm);
+  const bool is_here = !tensors.empty() && value.device() == tensors[0].device();
+  const cuda::Work work{.p = p, .given = numbers_of(value)};
+  if (const auto norm = is_here ? clip(tensors, norms, work) : std::nullopt) return *norm;
+  return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
+                      max_norm, p, norms);
 }
 
 }  // namespace
