@@ -22,7 +22,7 @@ namespace fastclip {
 class [[gnu::visibility("hidden")]] Measured {
  public:
   Measured(const py::list& items, double p)
-      : p_(p), addresses_(items.size()), parts_(items.size()), seen_(items.size()) {
+      : p_(p), addresses_(items.size()), norms_(items.size()), seen_(items.size()) {
     for (size_t i = 0; i < items.size(); ++i) {
       addresses_[i] = parameter(items, i).unsafeGetTensorImpl();
       index_.emplace(addresses_[i], i);
@@ -33,60 +33,61 @@ class [[gnu::visibility("hidden")]] Measured {
 
   // A hook: backward has made, or added to, the gradient of this parameter.
   void see(const at::Tensor& parameter) {
-    const size_t i = index_.at(parameter.unsafeGetTensorImpl());
-    measure(i, {i}, parameter.grad());
-    look(i, parameter.grad());
+    const size_t i = index_of(parameter);
+    norms_[i] = norm_of(parameter.grad());
+    seen_[i].part = i;
+    seen_[i].look(parameter.grad());
   }
 
   // A hook: as `see`, where what is measured is the bucket in which the gradient is averaged.
-  void touch(const at::Tensor& parameter) {
-    touched_.push_back(index_.at(parameter.unsafeGetTensorImpl()));
-  }
+  void touch(const at::Tensor& parameter) { touched_.push_back(index_of(parameter)); }
 
-  // The averaged gradients of some parameters are the elements of `bucket`.
+  // The averaged gradients of these parameters, and of no others, are in this bucket.
   void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
                   const at::Tensor& bucket) {
-    std::vector<size_t> members;
-    for (const at::Tensor& parameter : parameters)
-      members.push_back(index_.at(parameter.unsafeGetTensorImpl()));
-    measure(number, std::move(members), bucket);
+    norms_.at(number) = norm_of(bucket);
+    for (Seen& seen : seen_)
+      if (seen.part == number) seen.part = kNone;
+    for (const at::Tensor& parameter : parameters) seen_[index_of(parameter)].part = number;
   }
 
   // Backward is over: what it touched is now as its bucket was when that was measured.
   void settle(const py::list& items) {
     for (Seen& seen : seen_) seen.grad.reset();
-    for (const size_t i : touched_) look(i, parameter(items, i).grad());
+    for (const size_t i : touched_) seen_[i].look(parameter(items, i).grad());
     touched_.clear();
   }
 
-  // All gradients, those known that are as they were seen, and the others measured now; nothing if
-  // any of them is not plain and Python has to look.
-  std::optional<Grads> read(const py::list& items) const {
+  // All gradients; what is known of those that are as they were seen goes with them, and the others
+  // are measured now. Nothing if any of them is not plain and Python has to look.
+  std::optional<Grads> take(const py::list& items) {
     const size_t count = seen_.size();
     std::vector<const at::Tensor*> found(count);
+    std::vector<bool> is_live(count), is_stale(count);
     for (size_t i = 0; i < count; ++i) {
       // A parameter may have been given another tensor, as torch.utils.swap_tensors does.
       if (parameter(items, i).unsafeGetTensorImpl() != addresses_[i]) return std::nullopt;
       found[i] = &parameter(items, i).grad();
+      if (seen_[i].part == kNone) continue;
+      is_live[seen_[i].part] = true;
+      if (!seen_[i].is(*found[i])) is_stale[seen_[i].part] = true;
     }
+    const auto is_known = [&](size_t part) {
+      return part != kNone && norms_[part].defined() && is_live[part] && !is_stale[part];
+    };
     Grads grads, rest;
     grads.reserve(count);
-    std::vector<at::Tensor> norms;
-    std::vector<bool> is_known(count);
-    for (size_t number = 0; number < parts_.size(); ++number) {
-      const auto& [norm, members] = parts_[number];
-      const auto is_as_seen = [&](size_t i) { return seen_[i].is(*found[i], number); };
-      if (!norm.defined() || !std::ranges::all_of(members, is_as_seen)) continue;
-      norms.push_back(norm);
-      for (const size_t i : members) is_known[i] = true;
-    }
     for (size_t i = 0; i < count; ++i) {
       if (!found[i]->defined()) continue;
       if (!grads.add(*found[i])) return std::nullopt;
-      if (!is_known[i]) rest.add(*found[i]);
+      if (!is_known(seen_[i].part)) rest.add(*found[i]);
     }
+    std::vector<at::Tensor> norms;
+    for (size_t part = 0; part < count; ++part)
+      if (is_known(part)) norms.push_back(std::move(norms_[part]));
     if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false, true));
     grads.know(std::move(norms));
+    forget();
     return grads;
   }
 
@@ -94,35 +95,36 @@ class [[gnu::visibility("hidden")]] Measured {
   // Python has to look, at the threshold or at a gradient; then nothing is done.
   std::optional<at::Tensor> clip_(const py::list& items, py::handle max_norm) {
     const bool is_number = PyFloat_Check(max_norm.ptr()) && PyFloat_AS_DOUBLE(max_norm.ptr()) >= 0;
-    const auto grads = is_number ? read(items) : std::nullopt;
+    const auto grads = is_number ? take(items) : std::nullopt;
     if (!grads) return std::nullopt;
-    const at::Tensor total_norm = grads->clip_norm_(PyFloat_AS_DOUBLE(max_norm.ptr()), p_);
-    forget();
-    return total_norm;
+    return grads->clip_norm_(PyFloat_AS_DOUBLE(max_norm.ptr()), p_);
   }
 
   void forget() {
-    std::ranges::fill(parts_, Part{});
+    std::ranges::fill(norms_, at::Tensor());
     touched_.clear();
   }
 
  private:
-  // The norm of the gradients of some parameters together, as a float64 of one element.
-  struct Part {
-    at::Tensor norm;
-    std::vector<size_t> members;
-  };
+  static constexpr size_t kNone = -1;
 
-  // A gradient as it was when it counted to a part.
+  // A gradient as it was when it was measured as a part, alone or in a bucket.
   struct Seen {
     std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> grad;
     uint32_t version = 0;
-    size_t part = 0;
+    size_t part = kNone;
 
-    // Whether `now` is this very gradient, unchanged since, and counts to that part.
-    bool is(const at::Tensor& now, size_t number) const {
-      return grad && now.defined() && part == number &&
-             grad->_unsafe_get_target() == now.unsafeGetTensorImpl() && version == now._version();
+    void look(const at::Tensor& now) {
+      grad.reset();
+      if (!now.defined() || now.is_inference()) return;
+      grad.emplace(now.getIntrusivePtr());
+      version = now._version();
+    }
+
+    // Whether `now` is this very gradient, and unchanged.
+    bool is(const at::Tensor& now) const {
+      return grad && now.defined() && grad->_unsafe_get_target() == now.unsafeGetTensorImpl() &&
+             version == now._version();
     }
   };
 
@@ -130,24 +132,21 @@ class [[gnu::visibility("hidden")]] Measured {
     return THPVariable_Unpack(PyList_GET_ITEM(items.ptr(), i));
   }
 
-  void measure(size_t number, std::vector<size_t> members, const at::Tensor& grad) {
-    Grads one;
-    const bool can = !is_paused && grad.defined() && one.add(grad);
-    const at::Tensor norm = can ? one.each_norms(p_, false, true) : at::Tensor();
-    for (const size_t i : members) seen_[i].part = number;
-    parts_.at(number) = {norm, std::move(members)};
+  size_t index_of(const at::Tensor& parameter) const {
+    return index_.at(parameter.unsafeGetTensorImpl());
   }
 
-  void look(size_t i, const at::Tensor& grad) {
-    if (!grad.defined() || grad.is_inference()) return seen_[i].grad.reset();
-    seen_[i].grad.emplace(grad.getIntrusivePtr());
-    seen_[i].version = grad._version();
+  // A float64 of one element; undefined if there is nothing to measure, or Python has to.
+  at::Tensor norm_of(const at::Tensor& grad) const {
+    Grads one;
+    const bool can = !is_paused && grad.defined() && one.add(grad);
+    return can ? one.each_norms(p_, false, true) : at::Tensor();
   }
 
   double p_;
   std::vector<const void*> addresses_;  // of the parameters; only compared
   std::unordered_map<const void*, size_t> index_;
-  std::vector<Part> parts_;
+  std::vector<at::Tensor> norms_;  // of parts: gradients, or buckets of them
   std::vector<Seen> seen_;
   std::vector<size_t> touched_;
 };

@@ -66,7 +66,7 @@ PYBIND11_MODULE(_C, m) {
       .def("touch", &Measured::touch)
       .def("see_bucket", &Measured::see_bucket)
       .def("settle", &Measured::settle)
-      .def("read", &Measured::read)
+      .def("take", &Measured::take)
       .def("clip_", &Measured::clip_)
       .def("forget", &Measured::forget);
 }

@@ -76,8 +76,7 @@ class NormAccumulator:
         if total_norm is not None:
             return total_norm
         max_norm = threshold(max_norm)
-        grads = self._read()
-        self.forget()
+        grads = self._take()
         if callable(max_norm):
             total_norm = grads.norm(self.p)
             value = value_of(total_norm)
@@ -111,9 +110,7 @@ class NormAccumulator:
                 f"the optimizer, got some of order {self.p} of {len(ours)}; make it of the same: "
                 f"NormAccumulator(optimizer, {norm_type})"
             )
-        grads = self._read()
-        self.forget()
-        return grads
+        return self._take()
 
     def forget(self) -> None:
         """Drop what was measured: the next `clip_` measures all gradients."""
@@ -144,9 +141,8 @@ class NormAccumulator:
         leaves = [item for item in self._items if item.requires_grad]
         self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
 
-    def _read(self) -> Any:
-        """The gradients, with what was measured of them."""
-        grads = None if self._measured is None else self._measured.read(self._items)
+    def _take(self) -> Any:
+        grads = None if self._measured is None else self._measured.take(self._items)
         return read(self._items) if grads is None else grads
 
     def _pause(self, is_paused: bool) -> bool:

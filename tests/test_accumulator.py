@@ -191,6 +191,17 @@ def test_a_parameter_whose_data_is_replaced_is_still_seen():
     assert float(norm) == pytest.approx(expected, rel=1e-14)
 
 
+def test_a_parameter_whose_tensor_is_swapped_is_measured_by_the_clip():
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, 0)
+    # What is swapped out lives on, with the gradient that was seen.
+    other = nn.Parameter(torch.zeros(5, 5))
+    other.grad = torch.ones(5, 5)
+    torch.utils.swap_tensors(module.layers[0].weight, other)
+    assert check(norms, module) == 10
+
+
 @pytest.mark.parametrize("kind", ["complex", "sparse", "empty"])
 def test_gradients_that_are_not_plain_are_measured_by_the_clip(kind):
     module = Odd(kind)
