@@ -323,6 +323,28 @@ def test_buckets_that_are_made_anew_do_not_count_twice(world, views):
     assert _ops.extension is None or all(count == [0, 0, 10] for count in found), found
 
 
+@needs_hooks
+@pytest.mark.parametrize(
+    ("buckets", "read"), [([(0, 1), (2,)], 0), ([(0, 1, 2)], 0), ([(0,), (2,)], 1), ([(0, 1)], 0)]
+)
+def test_a_gradient_counts_to_the_bucket_it_was_last_in(buckets, read):
+    items = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    for item in items:
+        item.grad = torch.randn(3)
+    measured = _ops.extension.Measured(items, 2.0)
+    for cut in ([(0, 1), (2,)], [(0,), (1,), (2,)], buckets):
+        for number, members in enumerate(cut):
+            some = [items[i] for i in members]
+            measured.see_bucket(number, some, torch.cat([item.grad for item in some]))
+        for item in items:
+            measured.touch(item)
+        measured.settle(items)
+    with Reads() as reads:
+        norm = measured.take(items).norm(2.0)
+    assert ulps(norm, oracle([item.grad for item in items], 2.0)) <= 2
+    assert reads.count == read
+
+
 def touched_unsynchronised(views: bool) -> None:
     module = DistributedDataParallel(
         net(), bucket_cap_mb=0.0002, gradient_as_bucket_view=views, find_unused_parameters=True
