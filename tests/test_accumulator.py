@@ -345,6 +345,21 @@ def test_a_gradient_counts_to_the_bucket_it_was_last_in(buckets, read):
     assert reads.count == read
 
 
+@needs_hooks
+def test_a_gradient_that_backward_left_out_is_not_what_its_bucket_holds():
+    items = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    measured = _ops.extension.Measured(items, 2.0)
+    for touched in (items, items[:1]):
+        for item in touched:
+            item.grad = torch.randn(3)
+            measured.touch(item)
+        parts = [i.grad if any(i is t for t in touched) else torch.zeros(3) for i in items]
+        measured.see_bucket(0, items, torch.cat(parts))
+        measured.settle(items)
+    norm = measured.take(items).norm(2.0)
+    assert ulps(norm, oracle([item.grad for item in items], 2.0)) <= 2
+
+
 def touched_unsynchronised(views: bool) -> None:
     module = DistributedDataParallel(
         net(), bucket_cap_mb=0.0002, gradient_as_bucket_view=views, find_unused_parameters=True
