@@ -11,6 +11,7 @@ from fastclip import clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -47,7 +48,7 @@ def test_names_from_elsewhere_are_the_tested_ones():
 def test_numbers_are_measured():
     measured = [
         dict(zip(header, cells, strict=True))
-        for block in (ROOT / "benchmarks/RESULTS.md").read_text().split("\n## ")[1:]
+        for block in RESULTS.split("\n## ")[1:]
         for line in re.findall(r"\| work .*\|", block)[:1]
         for header in [[c.strip() for c in line.strip("|").split("|")]]
         for cells in rows(block, "| work ")
@@ -57,6 +58,13 @@ def test_numbers_are_measured():
     assert shown
     for row in shown:
         assert any(row.items() <= other.items() for other in measured), row
+
+
+def test_steps_are_measured():
+    shown = re.findall(r"(\d+) N, ([\d.]+) ms", README)
+    measured = re.findall(r"^\|.*\| (\d+) +\| ([\d.]+) +\| [\d.]+ +\|$", RESULTS, re.M)
+    assert len(shown) == 20
+    assert set(shown) <= set(measured)
 
 
 def test_ci_runs_the_readmes_own_commands():
