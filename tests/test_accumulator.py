@@ -76,6 +76,23 @@ def test_norm_and_gradients_are_those_of_a_clip(p):
     assert check(norms, module, p) == 10
 
 
+@pytest.mark.parametrize("p", [2.0, 3.0, math.inf])
+def test_every_device_measures_in_backward(device, dtype, p):
+    made = [nn.Parameter(torch.zeros(n, dtype=dtype, device=device)) for n in (1, 70, 40_000)]
+    slopes = [torch.randn(item.shape).to(device, dtype) for item in made]
+    norms = NormAccumulator(made, p)
+    for item, slope in zip(made, slopes, strict=True):
+        (item * slope).sum().backward()
+    expected = oracle(slopes, p)
+    with Reads() as reads:
+        norm = norms.clip_(expected / 2)
+    assert ulps(norm, expected) <= 2
+    assert reads.count == 0 or _ops.extension is None
+    coef = expected / 2 / (expected + 1e-6)
+    for item, slope in zip(made, slopes, strict=True):
+        torch.testing.assert_close(item.grad.cpu(), (slope.cpu().double() * coef).to(dtype))
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_accumulate_and_the_last_backward_counts(set_to_none):
     module = net()
