@@ -13,7 +13,10 @@ from torch.nn import utils
 import fastclip
 from fastclip import _ops
 
-pytestmark = pytest.mark.skipif(_ops.extension is None, reason="no extension to measure")
+pytestmark = [
+    pytest.mark.skipif(_ops.extension is None, reason="no extension to measure"),
+    pytest.mark.parametrize("device", ["cpu"]),
+]
 MODELS = {"ResNet-50": resnet50(), "GPT-2": gpt2()}
 
 

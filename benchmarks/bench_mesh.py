@@ -17,7 +17,10 @@ from torch.nn import utils
 import fastclip
 from fastclip import _grads
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.parametrize("device", ["cpu"]),
+]
 
 SIZE = 64
 # Calls of torch's in a turn; of ours, which take a twentieth of the time, 20 times as many.
