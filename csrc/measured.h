@@ -3,6 +3,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -22,7 +24,11 @@ namespace fastclip {
 class [[gnu::visibility("hidden")]] Measured {
  public:
   Measured(const py::list& items, double p)
-      : p_(p), addresses_(items.size()), norms_(items.size()), seen_(items.size()) {
+      : p_(p),
+        addresses_(items.size()),
+        norms_(items.size()),
+        seen_(items.size()),
+        is_touched_(items.size()) {
     for (size_t i = 0; i < items.size(); ++i) {
       addresses_[i] = parameter(items, i).unsafeGetTensorImpl();
       index_.emplace(addresses_[i], i);
@@ -40,7 +46,7 @@ class [[gnu::visibility("hidden")]] Measured {
   }
 
   // A hook: as `see`, where what is measured is the bucket in which the gradient is averaged.
-  void touch(const at::Tensor& parameter) { touched_.push_back(index_of(parameter)); }
+  void touch(const at::Tensor& parameter) { is_touched_[index_of(parameter)] = true; }
 
   // The averaged gradients of these parameters, and of no others, are in this bucket.
   void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
@@ -53,9 +59,10 @@ class [[gnu::visibility("hidden")]] Measured {
 
   // Backward is over: what it touched is now as its bucket was when that was measured.
   void settle(const py::list& items) {
-    for (Seen& seen : seen_) seen.grad.reset();
-    for (const size_t i : touched_) seen_[i].look(parameter(items, i).grad());
-    touched_.clear();
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      seen_[i].look(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
+      is_touched_[i] = false;
+    }
   }
 
   // All gradients; what is known of those that are as they were seen goes with them, and the others
@@ -85,6 +92,7 @@ class [[gnu::visibility("hidden")]] Measured {
     std::vector<at::Tensor> norms;
     for (size_t part = 0; part < count; ++part)
       if (is_known(part)) norms.push_back(std::move(norms_[part]));
+    for (const at::Tensor& norm : norms) keep_for_this_stream(norm);
     if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false, true));
     grads.know(std::move(norms));
     forget();
@@ -102,31 +110,46 @@ class [[gnu::visibility("hidden")]] Measured {
 
   void forget() {
     std::ranges::fill(norms_, at::Tensor());
-    touched_.clear();
+    is_touched_.assign(is_touched_.size(), false);
   }
 
  private:
   static constexpr size_t kNone = -1;
 
-  // A gradient as it was when it was measured as a part, alone or in a bucket.
+  // A gradient as it was when it was measured as a part, alone or in a bucket. Its memory is told
+  // by more than its tensor: `grad.data = other` and Module.to() keep that, and its version.
   struct Seen {
     std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> grad;
+    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
+    int64_t offset = 0, numel = 0;
     uint32_t version = 0;
     size_t part = kNone;
 
     void look(const at::Tensor& now) {
       grad.reset();
-      if (!now.defined() || now.is_inference()) return;
+      if (!now.defined() || !now.has_storage() || now.is_inference()) return;
       grad.emplace(now.getIntrusivePtr());
+      storage.emplace(now.storage().getWeakStorageImpl());
+      offset = now.storage_offset();
+      numel = now.numel();
       version = now._version();
     }
 
     // Whether `now` is this very gradient, and unchanged.
     bool is(const at::Tensor& now) const {
-      return grad && now.defined() && grad->_unsafe_get_target() == now.unsafeGetTensorImpl() &&
-             version == now._version();
+      return grad && now.defined() && now.has_storage() &&
+             grad->_unsafe_get_target() == now.unsafeGetTensorImpl() &&
+             storage->_unsafe_get_target() == now.storage().unsafeGetStorageImpl() &&
+             offset == now.storage_offset() && numel == now.numel() && version == now._version();
     }
   };
+
+  // Backward may have run on another stream, which must not have this memory back before its time.
+  static void keep_for_this_stream(const at::Tensor& norm) {
+    if (norm.is_cpu()) return;
+    const c10::impl::VirtualGuardImpl device(norm.device().type());
+    device.recordDataPtrOnStream(norm.storage().data_ptr(), device.getStream(norm.device()));
+  }
 
   static const at::Tensor& parameter(const py::list& items, size_t i) {
     return THPVariable_Unpack(PyList_GET_ITEM(items.ptr(), i));
@@ -148,7 +171,7 @@ class [[gnu::visibility("hidden")]] Measured {
   std::unordered_map<const void*, size_t> index_;
   std::vector<at::Tensor> norms_;  // of parts: gradients, or buckets of them
   std::vector<Seen> seen_;
-  std::vector<size_t> touched_;
+  std::vector<bool> is_touched_;
 };
 
 }  // namespace fastclip

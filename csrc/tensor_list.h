@@ -120,6 +120,8 @@ struct ClipLists {
     auto scaled = FlatList::look(tensors, p);
     auto known = norms ? FlatList::look(*norms) : std::nullopt;
     if (!scaled || known.has_value() != norms.has_value()) return std::nullopt;
+    const bool both = norms && !norms->empty() && !tensors.empty();
+    if (both && norms->front().device() != tensors[0].device()) return std::nullopt;
     return ClipLists{std::move(*scaled), std::move(known)};
   }
 

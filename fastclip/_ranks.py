@@ -89,19 +89,33 @@ def is_data_parallel(module: object) -> bool:
     return isinstance(module, torch.nn.parallel.DistributedDataParallel)
 
 
+def is_alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def on_reduced_buckets(
-    module: Any, measure: Callable[[int, list[Tensor], Tensor], None], finish: Callable[[], None]
+    module: Any,
+    measure: Callable[[int, list[Tensor], Tensor], None],
+    finish: Callable[[], None],
+    forget: Callable[[], None],
 ) -> None:
     """Have a `DistributedDataParallel` average as it does, and say so.
 
     `measure(number, parameters, bucket)` for each averaged bucket, and `finish()` at the end of
-    backward, when the gradients are in their places.
+    backward, when the gradients are in their places. `forget()` where a rank that has joined takes
+    part without a backward of its own.
+
+    Raises:
+        ValueError: it has a communication hook, and cannot have two.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     queue = torch.autograd.Variable._execution_engine.queue_callback
 
     def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if torch._C._current_graph_task_id() == -1:
+            forget()
+            return allreduce_hook(group, bucket)
         number, parameters = bucket.index(), bucket.parameters()
 
         def measured(done: Any) -> Tensor:
@@ -113,7 +127,13 @@ def on_reduced_buckets(
             queue(lambda: queue(finish))
         return allreduce_hook(group, bucket).then(measured)
 
-    module.register_comm_hook(module.process_group, hook)
+    try:
+        module.register_comm_hook(module.process_group, hook)
+    except RuntimeError as error:
+        raise ValueError(
+            "parameters: this DistributedDataParallel has a communication hook already, and takes "
+            f"no other; clip with clip_grad_norm_ ({error})"
+        ) from error
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:

@@ -94,6 +94,8 @@ def clip_norm_(
         raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
     measured = tensors if norms is None else norms
     total_norm = norm(measured, p).to(result_dtype(tensors))
+    if tensors:
+        total_norm = total_norm.to(tensors[0].device)
     scale_(tensors, clip_coef(total_norm, max_norm))
     return total_norm
 

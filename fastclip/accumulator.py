@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from ._grads import read
 from ._mesh import is_dtensor, value_of
 from ._named import named
 from ._ops import clip_coef
-from ._ranks import is_data_parallel, on_reduced_buckets
+from ._ranks import is_alone, is_data_parallel, on_reduced_buckets
 
 
 class NormAccumulator:
@@ -22,13 +23,14 @@ class NormAccumulator:
     A gradient is read when it is in the cache anyway, and `clip_` only combines what was measured:
     $(\sum_i \lVert g_i \rVert_p^p)^{1/p}$, then scales as `clip_grad_norm_` does. Under
     `DistributedDataParallel` the averaged buckets are measured as they arrive. A gradient that was
-    changed since, by in-place operations or a new object, is measured again. What leaves the
-    version counter as it was is not seen: writing through `.data`, and `GradScaler.unscale_`
-    (torch 2.13). With a scaler pass this as `measured` to `unscale_and_clip_` or `clipped_step`.
+    changed since, by in-place operations or a new object, is measured again. What changes a
+    gradient without its version counter is not seen: writes through `.data`, collectives of
+    `torch.distributed`, replays of a CUDA graph, `GradScaler.unscale_` (torch 2.13). After those
+    call `forget`; with a scaler pass this as `measured` to `unscale_and_clip_` or `clipped_step`.
 
-    `clip_` measures all gradients itself where the extension is not built, and where a gradient is
-    a DTensor (FSDP2, whose gradients no such hook sees), complex, sparse, or on another device than
-    the rest.
+    `clip_` measures all gradients itself where the extension is not built; on several ranks without
+    `DistributedDataParallel`, whose collectives would not be seen; and where a gradient is a
+    DTensor (FSDP2), complex, sparse, or on another device than the rest.
 
     Args:
         parameters: a module, also `DistributedDataParallel`, an optimizer, tensors, or several
@@ -56,7 +58,9 @@ class NormAccumulator:
         self._items = list({id(item): item for _, item in named(parameters)}.values())
         self._measured: Any = None
         self._hooks: list[Any] = []
-        if _ops.extension is not None and not any(map(_is_odd, self._items)):
+        self._is_removed = False
+        seen = is_data_parallel(parameters) or is_alone()
+        if seen and _ops.extension is not None and not any(map(_is_odd, self._items)):
             self._measured = _ops.extension.Measured(self._items, self.p)
             self._attach(parameters)
 
@@ -91,7 +95,7 @@ class NormAccumulator:
         try:
             yield
         finally:
-            self._pause(before)
+            self._pause(before or self._is_removed)
 
     def take(self, parameters: Iterable[Tensor], norm_type: float) -> Any:
         """The gradients of these parameters, with what was measured of them, which is forgotten.
@@ -107,8 +111,8 @@ class NormAccumulator:
         if ours != theirs or norm_type != self.p:
             raise ValueError(
                 f"measured: expected norms of order {norm_type} of the {len(theirs)} gradients of "
-                f"the optimizer, got some of order {self.p} of {len(ours)}; make it of the same: "
-                f"NormAccumulator(optimizer, {norm_type})"
+                f"the optimizer, got some of order {self.p} of {len(ours)}; make the accumulator "
+                f"of what it steps, with norm_type={norm_type}"
             )
         return self._take()
 
@@ -121,6 +125,7 @@ class NormAccumulator:
         """Take the hooks away; that of `DistributedDataParallel`, for good, then only averages."""
         for hook in self._hooks:
             hook.remove()
+        self._is_removed = True
         self._pause(True)
         self.forget()
 
@@ -137,12 +142,15 @@ class NormAccumulator:
         hook = measured.see
         if is_data_parallel(parameters):
             hook = measured.touch
-            on_reduced_buckets(parameters, measured.see_bucket, lambda: measured.settle(items))
+            settle = partial(measured.settle, items)
+            on_reduced_buckets(parameters, measured.see_bucket, settle, measured.forget)
         leaves = [item for item in self._items if item.requires_grad]
         self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
 
     def _take(self) -> Any:
         grads = None if self._measured is None else self._measured.take(self._items)
+        if grads is None:
+            self.forget()
         return read(self._items) if grads is None else grads
 
     def _pause(self, is_paused: bool) -> bool:

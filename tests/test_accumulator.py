@@ -56,7 +56,7 @@ def check(norms: NormAccumulator, module: nn.Module, p: float = 2.0) -> int:
         norm = norms.clip_(expected / 2)
     assert ulps(norm, expected) <= 2
     for grad, then in zip(grads_of(module), before, strict=True):
-        torch.testing.assert_close(grad, then / 2)
+        torch.testing.assert_close(grad, then / 2, check_stride=False)
     return reads.count
 
 
@@ -125,7 +125,9 @@ def test_only_what_changed_is_measured_again():
     assert check(norms, module) == 3
 
 
-@pytest.mark.parametrize("change", ["in place", "object", "none", "scaler", "sparse"])
+@pytest.mark.parametrize(
+    "change", ["in place", "object", "none", "data", "cut", "dtype", "scaler", "sparse"]
+)
 def test_gradients_changed_since_are_measured_again(change):
     module = net()
     norms = NormAccumulator(module)
@@ -137,6 +139,12 @@ def test_gradients_changed_since_are_measured_again(change):
         weight.grad = torch.ones(5, 5)
     elif change == "none":
         weight.grad = None
+    elif change == "data":
+        weight.grad.data = torch.ones(5, 5)
+    elif change == "cut":
+        weight.grad.data = weight.grad.data[:2]
+    elif change == "dtype":
+        module.to(torch.bfloat16)
     elif change == "sparse":
         weight.grad = torch.ones(5, 5).to_sparse()
         assert float(norms.clip_(math.inf)) > 5
@@ -226,6 +234,14 @@ def test_gradients_that_are_not_plain_are_measured_by_the_clip(kind):
     module(0).backward()
     expected = fastclip.clip_grad_norm_(list(module.parameters()), math.inf)
     torch.testing.assert_close(norms.clip_(math.inf), expected)
+
+
+@needs_hooks
+def test_removed_in_a_pause_it_stays_silent():
+    norms = NormAccumulator(net())
+    with norms.pause():
+        norms.remove()
+    assert norms._measured.is_paused
 
 
 def test_removed_hooks_leave_nothing_behind():
@@ -375,6 +391,48 @@ def test_a_gradient_that_backward_left_out_is_not_what_its_bucket_holds():
         measured.settle(items)
     norm = measured.take(items).norm(2.0)
     assert ulps(norm, oracle([item.grad for item in items], 2.0)) <= 2
+
+
+def averaged_by_hand() -> None:
+    module = net()
+    norms = NormAccumulator(module)
+    run(module, dist.get_rank())
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            # Leaves no trace in the version counter.
+            dist.all_reduce(parameter.grad)
+    check(norms, module)
+
+
+def test_gradients_averaged_by_hand_are_measured_by_the_clip(world):
+    world(2).run(averaged_by_hand)
+
+
+def joined() -> None:
+    module = DistributedDataParallel(net(), bucket_cap_mb=0.0002)
+    norms = NormAccumulator(module)
+    with module.join():
+        for step in range(3 + 2 * dist.get_rank()):
+            module.zero_grad()
+            run(module, step)
+            check(norms, module)
+    check(norms, module)
+
+
+def test_ranks_with_fewer_batches_join(world):
+    world(2).run(joined)
+
+
+def hooked_twice() -> None:
+    module = DistributedDataParallel(net())
+    NormAccumulator(module)
+    with pytest.raises(ValueError, match="parameters: this DistributedDataParallel has a"):
+        NormAccumulator(module)
+
+
+@needs_hooks
+def test_a_second_communication_hook_is_refused(world):
+    world(2).run(hooked_twice)
 
 
 def touched_unsynchronised(views: bool) -> None:

@@ -281,6 +281,16 @@ def test_a_clip_by_known_norms_reads_nothing_else(ops, device, dtype, p, share, 
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_known_norms_may_be_elsewhere(ops, device):
+    tensors = [torch.full((4,), 3.0, device=device)]
+    norm = ops.clip_norm_(tensors, 3.0, 2.0, [torch.tensor([6.0], dtype=torch.float64)])
+    assert norm.device.type == torch.device(device).type
+    assert float(norm) == 6
+    torch.testing.assert_close(tensors[0].cpu(), torch.full((4,), 1.5))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ops.clip_norm_(tensors, 3.0, 2.0, [torch.empty(1, device="meta")])
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_a_known_norm_that_is_not_finite_spoils_all(ops, device, p, bad):
