@@ -66,7 +66,8 @@ def step_of(made: list[nn.Parameter], max_norm: float, scaled: bool, clips: bool
     def before(name: str) -> None:
         norms.forget()
         for parameter in made if name.startswith("NormAccumulator") else ():
-            for hook in parameter._post_accumulate_grad_hooks.values():
+            # None without the extension.
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
                 hook(parameter)
 
     written = 2 * (scaled or clips)
