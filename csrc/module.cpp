@@ -15,7 +15,7 @@ namespace fastclip {
 namespace cuda {
 // Null in a build without the CUDA kernels.
 [[gnu::weak]] std::vector<int> architectures();
-[[gnu::weak]] bool serves(int device);
+[[gnu::weak]] const char* refusal(int device);
 }  // namespace cuda
 
 namespace {
@@ -31,8 +31,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("built_for") = fastclip::kBuiltFor;
   m.attr("cuda_architectures") =
       fastclip::cuda::architectures ? fastclip::cuda::architectures() : std::vector<int>();
-  m.def("serves_cuda", [](int device) {
-    return fastclip::cuda::serves != nullptr && fastclip::cuda::serves(device);
+  m.def("cuda_refusal", [](int device) {
+    return fastclip::cuda::refusal ? fastclip::cuda::refusal(device) : "not built";
   });
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _reference, _thresholds
 
 REBUILD = "pip install --no-build-isolation -e ."
+NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
 
 
 def _built_for(path: str) -> str:
@@ -54,13 +55,12 @@ def _define(name: str, schema: str, fake: Callable[..., Any], default: Callable[
 
 
 def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
-    """`default`, with a warning where a GPU's gradients reach it."""
+    """`default`, with a warning where a GPU's gradients reach it that kernels might have served."""
 
     def op(tensors: Sequence[Tensor], *args: Any) -> Any:
-        if tensors and tensors[0].is_cuda and not _serves(tensors[0].device.index):
+        if tensors and tensors[0].is_cuda and (why := _refusal(tensors[0].device)):
             warnings.warn(
-                f"fastclip has no compiled kernels for {tensors[0].device}: its plain-PyTorch ops "
-                f"are in use. With nvcc on PATH, in a checkout: {REBUILD}",
+                f"fastclip's plain-PyTorch ops are in use for {tensors[0].device}: {why}",
                 stacklevel=2,
             )
         return default(tensors, *args)
@@ -68,9 +68,19 @@ def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
-def _serves(cuda_device: int) -> bool:
-    """Whether the kernels are built, for the architecture of this device and its driver."""
-    return extension is not None and extension.serves_cuda(cuda_device)
+def _refusal(device: torch.device) -> str | None:
+    """Why the kernels do not serve a CUDA device, and the way out; None if they do."""
+    reason = extension.cuda_refusal(device.index) if extension else "not built"
+    if reason == "not built":
+        return f"the CUDA kernels are not built. With nvcc ({NVCC}), in a checkout: {REBUILD}"
+    if reason == "no code for its architecture":
+        major, minor = torch.cuda.get_device_capability(device)
+        rebuild = f"TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+        return f"the CUDA kernels hold {reason}. In a checkout: {rebuild}"
+    return reason and (
+        f"{reason}. Update the driver, or rebuild, in a checkout, with the nvcc of a toolkit that "
+        f"is not newer: {REBUILD}"
+    )
 
 
 def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

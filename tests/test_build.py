@@ -111,25 +111,43 @@ def test_fake_gradients_give_a_fake_norm():
     assert norm.shape == ()
 
 
-@pytest.mark.parametrize("served", [False, True])
-def test_a_gpu_without_kernels_warns(served, monkeypatch):
+@pytest.mark.parametrize(
+    ("refusal", "cause", "way_out"),
+    [
+        (None, "", ""),
+        ("not built", "not built", _ops.NVCC),
+        ("no code for its architecture", "no code for its arch", "TORCH_CUDA_ARCH_LIST=7.5 pip "),
+        ("CUDA driver version is insufficient", "driver version", "Update the driver, or"),
+    ],
+)
+def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
+    refusal, cause, way_out, monkeypatch
+):
     # A stand-in for a CUDA tensor, which this machine may not have.
     class Cuda:
         is_cuda = True
         device = torch.device("cuda:1")
 
     class Extension:
-        def serves_cuda(self, device):
-            return served and device == 1
+        def cuda_refusal(self, device):
+            assert device == 1
+            return refusal
 
     monkeypatch.setattr(_ops, "extension", Extension())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     default = _ops._announced(lambda tensors: len(tensors))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert default([Cuda()]) == 1
     said = [str(w.message) for w in caught]
-    assert len(said) == (0 if served else 1)
-    assert all("no compiled kernels for cuda:1" in s and _ops.REBUILD in s for s in said)
+    assert len(said) == (0 if refusal is None else 1)
+    assert all("for cuda:1" in s and cause in s for s in said)
+    assert all(way_out in s and _ops.REBUILD in s for s in said)
+
+
+def test_without_an_extension_the_kernels_are_not_built(monkeypatch):
+    monkeypatch.setattr(_ops, "extension", None)
+    assert "not built" in _ops._refusal(torch.device("cuda:0"))
 
 
 def dry_run(**environment: str) -> subprocess.CompletedProcess[str]:

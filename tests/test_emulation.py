@@ -92,6 +92,70 @@ def test_a_list_that_fits_is_one_launch_to_clip_and_two_to_measure(machine):
     assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 2
 
 
+def clip_of_80_kb(machine) -> tuple[int, list[torch.Tensor]]:
+    """Launches of a clip on two multiprocessors, and what it leaves."""
+    machine.multiprocessors = 2
+    torch.manual_seed(0)
+    tensors = [torch.randn(20_000, device="emulated"), torch.randn(5, device="emulated")]
+    results = []
+    launches = count(machine, lambda: results.append(_ops.clip_norm_(tensors, 1.0, 2.0)))
+    return launches, [t.cpu() for t in [*results, *tensors]]
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [{"l2_bytes": 80_000}, {"threads_per_multiprocessor": 256}, {"held_blocks": 6}],
+    ids=["larger than the L2 cache", "no block is resident", "another process holds blocks"],
+)
+def test_where_one_launch_does_not_pay_or_go_it_is_two_with_the_same_bits(machine, obstacle):
+    alone, expected = clip_of_80_kb(machine)
+    assert alone == 1
+    for name, value in obstacle.items():
+        setattr(machine, name, value)
+    launches, found = clip_of_80_kb(machine)
+    assert launches == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert machine.last_error == 0  # nobody else is told of it
+
+
+def test_a_list_of_one_tile_is_measured_in_one_launch(module, machine):
+    for tensors in ([torch.randn(8192, device="emulated")], [torch.ones((), device="emulated")]):
+        norms = []
+        before = module.allocated_bytes()
+        assert count(machine, lambda t=tensors, n=norms: n.append(_ops.norm(t, 2.0))) == 1
+        assert module.allocated_bytes() - before == 4
+        assert ulps(norms[0], oracle(tensors, 2.0)) <= 2
+        clipped = _ops.clip_norm_([t.clone() for t in tensors], 1.0, 2.0)
+        assert torch.equal(norms[0].cpu(), clipped.cpu())
+
+
+@pytest.mark.parametrize(("width", "rows"), [(3, 5000), (8193, 4100)])
+def test_many_rows_need_no_finish(machine, width, rows):
+    # Of one tile, and of two, beside rows that are shorter: a span each.
+    tensors = [torch.randn(rows, width, device="emulated"), torch.randn(7, 5, device="emulated")]
+    norms = []
+    call = lambda: norms.append(_ops.norms(tensors, 2.0, None, False, True))  # noqa: E731
+    most = -(-rows // 2000) * (1 if width < 8192 else 2)
+    assert count(machine, call) <= most
+    expected = torch.cat([t.cpu().double().norm(dim=1) for t in tensors])
+    torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("p", [3.0, 7.0, 64.0, 65.0, 2.5, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_powers_hold_at_the_ends_of_the_range(machine, p, dtype):
+    info = torch.finfo(dtype)
+    small = info.smallest_normal * 8
+    for values in ([small] * 5, [info.max / 64, small, 1.0], [small, 3 * small, 1.0], [0.0] * 9):
+        for offset in (0, 1):
+            memory = torch.tensor([0.0] * offset + values, dtype=dtype).to("emulated")
+            norm = _ops.norm([memory[offset:]], p)
+            assert norm.item() == pytest.approx(oracle([memory[offset:]], p), rel=1e-6)
+    for bad, seen in ((math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
+        tensor = torch.tensor([1.0] * 40 + [bad] + [2.0] * 40, dtype=dtype, device="emulated")
+        assert _ops.norm([tensor], p).item() == pytest.approx(seen, nan_ok=True)
+
+
 def test_parameters_of_4_kib_take_fewer_tensors_a_launch(machine):
     tensors = list(torch.randn(251, 5, device="emulated").unbind())
     machine.driver = 12000
@@ -144,6 +208,14 @@ def test_a_failed_launch_is_named(machine, call, name):
     assert tensors[0].tolist() == [1.0] * 4
 
 
+def test_a_driver_that_answers_no_question_gets_the_default_op(machine):
+    tensors = [torch.ones(4, device="emulated")]
+    machine.fail_queries = 35
+    assert count(machine, lambda: _ops.clip_norm_(tensors, 1.0, 2.0)) == 0
+    assert tensors[0].tolist() == pytest.approx([0.5] * 4, rel=1e-5)
+    assert machine.last_error == 0
+
+
 @pytest.mark.parametrize(("capability", "launches"), [(80, 0), (89, 0), (90, 1), (100, 1)])
 def test_a_device_that_is_not_compiled_for_gets_the_default_op(machine, capability, launches):
     tensors = [torch.ones(4, device="emulated")]
@@ -185,8 +257,14 @@ FAULTS = {
     "a misaligned vector": ("cuda/tile.cuh", "tile.aligned() && left", "left"),
     "a word beyond the end": (
         "cuda/tile.cuh",
-        "(k + 1) * kBits > 8 * left",
-        "k * kBits > 8 * left",
+        "(k + 1) * kBits <= 8 * left",
+        "k * kBits < 8 * left",
+    ),
+    "four vectors of any tile": ("cuda/tile.cuh", "tile.left(j) > 0 ? __ldcg", "true ? __ldcg"),
+    "four vectors at any address": (
+        "cuda/tile.cuh",
+        "if (tile.aligned() && tile.bytes % kVector == 0)",
+        "if (tile.bytes % kVector == 0)",
     ),
     "one thread short": (
         "cuda/tile.cuh",

@@ -43,7 +43,7 @@ def spilled(report: str) -> list[str]:
     return [m[0] for m in FRAME.finditer(report) if any(int(n) for n in m.groups())]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+@pytest.mark.parametrize("architecture", ["80", "89", "90", "100", "120"])
 def test_kernels_compile_without_spills(architecture, tmp_path):
     report = compiled(architecture, CUDA / "launch.cu", tmp_path)
     assert not spilled(report)
@@ -76,4 +76,4 @@ def test_spills_and_warnings_are_seen(tmp_path):
 
 def test_the_kernels_stay_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in CUDA.iterdir()}
-    assert sum(lines.values()) < 920, lines
+    assert sum(lines.values()) <= 1000, lines

@@ -19,11 +19,11 @@ constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
 
-// Where the spans of some groups begin, and those of the last end.
-struct Groups {
-  static constexpr int kGroups = 1000;
+// Where the spans of some slots begin, and those of the last end.
+struct Slots {
+  static constexpr int kSlots = 1000;
   int count, first;
-  uint32_t begins[kGroups + 1];
+  uint32_t begins[kSlots + 1];
 };
 
 // max_norm, or the coef of a slot, or the bound.
@@ -41,22 +41,8 @@ __device__ void store(Numbers numbers, int i, double value) {
     static_cast<float*>(numbers.data)[i] = static_cast<float>(value);
 }
 
-// Every block adds up the same partial results: a barrier less than one block telling the others.
-// See Note [coef]; the decision is taken in the precision of the result.
-template <Norm kind, class Table>
-__device__ void finish_and_scale(const Table& table, const Work& work) {
-  const double norm = finish<kind>(work.partials, work.spans, work.p);
-  if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
-  const double max_norm = number(work, 0);
-  const double coef = work.norms.is_double
-                          ? clip_coef(norm, max_norm)
-                          : clip_coef(static_cast<float>(norm), static_cast<float>(max_norm));
-  if (coef == 1) return;
-  change_phase<Multiply>(table, [=](int) { return coef; });
-}
-
 // How many blocks share a multiprocessor: three hold 96 KiB of loads in flight, in 40 registers a
-// thread. `pow` in float64 takes more.
+// thread. What stores takes more, so that two do, and `pow` in float64.
 template <Norm kind>
 constexpr int kResident = kind == Norm::kPower ? 1 : 3;
 
@@ -66,65 +52,90 @@ enum class Phases { kNorm, kScale, kBoth };
 template <Phases phases, Norm kind, class Table>
 __global__ void __launch_bounds__(kThreads, kResident<kind>)
     clip_kernel(const __grid_constant__ Table table, const Work work) {
-  if constexpr (phases != Phases::kScale) norm_phase<kind>(table, work.p, work.partials);
-  if constexpr (phases == Phases::kBoth) cooperative_groups::this_grid().sync();
-  if constexpr (phases != Phases::kNorm) finish_and_scale<kind>(table, work);
+  if constexpr (phases != Phases::kScale) {
+    norm_phase<kind>(table, work.p, [&](int span, double partial) {
+      if (work.spans > 0)
+        work.partials[span] = partial;
+      else
+        store(work.norms, span, norm_of<kind>(partial));
+    });
+    if constexpr (phases == Phases::kNorm) return;
+    cooperative_groups::this_grid().sync();
+  }
+  // Every block adds up the same partial results: a barrier less than one block telling the others.
+  const double norm = finish<kind>(work.partials, work.spans, work.p);
+  if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
+  // See Note [coef]; the decision is taken in the precision of the result.
+  const double max_norm = number(work, 0);
+  const double coef = work.norms.is_double
+                          ? clip_coef(norm, max_norm)
+                          : clip_coef(static_cast<float>(norm), static_cast<float>(max_norm));
+  if (coef != 1) change_phase<Multiply>(table, [=](int) { return coef; });
 }
 
 template <Norm kind>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ Groups groups, const Work work) {
-  for (int g = blockIdx.x; g < groups.count; g += gridDim.x) {
-    const uint32_t begin = groups.begins[g];
-    const int spans = static_cast<int>(groups.begins[g + 1] - begin);
+    finish_kernel(const __grid_constant__ Slots slots, const Work work) {
+  for (int i = blockIdx.x; i < slots.count; i += gridDim.x) {
+    const uint32_t begin = slots.begins[i];
+    const int spans = static_cast<int>(slots.begins[i + 1] - begin);
     const double norm = finish<kind>(work.partials + begin, spans, work.p);
-    if (threadIdx.x == 0) store(work.norms, groups.first + g, norm);
+    if (threadIdx.x == 0) store(work.norms, slots.first + i, norm);
   }
 }
 
 template <class Change, class Table>
-__global__ void __launch_bounds__(kThreads, Change::kResident)
+__global__ void __launch_bounds__(kThreads, 2)
     change_kernel(const __grid_constant__ Table table, const Work work) {
   change_phase<Change>(table, [&](int slot) { return number(work, slot); });
 }
 
-void check(cudaError_t status, const std::string& what) {
+void check(cudaError_t status, const char* what, int device) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error told here is not to be told again elsewhere
-  throw std::runtime_error("fastclip: " + what + " failed: " + cudaGetErrorString(status));
+  throw std::runtime_error("fastclip: " + std::string(what) + " on device " +
+                           std::to_string(device) + " failed: " + cudaGetErrorString(status));
 }
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute", device);
   return value;
 }
 
 bool takes_large_tables() {
   int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  return driver >= kLargeParameters;
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kLargeParameters;
 }
 
-// Launches as many blocks as are resident at once, or as there is work for.
-template <class Table>
-void launch(const char* name, void (*kernel)(Table, Work), int resident, int tasks,
-            const Table& table, const Work& work, Stream stream, bool cooperative = false) {
-  const int threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, stream.device);
-  const int most = attribute(cudaDevAttrMultiProcessorCount, stream.device) *
-                   std::min(resident, std::max(1, threads / kThreads));
-  void* arguments[] = {const_cast<Table*>(&table), const_cast<Work*>(&work)};
-  const auto run = cooperative ? cudaLaunchCooperativeKernel<void(Table, Work)>
-                               : cudaLaunchKernel<void(Table, Work)>;
-  check(run(kernel, dim3(std::clamp(tasks, 1, most)), dim3(kThreads), arguments, 0,
-            static_cast<cudaStream_t>(stream.handle)),
-        "the launch of " + std::string(name) + " on device " + std::to_string(stream.device));
+void for_norm(double p, auto&& visit) {
+  pick<Norm::kSum, Norm::kSquares, Norm::kMax, Norm::kPower>(norm_kind(p), visit);
+}
+
+// Launches as many blocks as are resident at once, or as there are tasks for. `together` they stay
+// so, as a grid barrier needs: says whether the device could do that.
+template <class Parameters>
+bool launch(const char* what, void (*kernel)(Parameters, Work), int tasks,
+            const Parameters& parameters, const Work& work, Stream stream, bool together = false) {
+  int most = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, kernel, kThreads, 0), what,
+        stream.device);
+  most *= attribute(cudaDevAttrMultiProcessorCount, stream.device);
+  void* arguments[] = {const_cast<Parameters*>(&parameters), const_cast<Work*>(&work)};
+  const auto run = together ? cudaLaunchCooperativeKernel<void(Parameters, Work)>
+                            : cudaLaunchKernel<void(Parameters, Work)>;
+  const cudaError_t status =
+      run(kernel, dim3(std::clamp(tasks, 1, std::max(1, most))), dim3(kThreads), arguments, 0,
+          static_cast<cudaStream_t>(stream.handle));
+  // Part of the device may be another process's, or another context's.
+  if (together && status == cudaErrorCooperativeLaunchTooLarge) return cudaGetLastError(), false;
+  check(status, what, stream.device);
+  return true;
 }
 
 // Calls visit(table) for the tables that hold the partition, one after the other; for one empty
 // table if there is nothing. The host copies all of a table, so it is as small as the list allows.
-template <class Visit>
-void for_each_table(const Partition& partition, Visit&& visit) {
+void for_each_table(const Partition& partition, auto&& visit) {
   const auto visit_all = [&]<class Table>(std::type_identity<Table>) {
     Table table;
     int64_t begin = 0;
@@ -139,70 +150,77 @@ void for_each_table(const Partition& partition, Visit&& visit) {
     visit_all(std::type_identity<SmallTable>());
 }
 
-template <class Visit>
-void for_norm(double p, Visit&& visit) {
-  pick<Norm::kSum, Norm::kSquares, Norm::kMax, Norm::kPower>(norm_kind(p), visit);
-}
-
 template <Phases phases>
-void launch_phases(const char* name, const Partition& partition, const Work& work, Stream stream) {
+bool launch_phases(const char* what, const Partition& partition, const Work& work, Stream stream) {
+  bool done = false;
   for_norm(work.p, [&]<Norm kind>() {
     for_each_table(partition, [&]<class Table>(const Table& table) {
-      launch(name, clip_kernel<phases, kind, Table>, kResident<kind>, table.spans, table, work,
-             stream, phases == Phases::kBoth);
+      done = launch(what, clip_kernel<phases, kind, Table>, table.spans, table, work, stream,
+                    phases == Phases::kBoth);
     });
   });
+  return done;
+}
+
+// Whether both phases may be one launch. Beyond the L2 cache that saves a thousandth of the time.
+// And a grid that must be resident all at once waits behind whatever holds a multiprocessor: behind
+// another stream's collective, say, that waits for another rank, whose own clip waits for ours.
+bool may_fuse(const Partition& partition, int device) {
+  const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
+  return partition.parts() <= entries && partition.tiles() <= kMaxTableTiles &&
+         partition.bytes() <= attribute(cudaDevAttrL2CacheSize, device) &&
+         attribute(cudaDevAttrCooperativeLaunch, device);
 }
 
 }  // namespace
 
 std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
 
-bool serves(int device) {
+const char* refusal(int device) {
   int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return cudaGetLastError() == cudaSuccess;
+  const cudaError_t status =
+      std::max(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (status != cudaSuccess) return cudaGetLastError(), cudaGetErrorString(status);
   // Machine code runs on later minors of its major, the PTX of the newest on all that is later.
   const std::vector<int> built = architectures();
-  for (const int one : built)
-    if (one <= 100 * major + 10 * minor && (one / 100 == major || one == built.back())) return true;
-  return false;
+  const bool runs = std::ranges::any_of(built, [&](int one) {
+    return one <= 100 * major + 10 * minor && (one / 100 == major || one == built.back());
+  });
+  return runs ? nullptr : kNoCode;
 }
 
 void launch_norms(const Partition& partition, const Work& work, Stream stream) {
-  launch_phases<Phases::kNorm>("the norm phase", partition, work, stream);
+  launch_phases<Phases::kNorm>("the launch of the norm phase", partition, work, stream);
+  if (partition.spans_are_slots(work.slots)) return;
   const std::vector<uint32_t> begins = partition.begins(work.slots);
-  Groups groups{};
-  for (; groups.first < work.slots; groups.first += groups.count) {
-    groups.count = std::min(work.slots - groups.first, Groups::kGroups);
-    std::copy_n(begins.begin() + groups.first, groups.count + 1, groups.begins);
+  Slots slots;
+  for (slots.first = 0; slots.first < work.slots; slots.first += slots.count) {
+    slots.count = std::min(work.slots - slots.first, Slots::kSlots);
+    std::copy_n(begins.begin() + slots.first, slots.count + 1, slots.begins);
     for_norm(work.p, [&]<Norm kind>() {
-      launch("finish_kernel", finish_kernel<kind>, 1, groups.count, groups, work, stream);
+      launch("the launch of finish_kernel", finish_kernel<kind>, slots.count, slots, work, stream);
     });
   }
 }
 
 void launch_clip(const Partition& measured, const Partition& scaled, const Work& work,
                  Stream stream) {
-  const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
-  const bool fits = scaled.parts() <= entries && scaled.tiles() <= kMaxTableTiles;
-  if (&measured == &scaled && fits && attribute(cudaDevAttrCooperativeLaunch, stream.device)) {
-    launch_phases<Phases::kBoth>("both phases", scaled, work, stream);
-  } else {
-    launch_phases<Phases::kNorm>("the norm phase", measured, work, stream);
-    launch_phases<Phases::kScale>("the scale phase", scaled, work, stream);
-  }
+  if (&measured == &scaled && may_fuse(scaled, stream.device) &&
+      launch_phases<Phases::kBoth>("the launch of both phases", scaled, work, stream))
+    return;
+  launch_phases<Phases::kNorm>("the launch of the norm phase", measured, work, stream);
+  launch_phases<Phases::kScale>("the launch of the scale phase", scaled, work, stream);
 }
 
 void launch_change(const Partition& partition, const Work& work, Stream stream) {
   for_each_table(partition, [&]<class Table>(const Table& table) {
     if (work.given.data)
-      launch("scale_kernel", change_kernel<Multiply, Table>, Multiply::kResident, table.spans,
-             table, work, stream);
+      launch("the launch of scale_kernel", change_kernel<Multiply, Table>, table.spans, table, work,
+             stream);
     else
-      launch("clamp_kernel", change_kernel<Clamp, Table>, Clamp::kResident, table.spans, table,
-             work, stream);
+      launch("the launch of clamp_kernel", change_kernel<Clamp, Table>, table.spans, table, work,
+             stream);
   });
 }
 

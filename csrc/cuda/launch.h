@@ -1,6 +1,5 @@
-// Launches of the kernels. All is enqueued on the given stream of the current device and nothing
-// waits; pointers are to that device's memory. A launch that fails raises std::runtime_error with
-// the name of its kernel.
+// Launches of the kernels, on the given stream of the current device, whose memory all pointers are
+// to. Nothing waits. A launch that fails raises std::runtime_error with the name of its kernel.
 #pragma once
 
 #include <vector>
@@ -12,8 +11,10 @@ namespace fastclip::cuda {
 // The architectures compiled in, as 100 * major + 10 * minor.
 std::vector<int> architectures();
 
-// Whether the kernels run on a device: its architecture is compiled in, its driver new enough.
-bool serves(int device);
+// Why the kernels do not run on a device: kNoCode, or in CUDA's words, of a driver that is too old
+// for instance; null where they run.
+constexpr const char* kNoCode = "no code for its architecture";
+const char* refusal(int device);
 
 struct Stream {
   int device;
@@ -33,7 +34,7 @@ struct Work {
   Numbers given = {};          // max_norm or coef; without data it is `number`
   Numbers norms = {};          // the result
   double* partials = nullptr;  // one for each span
-  int spans = 0;
+  int spans = 0;               // and how many; 0 if each slot is one span, whose norm it gives
   int slots = 1;
 };
 
@@ -41,7 +42,7 @@ struct Work {
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
 // The norm of what is measured, of order p, and the rest scaled to max_norm: in one launch where
-// both are one, it fits and the device can, otherwise in two phases, with the same bits.
+// both are one and that pays, otherwise in two phases, with the same bits.
 void launch_clip(const Partition& measured, const Partition& scaled, const Work&, Stream);
 
 // The tensors scaled by the coef of their slot, or the only one; with none given, clamped.

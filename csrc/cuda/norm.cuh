@@ -1,8 +1,9 @@
 // The norm phase and the finish: from elements to one float64 per span, and from those to a norm.
 //
-// Note [accuracy]: terms of float32 are added in pairs, those of 16-bit floats, whose squares
-// float32 holds exactly, in trees of eight; all above is float64. So at most three roundings of
-// 2^-24 lie on any element's way to the sum, and half of them in the norm.
+// Note [accuracy]: what a thread takes of a tile it adds in float32, in one tree: pairs of
+// elements, the pairs of a vector, the four vectors. Above is float64. So at most five roundings of
+// 2^-24 lie on an element's way to the sum, the squares of float32 included (those of 16-bit floats
+// are exact), and half of them in the norm.
 #pragma once
 
 #include "../formulas.h"
@@ -11,39 +12,64 @@
 
 namespace fastclip::cuda {
 
-// |a| + |b| or a^2 + b^2; what is fused is said here and not left to the compiler.
-template <Norm kind, class acc_t>
-__device__ acc_t sum_pair(acc_t a, acc_t b) {
-  if constexpr (kind == Norm::kSquares) return fma(b, b, a * a);
-  return fabs(a) + fabs(b);
-}
-
-// In pairs or trees of `acc_t`, see Note [accuracy]. Where float32 squares leave the range of
-// normal numbers, or a sum of magnitudes float32's, the elements are added again in float64.
-template <Norm kind, Dtype dtype, class acc_t = acc_type<dtype>>
-__device__ double sum_vector(const Vector& vector) {
-  constexpr int kPairs = kElements<dtype> / 2;
-  Values<dtype> x;
-  decode<dtype>(vector, x);
-  acc_t pairs[kPairs], sum = 0;
-  for (int k = 0; k < kPairs; ++k) pairs[k] = sum_pair<kind, acc_t>(x[2 * k], x[2 * k + 1]);
-  if constexpr (kPairs == 4)
-    sum = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
-  else
-    for (const acc_t pair : pairs) sum += pair;
-  if constexpr (std::is_same_v<acc_t, float> && dtype != Dtype::kHalf) {
-    // Below, what eight subnormal squares lose could be 2^-24 of the sum.
-    constexpr float kTiny = kind == Norm::kSquares ? 0x1p-120f : -1;
-    const bool zero = (vector[0] | vector[1] | vector[2] | vector[3]) == 0;
-    if (!(sum > kTiny && sum <= std::numeric_limits<float>::max()) && !zero)
-      return sum_vector<kind, dtype, double>(vector);
-    if constexpr (kPairs == 2) return static_cast<double>(pairs[0]) + pairs[1];
+// Of |x| or x^2, what a thread takes of a tile; what is fused is said here and not left to the
+// compiler. `bits` stays 0 if all elements are.
+template <Norm kind, Dtype dtype, class acc_t, class Vectors>
+__device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
+  static_assert(kVectors == 4);
+  acc_t sum = 0, two = 0;
+#pragma unroll(Vectors::kUnroll)
+  for (int j = 0; j < kVectors; ++j) {
+    const Vector vector = vectors.load(j);
+    for (const uint32_t word : vector) bits |= word;
+    Values<dtype> x;
+    decode<dtype>(vector, x);
+    constexpr int kPairs = kElements<dtype> / 2;
+    acc_t sums[kPairs];
+    for (int k = 0; k < kPairs; ++k) {
+      const acc_t a = x[2 * k], b = x[2 * k + 1];
+      sums[k] = kind == Norm::kSquares ? fma(b, b, a * a) : fabs(a) + fabs(b);
+    }
+    for (int half = kPairs / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    two = j % 2 == 0 ? sums[0] : two + sums[0];
+    if (j % 2 == 1) sum = j == 1 ? two : sum + two;
   }
   return sum;
 }
 
-// In one place: inlined for every element it would be most of the code.
+// In one place: inlined wherever it is called it would be most of the code.
 __device__ __attribute__((noinline)) double power(double x, double p) { return pow(x, p); }
+
+// A sum of powers in units of a power of two that follows the largest term: none overflows.
+struct Powers {
+  double sum = 0, unit = 0x1p1022;
+};
+
+// Adds |x|^p of some elements, products if p is whole.
+template <class T, size_t kCount>
+__device__ __attribute__((noinline)) Powers add_powers(Powers powers, const std::array<T, kCount> x,
+                                                       double p) {
+  T most = 0;
+  for (const T value : x) most = Max::combine(most, fabs(value));
+  if (!(most * powers.unit < 2)) {
+    const auto bits = std::bit_cast<uint64_t>(static_cast<double>(most)) >> 52 << 52;
+    const double unit = 1 / min(max(std::bit_cast<double>(bits), 0x1p-1022), 0x1p1022);
+    powers = {powers.sum * power(unit / powers.unit, p), unit};
+  }
+  double bases[kCount], terms[kCount];
+  for (size_t k = 0; k < kCount; ++k) bases[k] = fabs(static_cast<double>(x[k])) * powers.unit;
+  const bool whole = p <= 64 && p == floor(p);
+  for (size_t k = 0; k < kCount; ++k) terms[k] = whole ? 1 : power(bases[k], p);
+  for (int left = whole ? static_cast<int>(p) : 0; left > 0; left /= 2) {
+    for (size_t k = 0; k < kCount; ++k) {
+      if (left % 2) terms[k] *= bases[k];
+      bases[k] *= bases[k];
+    }
+  }
+  for (const double term : terms) powers.sum += term;
+  return powers;
+}
 
 // What one thread has measured so far.
 template <Norm kind>
@@ -52,21 +78,18 @@ class Accumulator {
   __device__ explicit Accumulator(double p) : p_(p) {}
 
   __device__ void add(const Tile& tile) {
-    for_vectors(tile, [&]<Dtype dtype>(const auto& vectors, int) {
-#pragma unroll
-      for (const Vector& vector : vectors) {
-        if constexpr (kind == Norm::kSum || kind == Norm::kSquares)
-          add(sum_vector<kind, dtype>(vector));
-        else
-          add_elements<dtype>(vector);
-      }
+    with_vectors(tile, [&]<Dtype dtype, class Vectors>(const Vectors& vectors) {
+      if constexpr (kind == Norm::kSum || kind == Norm::kSquares)
+        add_sum<dtype>(vectors);
+      else
+        add_elements<dtype>(vectors);
     });
   }
 
   // A partial result: a power sum, a maximum, or for kPower a norm.
   __device__ void add(double partial) {
     if constexpr (kind == Norm::kPower)
-      add_norm(partial);
+      powers_ = add_powers(powers_, std::array{partial}, p_);
     else
       total_ = Op::combine(total_, partial);
   }
@@ -74,7 +97,7 @@ class Accumulator {
   // The partial result of all threads of the block, valid in all of them.
   __device__ double reduce() const {
     if constexpr (kind != Norm::kPower) return reduce_block<Op>(total_);
-    const double norm = most_ * power(total_, 1 / p_);
+    const double norm = power(powers_.sum, 1 / p_) / powers_.unit;
     const double most = reduce_block<Max>(norm);
     if (most == 0 || !isfinite(most)) return most;
     return most * power(reduce_block<Sum>(power(norm / most, p_)), 1 / p_);
@@ -83,41 +106,58 @@ class Accumulator {
  private:
   using Op = std::conditional_t<kind == Norm::kMax, Max, Sum>;
 
-  template <Dtype dtype>
-  __device__ void add_elements(const Vector& vector) {
-    Values<dtype> x;
-    decode<dtype>(vector, x);
-    acc_type<dtype> most = 0;
-    for (const auto value : x) {
-      if constexpr (kind == Norm::kPower)
-        add_norm(fabs(static_cast<double>(value)));
-      else
-        most = Max::combine(most, fabs(value));
+  // Where float32 squares leave the range of normal numbers, or a sum of magnitudes float32's, the
+  // elements are read and added again in float64.
+  template <Dtype dtype, class Vectors>
+  __device__ void add_sum(const Vectors& vectors) {
+    using acc_t = acc_type<dtype>;
+    uint32_t bits = 0;
+    const acc_t sum = sum_tile<kind, dtype, acc_t>(vectors, bits);
+    if constexpr (std::is_same_v<acc_t, float> && dtype != Dtype::kHalf) {
+      // Below, what 32 subnormal squares lose could be 2^-24 of the sum.
+      constexpr float kTiny = kind == Norm::kSquares ? 0x1p-118f : -1;
+      const bool in_range = sum > kTiny && sum <= std::numeric_limits<float>::max();
+      if (!in_range && bits != 0) {
+        total_ += sum_tile<kind, dtype, double>(OneByOne{vectors.tile}, bits);
+        return;
+      }
     }
-    if constexpr (kind == Norm::kMax) add(most);
+    total_ += sum;
   }
 
-  // Powers are taken relative to the largest norm so far, so that none overflows.
-  __device__ void add_norm(double norm) {
-    if (norm == 0) return;
-    const bool above = !(norm <= most_);
-    const double share = above ? most_ / norm : norm / most_;
-    const double term = norm == most_ ? 1 : power(share, p_);
-    total_ = above ? total_ * term + 1 : total_ + term;
-    if (above) most_ = norm;
+  template <Dtype dtype, class Vectors>
+  __device__ void add_elements(const Vectors& vectors) {
+#pragma unroll(Vectors::kUnroll)
+    for (int j = 0; j < kVectors; ++j) {
+      Values<dtype> x;
+      decode<dtype>(vectors.load(j), x);
+      if constexpr (kind == Norm::kPower) {
+        powers_ = add_powers(powers_, x, p_);
+      } else {
+        acc_type<dtype> most = 0;
+        for (const auto value : x) most = Max::combine(most, fabs(value));
+        add(most);
+      }
+    }
   }
 
-  double p_, total_ = 0, most_ = 0;
+  double p_, total_ = 0;
+  Powers powers_;
 };
 
-// Writes partials[span] for every span of the table. By all blocks of a grid.
-template <Norm kind, class Table>
-__device__ void norm_phase(const Table& table, double p, double* partials) {
+template <Norm kind>
+__device__ double norm_of(double partial) {
+  return kind == Norm::kSquares ? sqrt(partial) : partial;
+}
+
+// Calls result(span, partial), in one thread, for every span of the table. By all blocks of a grid.
+template <Norm kind, class Table, class Result>
+__device__ void norm_phase(const Table& table, double p, Result&& result) {
   for (int span = blockIdx.x; span < table.spans; span += gridDim.x) {
     Accumulator<kind> accumulator(p);
     for_each_tile<false>(table, span, [&](const Tile& tile) { accumulator.add(tile); });
     const double partial = accumulator.reduce();
-    if (threadIdx.x == 0) partials[table.first_span + span] = partial;
+    if (threadIdx.x == 0) result(table.first_span + span, partial);
   }
 }
 
@@ -126,8 +166,7 @@ template <Norm kind>
 __device__ double finish(const double* partials, int count, double p) {
   Accumulator<kind> accumulator(p);
   for (int i = threadIdx.x; i < count; i += kThreads) accumulator.add(__ldcg(partials + i));
-  const double partial = accumulator.reduce();
-  return kind == Norm::kSquares ? sqrt(partial) : partial;
+  return norm_of<kind>(accumulator.reduce());
 }
 
 }  // namespace fastclip::cuda

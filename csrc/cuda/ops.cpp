@@ -18,18 +18,17 @@ namespace {
 // Nothing where the list, or its device, is for the default op.
 template <class List = FlatList, class... How>
 std::optional<List> look(at::TensorList tensors, How... how) {
-  if (tensors.empty() || tensors[0].is_cpu() || !cuda::serves(tensors[0].get_device()))
+  if (tensors.empty() || tensors[0].is_cpu() || cuda::refusal(tensors[0].get_device()))
     return std::nullopt;
   return List::look(tensors, how...);
 }
 
-enum class Slots { kOne, kGroups };  // 0, or group[i], or i without groups
-
-std::vector<cuda::Part> parts_of(const FlatList& list, Slots slots = Slots::kOne,
+// With several slots a tensor's is group[i], or i without groups.
+std::vector<cuda::Part> parts_of(const FlatList& list, int64_t slots = 1,
                                  at::OptionalIntArrayRef group = std::nullopt) {
   std::vector<cuda::Part> parts(list.size());
   for (int64_t i = 0; i < static_cast<int64_t>(list.size()); ++i)
-    parts[i] = {list[i], slots == Slots::kOne ? 0 : group ? (*group)[i] : i};
+    parts[i] = {list[i], slots == 1 ? 0 : group ? (*group)[i] : i};
   return parts;
 }
 
@@ -47,25 +46,30 @@ cuda::Stream stream_of(const at::Tensor& tensor) {
   return {tensor.get_device(), device.getStream(tensor.device()).native_handle()};
 }
 
-// Runs what measures, with memory for the partial results and the norms, which it returns.
-template <class Launch>
-at::Tensor measure(const at::Tensor& first, const cuda::Partition& partition, at::IntArrayRef shape,
-                   at::ScalarType dtype, cuda::Work work, Launch&& launch) {
+// Runs what measures, with memory for `spans` partial results and the norms, which it returns.
+at::Tensor measure(const at::Tensor& first, int64_t spans, at::IntArrayRef shape,
+                   at::ScalarType dtype, cuda::Work work, auto&& launch) {
   const c10::DeviceGuard guard(first.device());
-  const at::Tensor partials = at::empty({partition.spans()}, first.options().dtype(at::kDouble));
+  const at::Tensor partials = at::empty({spans}, first.options().dtype(at::kDouble));
   const at::Tensor norms = at::empty(shape, first.options().dtype(dtype));
   work.norms = numbers_of(norms);
   work.partials = partials.mutable_data_ptr<double>();
-  work.spans = static_cast<int>(partition.spans());
-  launch(partition, work, stream_of(first));
+  work.spans = static_cast<int>(spans);
+  launch(work, stream_of(first));
   return norms;
+}
+
+at::Tensor measure_slots(const at::Tensor& first, const cuda::Partition& partition,
+                         at::IntArrayRef shape, at::ScalarType dtype, cuda::Work work) {
+  const int64_t spans = partition.spans_are_slots(work.slots) ? 0 : partition.spans();
+  return measure(first, spans, shape, dtype, work,
+                 [&](const auto& all, auto stream) { cuda::launch_norms(partition, all, stream); });
 }
 
 at::Tensor norm_cuda(at::TensorList tensors, double p) {
   const auto list = look(tensors, p);
   if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p);
-  return measure(tensors[0], {parts_of(*list), false}, {}, list->result_dtype(), {.p = p},
-                 cuda::launch_norms);
+  return measure_slots(tensors[0], {parts_of(*list), false}, {}, list->result_dtype(), {.p = p});
 }
 
 at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
@@ -74,10 +78,11 @@ at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef 
   if (!list)
     return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
   const int64_t groups = count_groups(*list, group);
-  auto parts = parts_of(*list, Slots::kGroups, group);
+  auto parts = parts_of(*list, groups, group);
   std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
-  return measure(tensors[0], {parts, true}, {groups}, wide ? at::kDouble : list->result_dtype(),
-                 {.p = p, .slots = static_cast<int>(groups)}, cuda::launch_norms);
+  return measure_slots(tensors[0], {parts, true}, {groups},
+                       wide ? at::kDouble : list->result_dtype(),
+                       {.p = p, .slots = static_cast<int>(groups)});
 }
 
 void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
@@ -90,9 +95,8 @@ void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntA
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
   const at::Tensor values = as_numbers(coef.to(tensors[0].device()));
-  const auto parts = parts_of(*list, slots > 1 ? Slots::kGroups : Slots::kOne, group);
   const cuda::Work work{.given = numbers_of(values), .slots = static_cast<int>(slots)};
-  cuda::launch_change({parts, false}, work, stream_of(tensors[0]));
+  cuda::launch_change({parts_of(*list, slots, group), false}, work, stream_of(tensors[0]));
 }
 
 void clamp_cuda(at::TensorList tensors, double bound) {
@@ -110,10 +114,10 @@ std::optional<at::Tensor> clip(at::TensorList tensors, Norms norms, const cuda::
   const cuda::Partition scaled(parts_of(lists->scaled), false);
   std::optional<cuda::Partition> known;
   if (lists->known) known.emplace(parts_of(*lists->known), false);
-  return measure(tensors[0], known ? *known : scaled, {}, lists->scaled.result_dtype(), work,
-                 [&](const auto& measured, const auto& all, auto stream) {
-                   cuda::launch_clip(measured, scaled, all, stream);
-                 });
+  const cuda::Partition& measured = known ? *known : scaled;
+  return measure(
+      tensors[0], measured.spans(), {}, lists->scaled.result_dtype(), work,
+      [&](const auto& all, auto stream) { cuda::launch_clip(measured, scaled, all, stream); });
 }
 
 at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p, Norms norms) {

@@ -16,23 +16,32 @@ namespace fastclip::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kTileBytes = 32768;
-// So many partial results every block can add up again in a microsecond.
-constexpr int64_t kMaxSpans = 2048;
+// So many partial results every block can add up again in two microseconds. They are ten for each
+// block of an H100: the last ones to be taken leave few blocks idle.
+constexpr int64_t kMaxSpans = 4096;
 // No more tiles than the smallest table has entries, so that any table holds a whole span. Beyond
-// 15 GiB there are more spans instead.
+// 30 GiB there are more spans instead.
 constexpr int64_t kMaxSpanTiles = 240;
-
-// A tensor, or the run of its tiles that one launch handles. 16 bytes: about 2 000 fit a launch.
-struct Entry {
-  char* data;
-  uint64_t first_tile : 24;
-  uint64_t tail : 14;  // the last tile's bytes, halved, less one
-  uint64_t dtype : 2;
-  uint64_t slot : 24;
-};
-static_assert(sizeof(Entry) == 16);
 constexpr int64_t kMaxSlots = 1 << 24;
 constexpr int64_t kMaxTableTiles = (1 << 24) - 1;
+
+// A tensor, or the run of its tiles that one launch handles. 16 bytes: about 2 000 fit a launch.
+// The host packs the second half by hand: with bit-fields that took it several times as long.
+struct Entry {
+  char* data;
+  uint64_t packed;
+
+  static Entry of(char* data, int64_t first_tile, int64_t slot, int64_t last_bytes, Dtype dtype) {
+    return {data, static_cast<uint64_t>(first_tile | slot << 24 | (last_bytes / 2 - 1) << 48) |
+                      static_cast<uint64_t>(dtype) << 62};
+  }
+  constexpr int first_tile() const { return static_cast<int>(packed & 0xffffff); }
+  constexpr int slot() const { return static_cast<int>(packed >> 24 & 0xffffff); }
+  // Of its last tile. Even: the narrowest dtypes have two.
+  constexpr int last_bytes() const { return 2 * (static_cast<int>(packed >> 48 & 0x3fff) + 1); }
+  constexpr Dtype dtype() const { return static_cast<Dtype>(packed >> 62); }
+};
+static_assert(sizeof(Entry) == 16);
 
 // What a launch reads from its parameters: whole spans of the partition.
 template <size_t kBytes>
@@ -44,10 +53,10 @@ struct Table {
   int32_t first_span;           // of the whole partition
   Entry entries[kEntries + 1];  // one more begins where the last ends
 
-  constexpr int tiles() const { return entries[count].first_tile; }
+  constexpr int tiles() const { return entries[count].first_tile(); }
 };
 
-// A tensor and its group, of norms or of coefficients. Without data it is a hole.
+// A tensor and its slot, for a norm or a coefficient. Without data, a hole that ends a span.
 struct Part : Flat {
   int64_t slot;
   int64_t first_tile = 0;  // set by the partition
@@ -58,11 +67,17 @@ struct Part : Flat {
 
 class Partition {
  public:
-  // With `apart` a span ends where the slot changes. Empty parts take no part.
+  // With `apart` parts come by ascending slot, and a span ends where the slot changes. Where slots
+  // are many, spans are long enough for each to be one. Empty parts take no part.
   Partition(const std::vector<Part>& parts, bool apart) {
-    int64_t count = 0;
-    for (const Part& part : parts) count += part.tiles();
-    span_tiles_ = std::clamp<int64_t>((count + kMaxSpans - 1) / kMaxSpans, 1, kMaxSpanTiles);
+    int64_t count = 0, longest = 0;
+    for (const Part& part : parts) {
+      count += part.tiles();
+      longest = std::max(longest, part.tiles());
+    }
+    const bool many = apart && !parts.empty() && parts.back().slot >= kMaxSpans;
+    const int64_t wanted = many ? longest : (count + kMaxSpans - 1) / kMaxSpans;
+    span_tiles_ = std::clamp<int64_t>(wanted, 1, kMaxSpanTiles);
     parts_.reserve(parts.size());
     for (const Part& part : parts) {
       const int64_t room = spans() * span_tiles_ - tiles_;
@@ -75,9 +90,9 @@ class Partition {
   size_t parts() const { return parts_.size(); }
   int64_t tiles() const { return tiles_; }
   int64_t spans() const { return (tiles_ + span_tiles_ - 1) / span_tiles_; }
+  int64_t bytes() const { return bytes_; }
 
-  // Where the spans of each slot begin, and those of the last end, if parts came by ascending slot
-  // and apart.
+  // Where the spans of each slot begin, and those of the last end, if they are apart.
   std::vector<uint32_t> begins(int64_t slots) const {
     std::vector<uint32_t> begins;
     for (const Part& part : parts_)
@@ -85,6 +100,13 @@ class Partition {
         begins.resize(part.slot + 1, static_cast<uint32_t>(part.first_tile / span_tiles_));
     begins.resize(slots + 1, static_cast<uint32_t>(spans()));
     return begins;
+  }
+
+  // Whether slot i is span i and no other, if they are apart.
+  bool spans_are_slots(int64_t slots) const {
+    return spans() == slots && std::ranges::all_of(parts_, [&](const Part& part) {
+             return !part.data || part.first_tile / span_tiles_ == part.slot;
+           });
   }
 
   // Fills a table from tile `begin`, the first of a span; returns the first tile it does not hold.
@@ -103,13 +125,11 @@ class Partition {
     for (; part != parts_.end() && part->first_tile < end; ++part) {
       const int64_t first = std::max(begin, part->first_tile);
       const bool cut = part->first_tile + part->tiles() > end;
-      const int64_t tail = cut ? kTileBytes : (part->bytes() - 1) % kTileBytes + 1;
-      table.entries[table.count++] = {
-          part->data + (first - part->first_tile) * kTileBytes,
-          static_cast<uint64_t>(first - begin), static_cast<uint64_t>(tail / 2 - 1),
-          static_cast<uint64_t>(part->dtype), static_cast<uint64_t>(part->slot)};
+      const int64_t last_bytes = cut ? kTileBytes : (part->bytes() - 1) % kTileBytes + 1;
+      table.entries[table.count++] = Entry::of(part->data + (first - part->first_tile) * kTileBytes,
+                                               first - begin, part->slot, last_bytes, part->dtype);
     }
-    table.entries[table.count] = {nullptr, static_cast<uint64_t>(end - begin), 0, 0, 0};
+    table.entries[table.count] = Entry::of(nullptr, end - begin, 0, kTileBytes, Dtype::kFloat);
     return end;
   }
 
@@ -117,11 +137,12 @@ class Partition {
   void add(Part part) {
     part.first_tile = tiles_;
     tiles_ += part.tiles();
+    if (part.data) bytes_ += part.bytes();
     parts_.push_back(part);
   }
 
   std::vector<Part> parts_;
-  int64_t tiles_ = 0, span_tiles_ = 1;
+  int64_t tiles_ = 0, bytes_ = 0, span_tiles_ = 1;
 };
 
 }  // namespace fastclip::cuda

@@ -1,4 +1,5 @@
-// One value from a thread each to one value for all of them: warp, then block, in one fixed tree.
+// The values of all threads of a block, combined into one in a fixed tree: by warps, then the
+// warps.
 #pragma once
 
 #include "partition.h"

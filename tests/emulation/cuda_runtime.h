@@ -21,7 +21,9 @@
 #define blockIdx (::emulation::block_index())
 #define gridDim (::emulation::grid_size())
 
+using std::exp2;
 using std::fabs;
+using std::floor;
 using std::fma;
 using std::isfinite;
 using std::max;
@@ -51,6 +53,12 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaDriverGetVersion(int* version);
+
+template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int threads, size_t) {
+  *blocks = emulation::machine().threads_per_multiprocessor / threads;
+  return cudaSuccess;
+}
 
 template <class Table, class Args>
 cudaError_t launch(void (*kernel)(Table, Args), dim3 grid, dim3 block, void** args, bool together) {

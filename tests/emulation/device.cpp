@@ -177,10 +177,14 @@ PYBIND11_MODULE(_emulation, m) {
       .def_readwrite("threads_per_multiprocessor", &Machine::threads_per_multiprocessor)
       .def_readwrite("driver", &Machine::driver)
       .def_readwrite("cooperative", &Machine::cooperative)
+      .def_readwrite("l2_bytes", &Machine::l2_bytes)
+      .def_readwrite("held_blocks", &Machine::held_blocks)
       .def_readwrite("capability", &Machine::capability)
       .def_readwrite("seed", &Machine::seed)
       .def_readwrite("launches", &Machine::launches)
-      .def_readwrite("fail_launch", &Machine::fail_launch);
+      .def_readwrite("fail_launch", &Machine::fail_launch)
+      .def_readwrite("fail_queries", &Machine::fail_queries)
+      .def_readwrite("last_error", &Machine::last_error);
   m.attr("machine") = pybind11::cast(&emulation::machine());
   m.def("allocations", [] { return emulation::allocations.load(); });
   m.def("allocated_bytes", [] { return emulation::allocated.load(); });

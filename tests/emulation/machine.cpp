@@ -15,6 +15,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -202,11 +203,11 @@ Machine& machine() {
 
 int run(unsigned blocks, unsigned threads, bool together, const std::function<void()>& kernel) {
   Machine& m = machine();
-  if (m.fail_launch) return m.fail_launch;
+  if (m.fail_launch) return m.last_error = m.fail_launch;
   const unsigned resident = m.multiprocessors * (m.threads_per_multiprocessor / kThreads);
-  if (threads != kThreads || blocks == 0) return cudaErrorInvalidConfiguration;
-  if (together && (!m.cooperative || blocks > std::min(resident, kResident)))
-    return cudaErrorCooperativeLaunchTooLarge;
+  if (threads != kThreads || blocks == 0) return m.last_error = cudaErrorInvalidConfiguration;
+  if (together && (!m.cooperative || blocks + m.held_blocks > std::min(resident, kResident)))
+    return m.last_error = cudaErrorCooperativeLaunchTooLarge;
   static Workers& workers = *new Workers;
   std::barrier<> barrier(blocks);
   ++m.launches;
@@ -229,20 +230,26 @@ void fail(const char* what) {
 
 }  // namespace emulation
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  return static_cast<cudaError_t>(std::exchange(emulation::machine().last_error, 0));
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks" : "planted error";
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const emulation::Machine& m = emulation::machine();
+  emulation::Machine& m = emulation::machine();
+  if (m.fail_queries) return static_cast<cudaError_t>(m.last_error = m.fail_queries);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = m.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = m.threads_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = m.l2_bytes;
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = m.cooperative;

@@ -17,15 +17,20 @@ struct Machine {
   int threads_per_multiprocessor = 1536;
   int driver = 13000;
   int cooperative = 1;
+  int l2_bytes = 50 << 20;
+  int held_blocks = 0;  // that another process keeps resident
   int capability = 90;
   uint64_t seed = 0;
-  int launches = 0;     // counts them
-  int fail_launch = 0;  // the error of the next ones
+  int launches = 0;      // counts them
+  int fail_launch = 0;   // the error of the next ones
+  int fail_queries = 0;  // and of questions about the device
+  int last_error = 0;    // until it is asked for
 };
 
 Machine& machine();
 
-// Runs a grid; returns a cudaError_t. `together`: all blocks at once, as a grid barrier needs.
+// Runs a grid; returns a cudaError_t, which is then the last error. `together`: all blocks at once,
+// as a grid barrier needs.
 int run(unsigned blocks, unsigned threads, bool together, const std::function<void()>& kernel);
 
 // For the thread that runs.
