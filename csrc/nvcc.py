@@ -1,0 +1,56 @@
+"""nvcc: where it is, what it compiles for, and the kernels compiled by it. For setup.py.
+
+torch's own build of .cu files asks for a CUDA torch, and here is none to ask for: kernels include
+nothing of torch's. So nvcc is called by hand, and its object and libraries go to the linker.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+KERNELS = "csrc/cuda/launch.cu"
+FLAGS = "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+
+
+def find() -> str | None:
+    """In CUDA_HOME, on PATH, or among the running Python's packages, where pip installs it."""
+    packages = [p for d in sys.path for p in sorted(Path(d).glob("nvidia/cu*/bin"), reverse=True)]
+    folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    return shutil.which("nvcc", path=":".join(map(str, [*folders, os.environ["PATH"], *packages])))
+
+
+def ask(nvcc: str, *options: str) -> str:
+    return subprocess.check_output([nvcc, *options], stderr=subprocess.STDOUT, text=True)
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Machine code for each, and the PTX of the newest for all that are newer still.
+
+    TORCH_CUDA_ARCH_LIST ("9.0 12.0") chooses others than the default.
+    """
+    known = ask(nvcc, "--list-gpu-code")
+    default = [a for a in ("80", "90", "100", "120") if f"sm_{a}" in known]
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(default)
+    numbers = re.findall(r"\d+[af]?", re.sub(r"\.|\+PTX", "", chosen))
+    numbers.sort(key=lambda number: int(number.rstrip("af")))
+    codes = [(n, f"sm_{n}") for n in numbers] + [(numbers[-1], f"compute_{numbers[-1]}")]
+    return [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
+
+
+def command(nvcc: str, built: str) -> list[str]:
+    """What compiles the kernels to the object `built`, every architecture at the same time."""
+    return [nvcc, *FLAGS.split(), "-t0", *architectures(nvcc), "-c", KERNELS, "-o", built]
+
+
+def add(nvcc: str, kernels: str, extension: Any) -> None:
+    """Link the compiled kernels, and the CUDA runtime with them, into the extension."""
+    folders = re.findall('"-L([^"]+)"', ask(nvcc, "--dryrun", KERNELS))
+    # nvcc names lib64 even where pip installed it, and the libraries lie in lib.
+    folders += [str(Path(folder).parent / "lib") for folder in folders]
+    extension.extra_objects.append(kernels)
+    extension.library_dirs += folders
+    extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
