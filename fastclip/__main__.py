@@ -19,19 +19,20 @@ def info() -> None:
     built = (
         f"{extension.__file__} ({extension.built_for})" if extension else "not built for this torch"
     )
-    plain = f"plain PyTorch; for compiled kernels, in the checkout: {_ops.REBUILD}"
+    plain = "plain PyTorch; for compiled kernels, "
+    rebuild = f"in the checkout: {_ops.REBUILD}"
     built_for = [
         f"{a // 100}.{a % 100 // 10}" for a in getattr(extension, "cuda_architectures", [])
     ]
-    cuda = f"compiled for {', '.join(built_for)}, and for later ones" if built_for else plain
+    cuda = f"compiled for {', '.join(built_for)}, and for later ones" if built_for else ""
     print(
         f"fastclip   {fastclip.__version__}\n"
         f"Python     {platform.python_version()}\n"
         f"torch      {torch.__version__}\n"
         f"package    {Path(fastclip.__file__).parent}\n"
         f"extension  {built}\n"
-        f"cpu        {'compiled' if _ops.has_kernels('cpu') else plain}\n"
-        f"cuda       {cuda}"
+        f"cpu        {'compiled' if _ops.has_kernels('cpu') else plain + rebuild}\n"
+        f"cuda       {cuda or f'{plain}with nvcc ({_ops.NVCC}), {rebuild}'}"
     )
 
 
