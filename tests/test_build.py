@@ -1,11 +1,14 @@
-"""What happens when the extension is missing, or was built for another torch."""
+"""What is built and installed, and what happens without the extension or with another torch's."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 import fastclip
 from fastclip import _ops
 
+ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import torch, fastclip
 from fastclip import _ops
@@ -150,32 +154,54 @@ def test_without_an_extension_the_kernels_are_not_built(monkeypatch):
     assert "not built" in _ops._refusal(torch.device("cuda:0"))
 
 
-def dry_run(**environment: str) -> subprocess.CompletedProcess[str]:
-    """What setup.py would build, or why it does not."""
+def dry_run(missing: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py would build where a tool is missing, or why it does not."""
     code = (
-        "import runpy, setuptools; setuptools.setup = lambda ext_modules, cmdclass: print("
-        "ext_modules[0].sources); scope = runpy.run_path('setup.py');"
-        "print(scope['architectures']() if scope['WITH_CUDA'] else 'no CUDA')"
+        "import runpy, setuptools, shutil; which = shutil.which;"
+        f"shutil.which = lambda name, **how: None if name == {missing!r} else which(name, **how);"
+        "setuptools.setup = lambda **given: print(given['install_requires'],"
+        "*(extension.sources for extension in given['ext_modules']));"
+        "scope = runpy.run_path('setup.py'); nvcc = scope['NVCC'];"
+        "print(scope['nvcc'].architectures(nvcc) if scope['WITH_CUDA'] else 'no CUDA')"
     )
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
 
 
-def test_the_build_variable_switches_the_kernels():
-    assert "cuda/ops.cpp" not in dry_run(FASTCLIP_CUDA="0").stdout
-    path = str(Path(sys.executable).parent)
-    without_nvcc = dry_run(PATH=path, CUDA_HOME="")
-    assert "cuda/ops.cpp" not in without_nvcc.stdout
-    assert "cpu/norm.cpp" in without_nvcc.stdout
-    for wrong in ({"FASTCLIP_CUDA": "1", "PATH": path, "CUDA_HOME": ""}, {"FASTCLIP_CUDA": "yes"}):
-        result = dry_run(**wrong)
-        assert result.returncode != 0
-        assert f"FASTCLIP_CUDA={wrong['FASTCLIP_CUDA']}: expected auto, 0, or 1" in result.stderr
+def test_the_build_variables_switch_the_kernels():
+    major, minor = torch.__version__.split(".")[:2]
+    for said in (dry_run(FASTCLIP_CUDA="0").stdout, dry_run(missing="nvcc").stdout):
+        assert "cpu/norm.cpp" in said
+        assert "cuda/ops.cpp" not in said
+        # What is compiled serves this version of torch alone.
+        assert f"['torch=={major}.{minor}.*']" in said
+    assert dry_run(FASTCLIP_CPU="0", missing="nvcc").stdout == "['torch>=2.11']\nno CUDA\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "wrong", "said"),
+    [
+        ("nvcc", {"FASTCLIP_CUDA": "1"}, "FASTCLIP_CUDA=1: expected auto, 0, or 1 with nvcc"),
+        ("", {"FASTCLIP_CUDA": "yes"}, "FASTCLIP_CUDA=yes: expected auto, 0, or 1 with nvcc"),
+        ("", {"FASTCLIP_CPU": "0", "FASTCLIP_CUDA": "1"}, "or 1 with nvcc and FASTCLIP_CPU=1"),
+        ("", {"FASTCLIP_CPU": "auto"}, "FASTCLIP_CPU=auto: expected 0 or 1"),
+        (
+            "",
+            {"CXX": "no-such-compiler -m64"},
+            "No C++ compiler: install one, or set",
+        ),
+    ],
+)
+def test_what_cannot_be_built_ends_in_one_sentence(missing, wrong, said):
+    result = dry_run(missing, **wrong)
+    assert result.returncode != 0
+    assert said in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
@@ -185,3 +211,85 @@ def test_architectures_are_chosen_and_the_newest_keeps_its_ptx():
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
     codes.append("-gencode=arch=compute_100,code=compute_100")
     assert str(codes) in said
+
+
+def fake_nvcc(folder: Path, said: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text(f"#!/bin/sh\necho '{said}' >&2\n")
+    (folder / "nvcc").chmod(0o755)
+    return folder / "nvcc"
+
+
+def test_nvcc_is_taken_from_cuda_home_then_path_then_pips_packages(tmp_path, monkeypatch):
+    folders = ("home/bin", "path", "packages/nvidia/cu13/bin", "packages/nvidia/cu12/bin")
+    found = [fake_nvcc(tmp_path / folder) for folder in folders]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), str(tmp_path / "packages")])
+    find = runpy.run_path(str(ROOT / "csrc/nvcc.py"))["find"]
+    for nvcc in found:
+        assert find() == str(nvcc)
+        nvcc.unlink()
+    assert find() is None
+
+
+def test_the_libraries_of_a_toolkit_from_pip_are_found(tmp_path):
+    top = f"{tmp_path}/bin/.."
+    nvcc = fake_nvcc(tmp_path / "bin", f'#$ LIBRARIES=  "-L{top}//lib64/stubs" "-L{top}//lib64"')
+    extension = SimpleNamespace(extra_objects=[], library_dirs=["before"], libraries=[])
+    runpy.run_path(str(ROOT / "csrc/nvcc.py"))["add"](str(nvcc), "launch.o", extension)
+    folders = [Path(folder).resolve() for folder in extension.library_dirs[1:]]
+    assert extension.library_dirs[0] == "before"
+    assert folders.index(tmp_path / "lib64") < folders.index(tmp_path / "lib")
+    assert "cudart_static" in extension.libraries
+
+
+def test_an_sdist_holds_what_builds_and_tests_the_package(tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    environment = os.environ | {"FASTCLIP_CPU": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    folders = ("csrc", "fastclip", "tests", "benchmarks")
+    suffixes = (".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".json")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+    assert {path.relative_to(ROOT) for path in files} <= names
+    assert {Path(".ci/run"), Path("csrc/.clang-format"), Path("setup.py")} <= names
+    assert not [name for name in names if name.suffix in (".pyc", ".so")]
+
+
+def test_an_editable_install_works_beside_its_clone(tmp_path):
+    # An empty folder fastclip would do for the import; pip needs what is copied.
+    clone = tmp_path / "fastclip"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("csrc", "fastclip"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, clone)
+    # Packages of the Python that runs this, but not what their own .pth files lead to.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    packages = next((tmp_path / "venv").glob("lib/*/site-packages"))
+    (packages / "these.pth").write_text("\n".join(path for path in sys.path if "-packages" in path))
+    python = tmp_path / "venv/bin/python"
+    environment = os.environ | {"FASTCLIP_CPU": "0", "CXX": "no-such-compiler", "PYTHONPATH": ""}
+    install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--editable", clone], env=environment, check=True)
+    script = tmp_path / "script.py"
+    script.write_text("import fastclip; print(fastclip.__file__, fastclip.__version__)")
+    said = subprocess.check_output([python, script], cwd=tmp_path, env=environment, text=True)
+    assert said.split() == [str(clone / "fastclip/__init__.py"), fastclip.__version__]
+    metadata = next(packages.glob("fastclip-*.dist-info"))
+    assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()
+    assert "Requires-Dist: torch>=2.11\n" in (metadata / "METADATA").read_text()
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf")
+def test_the_extension_is_linked_to_no_cuda_and_holds_no_debug_sections():
+    command = ["readelf", "--wide", "--sections", "--dynamic", _ops.extension.__file__]
+    said = subprocess.check_output(command, text=True)
+    needed = [line for line in said.splitlines() if "(NEEDED)" in line]
+    assert any("libtorch_cpu.so" in line for line in needed)
+    assert not [line for line in needed if "cuda" in line]
+    assert ".text" in said
+    assert ".debug" not in said

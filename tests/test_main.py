@@ -36,6 +36,7 @@ def test_info_names_versions_and_devices(built, capsys, monkeypatch):
     assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
     architectures = getattr(_ops.extension, "cuda_architectures", [])
     assert rows["cuda"].startswith("compiled for") == bool(architectures)
+    assert (_ops.NVCC in rows["cuda"]) == (not architectures)
     assert all(f"{a // 100}.{a % 100 // 10}" in rows["cuda"] for a in architectures)
 
 
