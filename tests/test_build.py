@@ -246,7 +246,7 @@ def test_the_libraries_of_a_toolkit_from_pip_are_found(tmp_path):
 
 def test_an_sdist_holds_what_builds_and_tests_the_package(tmp_path):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    environment = os.environ | {"FASTCLIP_CPU": "0"}
+    environment = os.environ | {"FASTCLIP_CPU": "0", "PYTHONDONTWRITEBYTECODE": ""}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
