@@ -35,8 +35,8 @@ def architectures(nvcc: str) -> list[str]:
     known = ask(nvcc, "--list-gpu-code")
     default = [a for a in ("80", "90", "100", "120") if f"sm_{a}" in known]
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(default)
-    numbers = re.findall(r"\d+[af]?", re.sub(r"\.|\+PTX", "", chosen))
-    numbers.sort(key=lambda number: int(number.rstrip("af")))
+    # Without the suffix of 9.0a or 10.0f: such code runs on no other architecture.
+    numbers = sorted({int(number) for number in re.findall(r"\d+", chosen.replace(".", ""))})
     codes = [(n, f"sm_{n}") for n in numbers] + [(numbers[-1], f"compute_{numbers[-1]}")]
     return [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
 
