@@ -45,6 +45,19 @@ def llama_7b() -> list[Shape]:
     return [(vocabulary, d), *layer * 32, (d,), (vocabulary, d)]
 
 
+def table() -> list[Shape]:
+    """1.54 G elements in one tensor: an embedding of NVIDIA-NeMo/Automodel's pull request 3685."""
+    return [(6_000_261, 256)]
+
+
+def matrices() -> list[Shape]:
+    """500 matrices with 225 181 696 elements together, as many as in that pull request.
+
+    Their shapes are not published. The sum is 859 x 512 x 512: 141 such squares and 359 pairs.
+    """
+    return [(512, 512)] * 141 + [(512, 1024)] * 359
+
+
 DTYPES = ["fp32", "bf16", "fp16", "mixed"]
 SHAPES: dict[str, tuple[list[Shape], list[str]]] = {
     "ResNet-50": (resnet50(), DTYPES),
@@ -60,8 +73,11 @@ QUICK = {"quick": ([(300, 70), (70,), (3, 3), (), (0,)] * 3, DTYPES)}
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(shape: Shape, dtype: str) -> torch.dtype:
-    """`mixed` is what mixed-precision training makes: bf16 matrices, fp32 vectors."""
+def dtype_of(shape: Shape, dtype: str, i: int = 0) -> torch.dtype:
+    """`mixed` is what mixed-precision training makes: bf16 matrices, fp32 vectors. `in turn` is
+    bf16 and fp32, one after the other."""
+    if dtype == "in turn":
+        return (torch.bfloat16, torch.float32)[i % 2]
     if dtype == "mixed":
         return torch.bfloat16 if len(shape) > 1 or math.prod(shape) > 1 << 16 else torch.float32
     return _TORCH[dtype]
@@ -77,3 +93,22 @@ def parameters(shapes: list[Shape], dtype: str, device: str) -> list[torch.nn.Pa
         parameter.grad = torch.randn(shape, device=device).to(kind)
         made.append(parameter)
     return made
+
+
+def carriers(grads: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters for these gradients, for calls that never touch them: they take no memory."""
+    made = []
+    for grad in grads:
+        made.append(torch.nn.Parameter(grad.new_empty(()).expand(grad.shape)))
+        made[-1].grad = grad
+    return made
+
+
+def gradients(shapes: list[Shape], dtype: str, device: str) -> list[torch.Tensor]:
+    """Normal gradients, made where they are: large ones have no room for a copy."""
+    torch.manual_seed(0)
+    kinds = [dtype_of(shape, dtype, i) for i, shape in enumerate(shapes)]
+    return [
+        torch.empty(shape, dtype=kind, device=device).normal_()
+        for shape, kind in zip(shapes, kinds, strict=True)
+    ]

@@ -47,13 +47,30 @@ def targets_table(targets: list[Row]) -> list[str]:
 
 
 def gpu_table(rows: list[Row]) -> list[str]:
-    """A line for each contestant's milliseconds, and the bandwidth of one read in that time."""
+    """A line for each contestant's milliseconds, and the bandwidth of one read in that time.
+
+    What others have published is a line as well, and who failed, with the reason."""
     lines = []
     for row in rows:
-        for name, ms in row["ms"].items():
+        for name, ms in (row["ms"] | row.get("published", {})).items():
             speed = f"{row['bytes'] / ms / 1e9:.2f}" if "bytes" in row else "-"
-            lines.append([row["work"], row["dtype"], name, f"{ms:.4f}", speed])
+            who = name + ", the host's time included" * (name in row.get("late", []))
+            lines.append([row["work"], row["dtype"], who, f"{ms:.4f}", speed])
+        for name, why in row.get("failed", {}).items():
+            lines.append([row["work"], row["dtype"], f"{name}: {why}", "-", "-"])
     return markdown([["work", "dtype", "who", "ms", "TB/s, one read"], *lines])
+
+
+def gpu_lines(run: dict[str, Any]) -> list[str]:
+    """All that gpu.py's record says, and what it could not say."""
+    where, lines = run["where"], []
+    lines.append(f"Driver {where['driver']}, nvcc {where['nvcc']}, Python {where['python']}.")
+    for name, step in run["steps"].items():
+        if step["state"] != "done":
+            lines.append(f"{name}: {step['state']}.")
+    lines += [] if run["complete"] else ["The run is not complete."]
+    separate = [line for one in lines for line in (one, "")]
+    return [*separate, *targets_table(run["targets"]), "", *gpu_table(run["rows"])]
 
 
 def markdown(lines: list[list[str]]) -> list[str]:
@@ -70,10 +87,7 @@ def main(path: str, changed: str) -> None:
     """Append a block to RESULTS.md and keep the rows as JSON beside it."""
     run = json.loads(Path(path).read_text())
     if run.get("gpu"):
-        return write(
-            run | {"changed": changed},
-            [*targets_table(run["targets"]), "", *gpu_table(run["rows"])],
-        )
+        return write(run | {"changed": changed}, gpu_lines(run))
     rows = [b["extra_info"]["row"] for b in run["benchmarks"] if "row" in b["extra_info"]]
     where = run["benchmarks"][0]["extra_info"]["where"]
     hosts = [b["extra_info"]["host"] for b in run["benchmarks"] if "host" in b["extra_info"]]

@@ -1,95 +1,351 @@
 """benchmarks/gpu.py and its report, run on the CPU at tiny sizes: all of it but the GPU."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+# It writes C++ and has it compiled: a test of its own.
+SLOW = "compiled"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def told():
+    return {"row": [], "target": []}
+
+
+@pytest.fixture
+def bench(told):
+    import gpu_clock
+    import gpu_rows
+
+    return gpu_rows.Bench(gpu_clock.Cpu(), True, lambda kind, value: told[kind].append(value))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The tree as a machine gets it that has never seen it: what git knows of, nothing built."""
+    tree = tmp_path_factory.mktemp("bare") / "tree"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    for name in names.stdout.splitlines():
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A Python with all of this one's packages but those installed as links to a checkout."""
+    home = tmp_path_factory.mktemp("python")
+    venv.create(home, symlinks=True)
+    place = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
+    # Links are .pth files, and those of a folder that a .pth file adds are not read.
+    Path(place, "packages.pth").write_text(sysconfig.get_path("purelib"))
+    return home / "bin/python"
+
+
+def command(python: Path, tree: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """gpu.py with the stand-in; the tools that come with packages are still found."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": path}
+    line = [python, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", "gpu.json", *more]
+    return subprocess.run(line, cwd=tree, env=env, capture_output=True, text=True)
+
+
+def test_every_step_says_what_it_saw(bench, told):
+    import gpu_rows
+
+    for step in gpu_rows.STEPS:
+        if step not in (SLOW, "launches") and (step != "proof" or has_kernels()):
+            assert bench.run(step)["state"] == "done", step
+    right = [t["met"] for t in told["target"] if "error" in t["target"] or "bits" in t["target"]]
+    assert len(right) >= 10
+    assert all(right)
+    for row in told["row"]:
+        assert "failed" not in row
+        assert all(ms > 0 for ms in row["ms"].values())
+
+
+def has_kernels() -> bool:
+    from fastclip import _ops
+
+    return _ops.has_kernels("cpu")
+
+
+def test_torch_compile_takes_part(bench, told):
+    assert bench.run(SLOW)["state"] == "done"
+    (row,) = told["row"]
+    took_part = set(row["ms"]) | set(row.get("failed", {}))
+    assert {"torch.compile, default", "torch.compile, autotuned", "fastclip"} <= took_part
+
+
+def test_the_command_refuses_to_measure_anything_but_its_kernels(bare, python, tmp_path):
+    tree = shutil.copytree(bare, tmp_path / "tree")
+    imported = subprocess.run([python, "-c", "import fastclip"], cwd=tmp_path, capture_output=True)
+    assert imported.returncode != 0
+    for setup, why in (
+        ("", "fastclip has no compiled kernels for cpu after the build"),
+        ("raise SystemExit('no compiler')", "the build failed: no compiler"),
+    ):
+        (tree / "setup.py").write_text(setup)
+        result = command(python, tree)
+        assert result.returncode == 1
+        (line,) = [s for s in result.stderr.splitlines() if s.startswith("not measured: ")]
+        assert why in line
+        record = json.loads((tree / "gpu.json").read_text())
+        assert why in record["refused"]
+        assert not record["complete"]
+        assert record["rows"] == []
+
+
+def test_the_command_builds_a_bare_tree_and_measures_its_kernels(bare, python):
     import gpu
 
-    return gpu
+    asked = [step.name for step in (gpu.PROOF, gpu.CORRECTNESS, *gpu.MEASURED)]
+    only = [name for name in asked if name != SLOW]
+    result = command(python, bare, "--commit", "abc", "--only", *only)
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads((bare / "gpu.json").read_text())
+    states = {name: step["state"] for name, step in record["steps"].items()}
+    gpus_own = {"launches", "suite", "sanitizer"}
+    assert list(states) == ["build", *asked, "suite", "sanitizer"]
+    assert {states.pop(name) for name in gpus_own} == {"skipped: only on a GPU"}
+    assert states.pop(SLOW) == "skipped: not asked for"
+    assert set(states.values()) == {"done"}
+    assert not record["complete"]
+    assert record["where"]["commit"] == "abc"
+    assert record["rows"]
+    met = {t["target"]: t["met"] for t in record["targets"]}
+    assert met["build"]
+    assert met["clip_norm_ runs kernels of ours"]
+    assert met["correctness"]
+    assert list((bare / "fastclip").glob("_C*.so"))
 
 
-@pytest.fixture
-def clock(gpu):
-    class Cpu(gpu.Gpu):
-        name = "cpu"
+def test_the_default_ops_are_not_taken_for_kernels(bench, told, monkeypatch):
+    from fastclip import _ops, _reference
 
-        def ms(self, call, repeats):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return 1e3 * (time.perf_counter() - start) / repeats
-
-        def wall_ms(self, call, repeats):
-            return self.ms(call, repeats)
-
-        def replay(self, call):
-            return call
-
-    return Cpu()
+    if not has_kernels():
+        pytest.skip("the extension is not built")
+    assert bench.run("proof")["state"] == "done"
+    assert {t["met"] for t in told["target"]} == {True}
+    monkeypatch.setattr(_ops, "norm", _reference.norm)
+    assert "the profiler saw no call of norm" in bench.run("proof")["state"]
 
 
-def test_every_step_says_what_it_saw_and_the_report_takes_it(gpu, clock, tmp_path, monkeypatch):
+FAKE = """
+import os, time
+
+def answer(pipe, folder):
+    while True:
+        step = pipe.recv()
+        pipe.send(("row", {"work": step}))
+        if step == "dies":
+            os._exit(7)
+        if step == "hangs":
+            open(folder + "/child", "w").write(str(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")))
+            time.sleep(60)
+        pipe.send(("end", {"state": "done"}))
+"""
+
+
+def test_a_step_that_dies_or_hangs_takes_nothing_with_it(tmp_path, monkeypatch):
+    from gpu_budget import Worker
+
+    (tmp_path / "fake_rows.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen, states = [], []
+    for step in ("good", "dies", "hangs"):
+        worker = Worker("fake_rows", str(tmp_path))
+        seconds = 3 if step == "hangs" else 30
+        states.append(worker.ask(step, seconds, lambda kind, value: seen.append(value["work"])))
+        worker.close()
+    assert seen == ["good", "dies", "hangs"]
+    assert [s["state"] for s in states] == [
+        "done",
+        "failed: its process ended, code 7",
+        "failed: no end after 3 s",
+    ]
+    # What the step had started is gone with it.
+    child = int((tmp_path / "child").read_text())
+    assert is_gone(child)
+
+
+def is_gone(process: int) -> bool:
+    for _ in range(50):
+        status = Path(f"/proc/{process}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_worker_that_cannot_begin_says_why(monkeypatch):
+    from gpu_budget import Worker
+
+    worker = Worker("no_such_module")
+    found = worker.ask("reads", 30, print)
+    worker.close()
+    assert "No module named 'no_such_module'" in found["state"]
+
+
+def test_a_command_ends_at_its_limit_with_all_it_started(tmp_path):
+    from gpu_budget import limited
+
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True)"
+    last, is_well = limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
+    assert not is_well
+    assert last.startswith("no end after 2 s")
+    assert is_gone(int((tmp_path / "log").read_text().split()[0]))
+    assert limited([sys.executable, "-c", "print('5 passed')"], 30, tmp_path / "log") == (
+        "5 passed",
+        True,
+    )
+
+
+def test_what_does_not_fit_the_time_is_skipped_and_on_record(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "SECONDS", 1)
+    run = gpu.Run(tmp_path / "gpu.json", "cpu", True, [], "abc")
+    gpu.measure(run)
+    gpu.conclude(run)
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    states = {name: step["state"] for name, step in record["steps"].items()}
+    assert states.pop("launches") == "skipped: only on a GPU"
+    assert set(states.values()) == {"skipped: no time"}
+    assert not record["complete"]
+
+
+def test_the_report_takes_the_record(bench, told, tmp_path, monkeypatch):
+    import gpu
+    import gpu_kernels
     import report
 
-    bench = gpu.Bench(clock, quick=True)
-    bench.run()
-    times = [
-        {"launch": name, "megabytes": 1.0, "us": us}
-        for name, us in (("norm phase", 5.0), ("fused, nothing to clip", 7.5))
-    ]
-    gpu.judge_launches(bench, times)
-    assert [t for t in bench.targets if t["met"] is None] == []
-    right = [t["met"] for t in bench.targets if "error" in t["target"] or "bits" in t["target"]]
-    assert len(right) >= 5
-    assert all(right)
-    assert {t["target"]: t["value"] for t in bench.targets}[
-        "a call that clips nothing: us beyond the norm phase <= 3"
-    ] == "2.5"
+    run = gpu.Run(tmp_path / "gpu.json", "cpu", True, [], "abc")
+    run.record["where"] |= {"device": "Some GPU", "driver": "1.2", "nvcc": "13.0", "torch": "2"}
+    bench.tell = run.tell
+    bench.run("published")
+    gpu_kernels.judge(
+        bench,
+        [
+            {"launch": name, "megabytes": 1.0, "us": us, "late": late}
+            for name, us, late in (
+                ("norm phase", 5.0, 0),
+                ("fused, nothing to clip", 7.5, 3),
+                ("fused, clips", 10.0, 0),
+                ("apart, clips", 11.0, 0),
+            )
+        ],
+    )
+    run.tell("row", {"work": "w", "dtype": "bf16", "ms": {}, "failed": {"apex": "TypeError: no"}})
+    run.end(gpu.SUITE, {"state": "failed: no end after 3 s"})
+    gpu.conclude(run)
+    values = {t["target"]: t["value"] for t in run.record["targets"]}
+    assert values["a call that clips nothing: us beyond the norm phase <= 5"] == "2.5"
+    assert values["clip of 1 MB: two launches over one, in time >= 1"] == "1.1"
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
-    where = {"device": "Some GPU", "torch": "2", "commit": "abc"}
-    record = {"where": where, "gpu": True, "rows": bench.rows, "targets": bench.targets}
-    (tmp_path / "gpu.json").write_text(json.dumps(record))
     report.main(str(tmp_path / "gpu.json"), "a first look")
     block = (tmp_path / "RESULTS.md").read_text()
-    assert "· abc · Some GPU · torch 2" in block
-    assert "a first look" in block
-    assert block.count("\n|") > len(bench.rows) + len(bench.targets)
+    for part in (
+        "· abc · Some GPU · torch 2",
+        "a first look",
+        "Driver 1.2, nvcc 13.0",
+        "suite: failed: no end after 3 s.",
+        "The run is not complete.",
+        "published (NVIDIA-NeMo/Automodel pull request 3685, H100)",
+        "fused, nothing to clip, the host's time included",
+        "apex: TypeError: no",
+    ):
+        assert part in block
     assert len(list((tmp_path / "results").iterdir())) == 1
 
 
-def test_a_step_that_fails_is_a_row_and_ends_nothing(gpu, clock, monkeypatch):
-    bench = gpu.Bench(clock, quick=True)
+def test_a_contestant_that_fails_or_does_not_clip_is_a_line_with_its_reason(bench, told):
+    import gpu_lists
 
-    def reads() -> None:
-        raise RuntimeError("out of memory")
+    contest = gpu_lists.Contest(bench, "a list", "fp32", [(300,)] * 3, clips=True)
 
-    monkeypatch.setattr(bench, "reads", reads)
-    bench.run()
-    failed = [t["target"] for t in bench.targets if t["met"] is None]
-    assert failed == ["reads: RuntimeError: out of memory"]
-    assert bench.rows
+    def fails(*how: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    makers = contest.everyone() | {
+        "fails": lambda: contest.eager(fails),
+        "idle": lambda: contest.eager(lambda *how: None),
+    }
+    contest.run(makers)
+    failed = told["row"][0]["failed"]
+    assert failed.pop("fails") == "RuntimeError: no kernel image"
+    assert failed.pop("idle").startswith("RuntimeError: left a norm of ")
+    assert not failed
+    assert "fails" not in told["row"][0]["ms"]
+
+
+def test_a_step_that_fails_says_so(bench, monkeypatch):
+    import gpu_rows
+
+    monkeypatch.setitem(gpu_rows.STEPS, "reads", lambda bench: 1 / 0)
+    assert bench.run("reads")["state"] == "failed: ZeroDivisionError: division by zero"
+
+
+def test_a_late_host_gets_a_longer_delay_and_is_told():
+    import gpu_clock
+
+    delays = {"soon": [], "never": []}
+
+    class Clock(gpu_clock.Cpu):
+        def ms(self, call, delay):
+            delays[call()].append(delay)
+            return 1.0, call() == "soon" and delay >= 4
+
+    calls = {name: lambda name=name: name for name in delays}
+    _, late = gpu_clock.race(Clock(), calls)
+    assert late == ["never"]
+    assert delays["soon"][-1] == 4
+    assert delays["never"][-1] == 64
+
+
+def test_a_limit_interrupts():
+    import gpu_lists
+
+    with pytest.raises(TimeoutError, match="no end after"), gpu_lists.time_limit(0.2):
+        time.sleep(5)
+
+
+def test_the_published_lists_have_their_sizes():
+    import math
+
+    import models
+
+    assert sum(math.prod(shape) for shape in models.matrices()) == 225_181_696
+    assert len(models.matrices()) == 500
+    assert models.table() == [(6_000_261, 256)]
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    line = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
+    result = subprocess.run(line, capture_output=True, text=True)
     assert result.returncode != 0
     assert "no CUDA device" in result.stderr
 
@@ -97,5 +353,5 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_launches_compile(tmp_path):
     flags = "-std=c++20 --fmad=false --expt-relaxed-constexpr -arch=sm_90 -Werror all-warnings"
-    command = ["nvcc", *flags.split(), "-c", str(BENCHMARKS / "launches.cu")]
-    subprocess.run([*command, "-o", str(tmp_path / "launches.o")], check=True)
+    line = ["nvcc", *flags.split(), "-c", str(BENCHMARKS / "launches.cu")]
+    subprocess.run([*line, "-o", str(tmp_path / "launches.o")], check=True)

@@ -1,0 +1,285 @@
+"""Whole calls on lists of gradients, beside torch's and its peers': eager, replayed, compiled.
+
+Every contestant first shows on the list that it clips, or leaves alone, what it should; one that
+does not, or cannot, is a line with its reason.
+"""
+
+import contextlib
+import importlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpu_budget import said
+from gpu_clock import Call, race, race_walls
+from models import (
+    Shape,
+    carriers,
+    gpt2,
+    gradients,
+    llama,
+    llama_7b,
+    matrices,
+    parameters,
+    table,
+)
+from steps import SCALE, TORCH, step_of
+from torch.nn import utils
+
+import fastclip
+from fastclip import _ops
+
+if TYPE_CHECKING:
+    from gpu_rows import Bench
+
+# Each clip finds a norm above its threshold by this.
+SHRINK = 0.98
+COMPILE_S = 45
+COMPILED = {"default": "default", "autotuned": "max-autotune-no-cudagraphs"}
+TINY: list[Shape] = [(300, 70), (70,), (3, 3), ()] * 3
+PUBLISHED = "NVIDIA-NeMo/Automodel pull request 3685, H100"
+
+
+class Contest:
+    """A list and its contestants, by name: each is made where it is first called."""
+
+    def __init__(self, bench: "Bench", work: str, dtype: str, shapes: list[Shape], clips: bool):
+        self.bench, self.dtype, self.clips = bench, dtype, clips
+        self.work = f"{work}, {'clipped' if clips else 'unclipped'}"
+        self.grads = gradients(shapes, dtype, bench.device)
+        self.made = carriers(self.grads)
+        self.bytes = sum(g.numel() * g.element_size() for g in self.grads)
+        self.norm = self.limit = oracle(bench, self.work, self.grads)
+        # What is captured or compiled follows its threshold there.
+        self.bound = torch.zeros((), device=bench.device)
+        self.failed: dict[str, str] = {}
+
+    def before(self, name: str) -> None:
+        self.limit = self.limit * SHRINK if self.clips else 2 * self.norm
+        self.bound.fill_(self.limit)
+
+    def eager(self, function: Callable[..., Any]) -> Call:
+        return lambda: function(self.made, self.limit)
+
+    def replayed(self, function: Callable[..., Any]) -> Call:
+        return self.bench.clock.replay(lambda: function(self.made, self.bound))
+
+    def compiled(self, mode: str) -> Call:
+        # Whole or not at all: what falls back to eager halfway is not torch.compile.
+        call = torch.compile(
+            lambda: utils.clip_grad_norm_(self.made, self.bound, foreach=True),
+            mode=mode,
+            fullgraph=True,
+            dynamic=False,
+        )
+        with time_limit(COMPILE_S):
+            call()
+        return call
+
+    def prove(self, name: str, make: Callable[[], Call]) -> Call | None:
+        """The contestant, once its first call has left the norm it should have."""
+        try:
+            self.before(name)
+            call = make()
+            self.before(name)
+            call()
+            left, right = float(_ops.norm(self.grads, 2.0)), min(self.norm, self.limit)
+            # torch's norm of bf16 gradients is bf16 itself.
+            if abs(left / right - 1) > 1 - SHRINK:
+                raise RuntimeError(f"left a norm of {left:.6g}, not of {right:.6g}")
+        except Exception as error:
+            self.failed[name] = said(error)
+            return None
+        return call
+
+    def run(self, makers: dict[str, Callable[[], Call]], **facts: Any) -> dict[str, float]:
+        proved = {name: self.prove(name, make) for name, make in makers.items()}
+        contestants = {name: call for name, call in proved.items() if call}
+        ms, late = race(self.bench.clock, contestants, self.before)
+        how = {"bytes": self.bytes, "late": late, "failed": self.failed}
+        self.bench.row(self.work, self.dtype, ms, **how, **facts)
+        for name in self.failed.keys() & {"fastclip", "fastclip, replayed"}:
+            self.bench.target(f"{self.work}, {name}: {self.failed[name]}", "", None)
+        return ms
+
+    def everyone(self) -> dict[str, Callable[[], Call]]:
+        """Contestants but those that are compiled."""
+        functions: dict[str, Callable[..., Any]] = {
+            "fastclip": fastclip.clip_grad_norm_,
+            "foreach": lambda *args: utils.clip_grad_norm_(*args, foreach=True),
+            "loop": lambda *args: utils.clip_grad_norm_(*args, foreach=False),
+        }
+        eager = {n: lambda f=f: self.eager(f) for n, f in {**functions, **peers()}.items()}
+        replayed = {
+            f"{name}, replayed": lambda f=f: self.replayed(f) for name, f in functions.items()
+        }
+        return eager | replayed
+
+
+def peers() -> dict[str, Callable[..., Any]]:
+    """clip_grad_norm_ of the other libraries that this Python can import."""
+    found: dict[str, Callable[..., Any]] = {}
+    # A library built for another torch fails to import in ways of its own.
+    with contextlib.suppress(Exception):
+        found["apex"] = importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
+    with contextlib.suppress(Exception):
+        kernels = importlib.import_module("transformer_engine.pytorch.optimizers")
+        found["TransformerEngine"] = lambda *args: engine(kernels, *args)
+    return found
+
+
+def engine(kernels: Any, made: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """As Megatron calls it: the host waits for the norm, then scales if it must."""
+    lists: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in made:
+        lists.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    overflow = torch.zeros(1, dtype=torch.int32, device=made[0].grad.device)
+    apply = kernels.multi_tensor_applier
+    norms = [
+        apply(kernels.multi_tensor_l2norm, overflow, [grads], False)[0].reshape(())
+        for grads in lists.values()
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    coef = max_norm / (norm.item() + 1e-6)
+    for grads in lists.values() if coef < 1 else ():
+        apply(kernels.multi_tensor_scale, overflow, [grads, grads], coef)
+    return norm
+
+
+def oracle(bench: "Bench", work: str, grads: list[torch.Tensor]) -> float:
+    """The norm in float64, blockwise; a target says how far ours is off."""
+    blocks = (b.double() for g in grads for b in g.reshape(-1).split(1 << 26))
+    norm = math.sqrt(math.fsum(float(b.dot(b)) for b in blocks))
+    error = abs(float(_ops.norm(grads, 2.0)) - norm) / norm
+    bench.target(f"{work}: relative error of the norm <= 2.4e-7", error, error <= 2.4e-7)
+    return norm
+
+
+def models(bench: "Bench") -> None:
+    """clip_grad_norm_ on the gradients of models."""
+    lists = {
+        "Llama 2 7B": (llama_7b(), "bf16"),
+        "GPT-2": (gpt2(), "fp32"),
+        "Llama 1B / 4": (llama(), "mixed"),
+    }
+    if bench.quick:
+        lists = {"quick": (TINY, "fp32"), "quick mixed": (TINY, "mixed")}
+    for name, (shapes, dtype) in lists.items():
+        for clips in (False, True):
+            contest = Contest(bench, name, dtype, shapes, clips)
+            ms = contest.run(contest.everyone())
+            least = {"fp32": 1.1, "bf16": 1.2, "mixed": 1.0} if clips else {"mixed": 4.0}
+            enough = least.get(dtype, 3.0)
+            if {"foreach", "fastclip"} <= set(ms):
+                ratio = ms["foreach"] / ms["fastclip"]
+                what = f"{contest.work}, {dtype}: x foreach >= {enough}"
+                bench.target(what, ratio, ratio >= enough)
+
+
+def published(bench: "Bench") -> None:
+    """The two lists for which others have published times, norm and clip, on an H100."""
+    for name, shapes, dtype, engine, triton, most in (
+        ("6 000 261 x 256", table(), "bf16", 7.89, 7.32, 3.4),
+        ("500 matrices", matrices(), "in turn", 3.93, 3.73, 1.2),
+    ):
+        contest = Contest(bench, name, dtype, TINY if bench.quick else shapes, clips=True)
+        theirs = {"TransformerEngine": engine, "Triton": triton}
+        cited = {f"{who}, published ({PUBLISHED})": ms for who, ms in theirs.items()}
+        ms = contest.run(contest.everyone(), published=cited)
+        # Elsewhere the row says what there is to say.
+        if bench.is_h100 and "fastclip" in ms:
+            what = f"{contest.work}, on an H100: ms <= {most}"
+            bench.target(what, ms["fastclip"], ms["fastclip"] <= most)
+
+
+def compiled(bench: "Bench") -> None:
+    """torch's clip under torch.compile, warm, beside ours and torch's eager one.
+
+    Last and shortest first: to compile 300 tensors may take longer than there is time.
+    """
+    lists = {
+        "Llama 1B / 4": (llama(), "mixed"),
+        "GPT-2": (gpt2(), "fp32"),
+        "Llama 2 7B": (llama_7b(), "bf16"),
+        "500 matrices": (matrices(), "in turn"),
+    }
+    for name, (shapes, dtype) in ({"quick": (TINY[:2], "fp32")} if bench.quick else lists).items():
+        contest = Contest(bench, f"{name}, beside torch.compile", dtype, shapes, clips=True)
+        seconds: dict[str, float] = {}
+
+        def make(mode: str, contest: Contest = contest, seconds: Any = seconds) -> Call:
+            start = time.perf_counter()
+            call = contest.compiled(COMPILED[mode])
+            seconds[mode] = round(time.perf_counter() - start, 1)
+            return call
+
+        both = contest.everyone()
+        makers = {n: both[n] for n in ("fastclip", "foreach", "fastclip, replayed")}
+        makers |= {f"torch.compile, {m}": lambda m=m, make=make: make(m) for m in COMPILED}
+        contest.run(makers, compile_s=seconds)
+        torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in here. Again and again: a callback may swallow the first."""
+
+    def stop(*how: Any) -> None:
+        raise TimeoutError(f"no end after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def small(bench: "Bench") -> None:
+    """Wall time of a call on a thousand small tensors."""
+    grads = gradients([(1024,)] * (20 if bench.quick else 1000), "fp32", bench.device)
+    made = carriers(grads)
+    contestants = {
+        "fastclip": lambda: fastclip.clip_grad_norm_(made, 1e9),
+        "foreach": lambda: utils.clip_grad_norm_(made, 1e9, foreach=True),
+    }
+    for cold in (True, False):
+        ms = race_walls(bench.clock, contestants, cold)
+        work = f"1000 x 1024, wall, {'cold' if cold else 'warm'}"
+        bench.row(work, "fp32", ms)
+        ratio = ms["foreach"] / ms["fastclip"]
+        bench.target(f"{work}: x foreach >= 15", ratio, ratio >= 15)
+
+
+def optimizers(bench: "Bench") -> None:
+    """A training step with a scaler, in torch's sequence and in ours; and what it moves."""
+    for clips in (False, True):
+        optimizer(bench, f"a step of GPT-2, clip {'active' if clips else 'not active'}", clips)
+
+
+def optimizer(bench: "Bench", work: str, clips: bool) -> None:
+    made = parameters(TINY if bench.quick else gpt2(), "fp32", bench.device)
+    for parameter in made:
+        parameter.data.normal_()
+    grads = [p.grad.mul_(SCALE) for p in made]
+    originals = [g.clone() for g in grads]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    target = torch.empty_like(flat)
+    step = step_of(made, 1e-3 if clips else 1e9, True, clips)
+
+    def before(name: str) -> None:
+        torch._foreach_copy_(grads, originals)
+        step.before(name)
+
+    ms, late = race(bench.clock, {**step.ways, "copy": lambda: target.copy_(flat)}, before)
+    bench.row(work, "fp32", ms, bytes=4 * flat.numel(), late=late)
+    for name, passes in step.passes.items():
+        ratio, seen = ms[TORCH] / ms[name], 2 * ms[name] / ms["copy"]
+        if name != TORCH:
+            bench.target(f"{work}, {name}: x torch >= 1.25", ratio, ratio >= 1.25)
+        what = f"{work}, {name}: N at the speed of a copy, {passes} within 10 %"
+        bench.target(what, seen, abs(seen / passes - 1) <= 0.1)
