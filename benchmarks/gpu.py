@@ -90,6 +90,7 @@ class Run:
     def tell(self, kind: str, value: dict[str, Any]) -> None:
         """A row or a target, as a worker sees it."""
         self.record[f"{kind}s"].append(value)
+        self.write()
 
     def begin(self, step: Step) -> float | None:
         """How many seconds the step has; None, and on the record, if it is not to be."""
@@ -145,11 +146,11 @@ def where(device: str, commit: str) -> dict[str, Any]:
     name = f"{platform.machine()} CPU, a stand-in"
     if device == "cuda":
         name = torch.cuda.get_device_name()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    drivers = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     release = re.search(r"release ([\d.]+)", ask("nvcc", "--version"))
     return {
         "device": name,
-        "driver": ask(*query).splitlines()[0] if device == "cuda" and ask(*query) else "-",
+        "driver": (drivers.splitlines() or ["-"])[0] if device == "cuda" else "-",
         "torch": torch.__version__,
         "nvcc": release[1] if release else "-",
         "python": platform.python_version(),

@@ -34,12 +34,10 @@ class Budget:
         return self.seconds - self.used()
 
 
-def end(group: int, *signals: signal.Signals) -> None:
-    """Signals a process group, with some time between the polite one and the last."""
-    for i, one in enumerate(signals):
-        time.sleep(3 * (i > 0))
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, one)
+def signal_group(group: int, what: signal.Signals) -> None:
+    """To all of a process group that there still are."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, what)
 
 
 def limited(
@@ -53,20 +51,22 @@ def limited(
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
         )
+        is_late = False
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            end(process.pid, signal.SIGINT, signal.SIGKILL)
-        except BaseException:
-            end(process.pid, signal.SIGKILL)
-            raise
+            is_late = True
+            signal_group(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(4)
+        finally:
+            signal_group(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
     lines = log.read_text(errors="replace").strip().splitlines()
     last = lines[-1].strip("= ") if lines else ""
-    if process.returncode is None or process.returncode < 0:
-        last = f"no end after {seconds:.0f} s; {last}"
-    return last[:200], process.returncode == 0
+    last = f"no end after {seconds:.0f} s; {last}" if is_late else last
+    return last[:200], process.returncode == 0 and not is_late
 
 
 def work(pipe: Connection, module: str, *how: Any) -> None:
@@ -117,7 +117,7 @@ class Worker:
         return {"state": f"failed: no end after {seconds:.0f} s"}
 
     def close(self) -> None:
-        end(self.process.pid, signal.SIGKILL)
+        signal_group(self.process.pid, signal.SIGKILL)
         # It may not have had the time to be a group.
         self.process.kill()
         self.process.join(5)

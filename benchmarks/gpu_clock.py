@@ -27,7 +27,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self.l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20
-        self.strange = torch.zeros(self.l2, dtype=torch.int32, device="cuda")
+        self.strange = torch.zeros(self.l2, dtype=torch.int32, device=self.name)
 
     def flush(self) -> None:
         """Fills the L2 cache with what nobody asks for.

@@ -148,8 +148,9 @@ def launches(bench: "Bench") -> None:
         result = subprocess.run([program], capture_output=True, text=True)
     # What it said before it failed, if it did, is kept.
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    judge(bench, [json.loads(line) for line in lines])
-    if result.returncode:
+    if lines:
+        judge(bench, [json.loads(line) for line in lines])
+    if result.returncode or not lines:
         raise RuntimeError(f"launches ended with {result.returncode}: {result.stderr[-150:]}")
 
 
@@ -158,17 +159,18 @@ def judge(bench: "Bench", times: list[dict[str, Any]]) -> None:
     by_size: dict[float, dict[str, dict[str, Any]]] = {}
     for time in times:
         by_size.setdefault(time["megabytes"], {})[time["launch"]] = time
-    skips = []
+    costs = []
     for megabytes, found in by_size.items():
         ms = {name: time["us"] / 1e3 for name, time in found.items()}
         late = sorted(name for name, time in found.items() if time["late"])
         bench.row(f"launches, {megabytes:g} MB", "fp32", ms, bytes=megabytes * 1e6, late=late)
-        if {"fused, nothing to clip", "norm phase"} <= set(ms):
-            skips.append(1e3 * (ms["fused, nothing to clip"] - ms["norm phase"]))
-        # Beyond the cache there is no launch with both phases to be judged.
-        if {"fused, clips", "apart, clips"} <= set(ms) and 1e6 * megabytes <= bench.clock.l2:
+        # Beyond the cache both phases in one launch are not what a call does.
+        is_fused = 1e6 * megabytes <= bench.clock.l2
+        chosen = "fused, nothing to clip" if is_fused else "apart, nothing to clip"
+        costs.append(1e3 * (ms[chosen] - ms["norm phase"]))
+        if is_fused:
             ratio = ms["apart, clips"] / ms["fused, clips"]
             what = f"clip of {megabytes:g} MB: two launches over one, in time >= 1"
             bench.target(what, ratio, ratio >= 1)
-    skip = max(skips)
-    bench.target("a call that clips nothing: us beyond the norm phase <= 5", skip, skip <= 5)
+    cost = max(costs)
+    bench.target("a call that clips nothing: us beyond the norm phase <= 5", cost, cost <= 5)

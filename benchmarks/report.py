@@ -68,6 +68,7 @@ def gpu_lines(run: dict[str, Any]) -> list[str]:
     for name, step in run["steps"].items():
         if step["state"] != "done":
             lines.append(f"{name}: {step['state']}.")
+    lines += [f"Refused: {run['refused']}."] if "refused" in run else []
     lines += [] if run["complete"] else ["The run is not complete."]
     separate = [line for one in lines for line in (one, "")]
     return [*separate, *targets_table(run["targets"]), "", *gpu_table(run["rows"])]

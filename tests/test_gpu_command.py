@@ -8,7 +8,9 @@ import sys
 import sysconfig
 import time
 import venv
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +116,14 @@ def test_the_command_refuses_to_measure_anything_but_its_kernels(bare, python, t
         assert why in record["refused"]
         assert not record["complete"]
         assert record["rows"] == []
+    # An op that is registered but whose default runs.
+    code = (
+        "import sys; sys.path[:0] = ['.', 'benchmarks']; import gpu_clock, gpu_rows\n"
+        "gpu_rows._ops.has_kernels = lambda device: True\n"
+        "print(gpu_rows.Bench(gpu_clock.Cpu(), True, print).run('proof')['state'])"
+    )
+    result = subprocess.run([python, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert "norm ran torch's aten::" in result.stdout
 
 
 def test_the_command_builds_a_bare_tree_and_measures_its_kernels(bare, python):
@@ -140,7 +150,7 @@ def test_the_command_builds_a_bare_tree_and_measures_its_kernels(bare, python):
     assert list((bare / "fastclip").glob("_C*.so"))
 
 
-def test_the_default_ops_are_not_taken_for_kernels(bench, told, monkeypatch):
+def test_ops_that_are_not_there_are_no_proof(bench, told, monkeypatch):
     from fastclip import _ops, _reference
 
     if not has_kernels():
@@ -252,6 +262,7 @@ def test_the_report_takes_the_record(bench, told, tmp_path, monkeypatch):
                 ("norm phase", 5.0, 0),
                 ("fused, nothing to clip", 7.5, 3),
                 ("fused, clips", 10.0, 0),
+                ("apart, nothing to clip", 8.5, 0),
                 ("apart, clips", 11.0, 0),
             )
         ],
@@ -322,6 +333,120 @@ def test_a_late_host_gets_a_longer_delay_and_is_told():
     assert late == ["never"]
     assert delays["soon"][-1] == 4
     assert delays["never"][-1] == 64
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return False
+
+    def elapsed_time(self, stop: "Event") -> float:
+        return 1.5
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The clock of a GPU, over a torch whose CUDA does nothing: every name it uses is there."""
+    import gpu_clock
+
+    done = SimpleNamespace(wait_stream=lambda stream: None, replay=lambda: None)
+    for name, stand_in in {
+        "Event": Event,
+        "_sleep": lambda cycles: list(range(cycles, cycles + 1)),
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 16),
+        "synchronize": lambda: None,
+        "Stream": lambda: done,
+        "current_stream": lambda: done,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: done,
+        "graph": lambda graph: nullcontext(),
+        "max_memory_allocated": lambda: 3 << 30,
+        "reset_peak_memory_stats": lambda: None,
+        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+        "get_device_capability": lambda: (9, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(gpu_clock.Cuda, "name", "cpu")
+    return gpu_clock.Cuda()
+
+
+def test_the_clock_of_a_gpu_runs(cuda, bench, told):
+    bench.clock = cuda
+    # What is captured is not replayed here, so a replayed clip is seen not to clip.
+    for step in ("reads", "small", "published"):
+        assert bench.run(step) | {"seconds": 0} == {"state": "done", "seconds": 0, "peak_gib": 3}
+    assert set(told["row"][0]["ms"].values()) == {1.5}
+    assert set(told["row"][-1]["failed"]) == {
+        f"{n}, replayed" for n in ("fastclip", "foreach", "loop")
+    }
+
+
+def test_launches_are_built_for_this_gpu_and_what_they_said_before_a_failure_is_kept(
+    cuda, bench, told, monkeypatch
+):
+    import gpu_kernels
+
+    names = [
+        "norm phase",
+        *(f"{a}, {b}" for a in ("fused", "apart") for b in ("clips", "nothing to clip")),
+    ]
+    said = [json.dumps({"launch": n, "megabytes": 1.0, "us": 2.0, "late": 0}) for n in names]
+    ran = []
+
+    def run(line, **how):
+        ran.append(line)
+        failed = len(ran) > 1
+        return SimpleNamespace(returncode=int(failed), stdout="\n".join(said), stderr="an error")
+
+    monkeypatch.setattr(gpu_kernels.subprocess, "run", run)
+    assert bench.run("launches")["state"] == "failed: RuntimeError: launches ended with 1: an error"
+    assert "-arch=sm_90" in ran[0]
+    assert len(told["row"]) == 1
+
+
+def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
+    import gpu
+
+    commands = {}
+
+    def limited(line, seconds, log, env):
+        commands[log.name] = (line, seconds, env)
+        return "4 passed", True
+
+    class Worker:
+        def __init__(self, *how):
+            assert how == ("gpu_rows", "cuda", False)
+
+        def ask(self, step, seconds, tell):
+            tell("row", {"work": step, "dtype": "fp32", "ms": {}})
+            return {"state": "done" if step != "odd" else "failed: no", "peak_gib": 71}
+
+        def close(self): ...
+
+    monkeypatch.setattr(gpu, "limited", limited)
+    monkeypatch.setattr(gpu, "Worker", Worker)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: f"/bin/{name}")
+    gpu.ask_all(gpu.Run(tmp_path / "gpu.json", "cuda", False, [], "abc"))
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    order = "build proof correctness reads models published reuse small launches odd bits"
+    assert list(record["steps"]) == [*order.split(), "optimizers", "compiled", "suite", "sanitizer"]
+    assert not record["complete"]
+    assert {t["target"]: t["met"] for t in record["targets"]}[
+        "memory: GiB held at most <= 70"
+    ] is False
+    env = commands["gpu.build.log"][2]
+    assert (env["FASTCLIP_CUDA"], env["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+    assert "cuda" in commands["gpu.suite.log"][0]
+    assert commands["gpu.sanitizer.log"][0][0] == "/bin/compute-sanitizer"
+    assert set(record["where"]) == {
+        *("device", "driver", "torch", "nvcc", "python", "commit", "seconds"),
+    }
 
 
 def test_a_limit_interrupts():
