@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_budget import ROOT, Budget, Worker, limited
+from gpu_budget import NO_END, ROOT, Budget, Worker, limited
 from report import targets_table
 from torch.utils.cpp_extension import CUDA_HOME
 
@@ -54,6 +54,8 @@ MEASURED = [
 ]
 BUILD = Step("build", 0, 240)
 PROOF = Step("proof", 0, 60)
+# Where a profiler of kernels does not survive.
+PROOF_BENEATH = "proof beneath the ops"
 CORRECTNESS = Step("correctness", 20, 60)
 SUITE = Step("suite", 30, 300, gpu_only=True)
 SANITIZER = Step("sanitizer", 30, 90, gpu_only=True)
@@ -124,9 +126,12 @@ class Run:
         last, is_well = limited(
             command, max(step.least, seconds - reserve), log, environment(self.device)
         )
-        found = {"state": "done", "seconds": round(self.budget.used() - begin, 1), "said": last}
+        # What pytest says of a test, as it goes: a run that is ended has no summary.
+        failures = re.findall(r"^(\S+::.*) (?:FAILED|ERROR)\b", log.read_text(), re.M)[:20]
         self.record["targets"].append({"target": step.name, "value": last, "met": is_well})
-        self.end(step, found)
+        state = last if last.startswith(NO_END) else "done"
+        seconds = round(self.budget.used() - begin, 1)
+        self.end(step, {"state": state, "seconds": seconds, "said": last, "failures": failures})
         return is_well
 
 
@@ -199,11 +204,14 @@ def measure(run: Run) -> None:
 
 def prove(run: Run) -> None:
     """In a process of its own: what a profiler leaves behind slows launches."""
-    worker = Worker("gpu_rows", run.device, run.quick)
-    try:
-        found = worker.ask(PROOF.name, PROOF.most, run.tell)
-    finally:
-        worker.close()
+    for name in (PROOF.name, PROOF_BENEATH):
+        worker = Worker("gpu_rows", run.device, run.quick)
+        try:
+            found = worker.ask(name, PROOF.most, run.tell)
+        finally:
+            worker.close()
+        if not found["state"].startswith(("failed: its process ended", f"failed: {NO_END}")):
+            break
     run.end(PROOF, found)
     if found["state"] != "done":
         refuse(run, found["state"].removeprefix("failed: "))
@@ -226,7 +234,8 @@ def conclude(run: Run) -> None:
 def ask_all(run: Run) -> None:
     build = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
     if not run.command(BUILD, build):
-        refuse(run, f"the build failed: {run.record['steps']['build']['said']}")
+        said = run.record["steps"]["build"]["said"]
+        refuse(run, f"the build failed: {said} ({run.out.stem}.build.log)")
     prove(run)
     some = "rounds_once" if run.quick else EVERY_OP
     ops = ["tests/test_ops.py", "tests/test_cuda.py", "-k", f"({some}) and not default"]

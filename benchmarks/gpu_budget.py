@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NO_END = "no end after"
 Tell = Callable[[str, Any], None]
 
 
@@ -65,7 +66,7 @@ def limited(
         process.wait(5)
     lines = log.read_text(errors="replace").strip().splitlines()
     last = lines[-1].strip("= ") if lines else ""
-    last = f"no end after {seconds:.0f} s; {last}" if is_late else last
+    last = f"{NO_END} {seconds:.0f} s; {last}" if is_late else last
     return last[:200], process.returncode == 0 and not is_late
 
 
@@ -114,7 +115,7 @@ class Worker:
         except (EOFError, OSError):
             self.process.join(5)
             return {"state": f"failed: its process ended, code {self.process.exitcode}"}
-        return {"state": f"failed: no end after {seconds:.0f} s"}
+        return {"state": f"failed: {NO_END} {seconds:.0f} s"}
 
     def close(self) -> None:
         signal_group(self.process.pid, signal.SIGKILL)

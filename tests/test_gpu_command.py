@@ -41,9 +41,10 @@ def bench(told):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """The tree as a machine gets it that has never seen it: what git knows of, nothing built."""
+    """The tree as a machine gets it that has never seen it: no built file."""
     tree = tmp_path_factory.mktemp("bare") / "tree"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    line = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     if names.returncode:
         pytest.skip("not a git checkout")
     for name in names.stdout.splitlines():
@@ -76,7 +77,7 @@ def test_every_step_says_what_it_saw(bench, told):
     import gpu_rows
 
     for step in gpu_rows.STEPS:
-        if step not in (SLOW, "launches") and (step != "proof" or has_kernels()):
+        if step not in (SLOW, "launches") and (has_kernels() or not step.startswith("proof")):
             assert bench.run(step)["state"] == "done", step
     right = [t["met"] for t in told["target"] if "error" in t["target"] or "bits" in t["target"]]
     assert len(right) >= 10
@@ -292,9 +293,9 @@ def test_the_report_takes_the_record(bench, told, tmp_path, monkeypatch):
 
 
 def test_a_contestant_that_fails_or_does_not_clip_is_a_line_with_its_reason(bench, told):
-    import gpu_lists
+    import gpu_contest
 
-    contest = gpu_lists.Contest(bench, "a list", "fp32", [(300,)] * 3, clips=True)
+    contest = gpu_contest.Contest(bench, "a list", "fp32", [(300,)] * 3, clips=True)
 
     def fails(*how: object) -> None:
         raise RuntimeError("no kernel image")
@@ -417,7 +418,8 @@ def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
 
     def limited(line, seconds, log, env):
         commands[log.name] = (line, seconds, env)
-        return "4 passed", True
+        log.write_text("tests/test_a.py::test_b[x y] FAILED [ 3%]\n4 passed\n")
+        return ("no end after 9 s; 4 passed", False) if "suite" in log.name else ("4 passed", True)
 
     class Worker:
         def __init__(self, *how):
@@ -425,6 +427,8 @@ def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
 
         def ask(self, step, seconds, tell):
             tell("row", {"work": step, "dtype": "fp32", "ms": {}})
+            if step == "proof":
+                return {"state": "failed: its process ended, code -11"}
             return {"state": "done" if step != "odd" else "failed: no", "peak_gib": 71}
 
         def close(self): ...
@@ -437,6 +441,9 @@ def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
     order = "build proof correctness reads models published reuse small launches odd bits"
     assert list(record["steps"]) == [*order.split(), "optimizers", "compiled", "suite", "sanitizer"]
     assert not record["complete"]
+    assert record["steps"]["suite"]["state"] == "no end after 9 s; 4 passed"
+    assert record["steps"]["suite"]["failures"] == ["tests/test_a.py::test_b[x y]"]
+    assert [r["work"] for r in record["rows"]][:2] == ["proof", "proof beneath the ops"]
     assert {t["target"]: t["met"] for t in record["targets"]}[
         "memory: GiB held at most <= 70"
     ] is False
@@ -450,9 +457,9 @@ def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
 
 
 def test_a_limit_interrupts():
-    import gpu_lists
+    import gpu_contest
 
-    with pytest.raises(TimeoutError, match="no end after"), gpu_lists.time_limit(0.2):
+    with pytest.raises(TimeoutError, match="no end after"), gpu_contest.time_limit(0.2):
         time.sleep(5)
 
 
