@@ -5,7 +5,6 @@ Bandwidths are shares of the best plain read and copy of torch's in the same run
 
 import itertools
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -142,7 +141,7 @@ def launches(bench: "Bench") -> None:
         major, minor = torch.cuda.get_device_capability()
         flags = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
         command = ["nvcc", *flags, f"-arch=sm_{major}{minor}", str(SOURCE), "-o", str(program)]
-        built = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(f"launches.cu: {(built.stderr or built.stdout)[:150]}")
         result = subprocess.run([program], capture_output=True, text=True)

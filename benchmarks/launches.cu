@@ -11,7 +11,7 @@ using namespace fastclip;
 using namespace fastclip::cuda;
 
 constexpr int kTensors = 64, kRounds = 41;
-// More than any L2 cache holds, and some 100 us for the fastest memory.
+// More than any L2 cache holds, and long enough to read for the host to be ahead.
 constexpr int64_t kStrangeBytes = int64_t{1} << 30;
 
 // Reads what nobody asks for. Afterwards the L2 cache holds nothing of a contestant's and nothing
