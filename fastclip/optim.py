@@ -92,8 +92,8 @@ def clipped_step(
     them clipped. No wait for the device: a norm that is not finite skips the step there.
 
     Args:
-        optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (in torch 2.11 not on CUDA) of `torch.optim`
-            with `fused=True`; or several under one norm, all of which skip a step together.
+        optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
+            `fused=True`; or several under one norm, all of which skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the one that scaled the loss, if any.
         norm_type: order p > 0 of the norm, or `'inf'`.
@@ -208,8 +208,8 @@ def _check_fused(optimizer: Optimizer) -> None:
     if takes and all(group.get("fused") for group in optimizer.param_groups):
         return
     name = type(optimizer).__name__
-    where = " (torch 2.11 has that for the CPU alone)" if name == "Adagrad" else ""
-    way = f"make it with fused=True{where}, or " if "fused" in optimizer.defaults else ""
+    since = " and torch 2.12 or newer" if name == "Adagrad" else ""
+    way = f"make it with fused=True{since}, or " if "fused" in optimizer.defaults else ""
     raise ValueError(
         f"optimizer: {name} as it is cannot divide gradients in its step; {way}call "
         "unscale_and_clip_(scaler, optimizer, max_norm), or without a scaler clip_grad_norm_, and "

@@ -45,20 +45,23 @@ def network(place: str) -> nn.Module:
 
 
 @functools.cache
-def missing(kind: str, place: str) -> str:
-    """Why this torch has no fused step of an optimizer there, as 2.11 of Adagrad on CUDA."""
+def missing(kind: str, place: str, divides: bool) -> str:
+    """Why this torch has no fused step there, or none that divides. In 2.11 Adagrad on CUDA has no
+    step, and none of its steps divides."""
     weight = nn.Parameter(torch.ones(2, device=place))
     weight.grad = torch.ones_like(weight)
     try:
-        KINDS[kind]([weight], fused=True).step()
+        optimizer = KINDS[kind]([weight], fused=True)
+        optimizer.step()
     except RuntimeError as error:
         return str(error)
-    return ""
+    takes = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return "" if takes or not divides else f"{kind} of this torch divides no gradients"
 
 
-def twins(kind: str, how: str, place: str):
-    if how == "fused" and missing(kind, place):
-        pytest.skip(missing(kind, place))
+def twins(kind: str, how: str, place: str, divides: bool = False):
+    if why := missing(kind, place, divides) if how == "fused" else "":
+        pytest.skip(why)
     nets = [network(place) for _ in range(2)]
     return [(net, KINDS[kind](net.parameters(), **HOW[how])) for net in nets]
 
@@ -121,7 +124,7 @@ def test_unscale_and_clip_is_torchs_sequence(place, kind, how, on, max_norm):
 @pytest.mark.parametrize("on", [True, False, None], ids=["scaled", "disabled", "none"])
 @pytest.mark.parametrize("kind", FUSED)
 def test_a_clipped_step_is_torchs_sequence(place, kind, on, max_norm):
-    ours, theirs = twins(kind, "fused", place)
+    ours, theirs = twins(kind, "fused", place, divides=True)
     rules = [AutoClip(50, 9) if max_norm == "rule" else max_norm for _ in range(2)]
     scaler, other = scalers(place, bool(on))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.99) for _, o in (ours, theirs)]
@@ -298,7 +301,7 @@ def test_optimizer_and_scaler_are_pickled_afterwards():
     [
         ("adam", "foreach", "fused=True"),
         ("sgd", "single", "fused=True"),
-        ("adagrad", "single", r"torch 2\.11 has that for the CPU alone"),
+        ("adagrad", "single", "fused=True and torch 2.12 or newer"),
         ("rmsprop", "single", "unscale_and_clip_"),
     ],
 )
@@ -312,19 +315,23 @@ def test_an_optimizer_that_cannot_is_told_the_way_out(kind, how, way):
 
 
 def test_a_fused_step_that_this_torch_lacks_is_skipped(monkeypatch):
-    assert not missing("adagrad", "cpu")
-
     def refuse(self: object, closure: object = None) -> None:
         raise RuntimeError("supported devices: none")
 
+    class Undivided(torch.optim.Adagrad):
+        _step_supports_amp_scaling = property(lambda self: False, lambda self, value: None)
+
+    probe = missing.__wrapped__
+    assert not probe("adam", "cpu", True)
+    with monkeypatch.context() as patch:
+        patch.setitem(KINDS, "adagrad", Undivided)
+        assert "divides no gradients" in probe("adagrad", "cpu", True)
+        assert not probe("adagrad", "cpu", False)
     # As torch does where it has no such step: when the first one is taken.
     monkeypatch.setattr(torch.optim.Adagrad, "step", refuse)
-    missing.cache_clear()
-    try:
-        with pytest.raises(pytest.skip.Exception, match="supported devices"):
-            twins("adagrad", "fused", "cpu")
-    finally:
-        missing.cache_clear()
+    monkeypatch.setitem(globals(), "missing", probe)
+    with pytest.raises(pytest.skip.Exception, match="supported devices"):
+        twins("adagrad", "fused", "cpu")
 
 
 def test_bad_input_is_named_and_changes_nothing():
