@@ -1,4 +1,4 @@
-"""Processes within the time there is: each in a session of its own, ended with all it started.
+"""Processes within the time there is: each a group of its own, ended with all it started.
 
 What measures a GPU may hang in a kernel or be taken down by one; here it takes nothing with it.
 """

@@ -96,9 +96,8 @@ def odd(bench: "Bench") -> None:
         bench.target(f"same bits at any offset, {name}", "", same)
     shapes = [(100, 7)] * 4 if bench.quick else [(1024, 1024)] * 128
     lists = {dtype: gradients(shapes, dtype, bench.device) for dtype in ("bf16", "fp32", "in turn")}
-    ms, late = race(
-        bench.clock, {f"{name}": lambda g=g: _ops.norm(g, 2.0) for name, g in lists.items()}
-    )
+    contestants = {name: lambda g=g: _ops.norm(g, 2.0) for name, g in lists.items()}
+    ms, late = race(bench.clock, contestants)
     bench.row("norm of 128 x 1 Mi, of one dtype and of two", "-", ms, late=late)
     share = 50 * (ms["bf16"] + ms["fp32"]) / ms["in turn"]
     bench.target("a list of two dtypes: % of the speed of lists of one >= 95", share, share >= 95)

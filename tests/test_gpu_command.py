@@ -186,14 +186,14 @@ def test_a_step_that_dies_or_hangs_takes_nothing_with_it(tmp_path, monkeypatch):
     seen, states = [], []
     for step in ("good", "dies", "hangs"):
         worker = Worker("fake_rows", str(tmp_path))
-        seconds = 3 if step == "hangs" else 30
+        seconds = 6 if step == "hangs" else 60
         states.append(worker.ask(step, seconds, lambda kind, value: seen.append(value["work"])))
         worker.close()
     assert seen == ["good", "dies", "hangs"]
     assert [s["state"] for s in states] == [
         "done",
         "failed: its process ended, code 7",
-        "failed: no end after 3 s",
+        "failed: no end after 6 s",
     ]
     # What the step had started is gone with it.
     child = int((tmp_path / "child").read_text())
