@@ -40,17 +40,17 @@ struct Bench {
   cudaEvent_t start, stop;
 
   explicit Bench(int64_t size) : bytes(size) {
-    check(cudaMalloc(&strange, kStrangeBytes), "cudaMalloc");
-    check(cudaMemset(strange, 0, kStrangeBytes), "cudaMemset");
-    check(cudaMalloc(&partials, 1 << 20), "cudaMalloc");
-    check(cudaMalloc(&result, 4), "cudaMalloc");
-    check(cudaMalloc(&data, bytes), "cudaMalloc");
-    check(cudaMemset(data, 0x3d, bytes), "cudaMemset");
-    check(cudaEventCreate(&start), "cudaEventCreate");
-    check(cudaEventCreate(&stop), "cudaEventCreate");
+    check(cudaMalloc(&strange, kStrangeBytes), "cudaMalloc", 0);
+    check(cudaMemset(strange, 0, kStrangeBytes), "cudaMemset", 0);
+    check(cudaMalloc(&partials, 1 << 20), "cudaMalloc", 0);
+    check(cudaMalloc(&result, 4), "cudaMalloc", 0);
+    check(cudaMalloc(&data, bytes), "cudaMalloc", 0);
+    check(cudaMemset(data, 0x3d, bytes), "cudaMemset", 0);
+    check(cudaEventCreate(&start), "cudaEventCreate", 0);
+    check(cudaEventCreate(&stop), "cudaEventCreate", 0);
     run([&](const auto& table, const Work& work) { phase<Phases::kBoth>(table, work); }, 1e30);
     float norm = 0;
-    check(cudaMemcpy(&norm, result, 4, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    check(cudaMemcpy(&norm, result, 4, cudaMemcpyDeviceToHost), "cudaMemcpy", 0);
     data_norm = norm;
   }
 
@@ -61,8 +61,9 @@ struct Bench {
 
   template <Phases phases, class Table>
   void phase(const Table& table, const Work& work) {
-    launch("a phase", clip_kernel<phases, Norm::kSquares, Table>, 3, table.spans, table, work,
-           stream, phases == Phases::kBoth);
+    if (!launch("a phase", clip_kernel<phases, Norm::kSquares, Table>, table.spans, table, work,
+                stream, phases == Phases::kBoth))
+      throw std::runtime_error("the device cannot make a grid resident");
   }
 
   template <class T = SmallTable, class Launch>
@@ -85,7 +86,7 @@ struct Bench {
     const bool is_late = cudaEventQuery(start) != cudaErrorNotReady;
     cudaGetLastError();  // an event that has not happened is not an error
     cudaEventRecord(stop);
-    check(cudaEventSynchronize(stop), "a benchmark");
+    check(cudaEventSynchronize(stop), "a benchmark", 0);
     float ms = 0;
     cudaEventElapsedTime(&ms, start, stop);
     return {ms, is_late};

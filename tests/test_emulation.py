@@ -258,7 +258,7 @@ FAULTS = {
     "a word beyond the end": (
         "cuda/tile.cuh",
         "(k + 1) * kBits <= 8 * left",
-        "k * kBits < 8 * left",
+        "k * kBits <= 8 * left",
     ),
     "four vectors of any tile": ("cuda/tile.cuh", "tile.left(j) > 0 ? __ldcg", "true ? __ldcg"),
     "four vectors at any address": (

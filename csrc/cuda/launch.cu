@@ -42,7 +42,7 @@ __device__ void store(Numbers numbers, int i, double value) {
 }
 
 // How many blocks share a multiprocessor: three hold 96 KiB of loads in flight, in 40 registers a
-// thread. What stores takes more, so that two do, and `pow` in float64.
+// thread. `pow` in float64 takes more.
 template <Norm kind>
 constexpr int kResident = kind == Norm::kPower ? 1 : 3;
 
@@ -77,9 +77,8 @@ template <Norm kind>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ Slots slots, const Work work) {
   for (int i = blockIdx.x; i < slots.count; i += gridDim.x) {
-    const uint32_t begin = slots.begins[i];
-    const int spans = static_cast<int>(slots.begins[i + 1] - begin);
-    const double norm = finish<kind>(work.partials + begin, spans, work.p);
+    const uint32_t begin = slots.begins[i], end = slots.begins[i + 1];
+    const double norm = finish<kind>(work.partials + begin, static_cast<int>(end - begin), work.p);
     if (threadIdx.x == 0) store(work.norms, slots.first + i, norm);
   }
 }
@@ -144,7 +143,7 @@ void for_each_table(const Partition& partition, auto&& visit) {
       visit(table);
     } while (begin < partition.tiles());
   };
-  if (partition.parts() > SmallTable::kEntries && takes_large_tables())
+  if (partition.entries() > SmallTable::kEntries && takes_large_tables())
     visit_all(std::type_identity<LargeTable>());
   else
     visit_all(std::type_identity<SmallTable>());
@@ -162,12 +161,12 @@ bool launch_phases(const char* what, const Partition& partition, const Work& wor
   return done;
 }
 
-// Whether both phases may be one launch. Beyond the L2 cache that saves a thousandth of the time.
-// And a grid that must be resident all at once waits behind whatever holds a multiprocessor: behind
-// another stream's collective, say, that waits for another rank, whose own clip waits for ours.
-bool may_fuse(const Partition& partition, int device) {
+// Whether both phases are to be one launch. Beyond the L2 cache that saves a thousandth of the
+// time. And a grid that must be resident all at once waits behind whatever holds a multiprocessor:
+// a collective, say, that waits for a rank where a clip came first. That ends in a deadlock.
+bool is_fused(const Partition& partition, int device) {
   const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
-  return partition.parts() <= entries && partition.tiles() <= kMaxTableTiles &&
+  return partition.entries() <= entries && partition.tiles() <= kMaxTableTiles &&
          partition.bytes() <= attribute(cudaDevAttrL2CacheSize, device) &&
          attribute(cudaDevAttrCooperativeLaunch, device);
 }
@@ -206,7 +205,7 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream) {
 
 void launch_clip(const Partition& measured, const Partition& scaled, const Work& work,
                  Stream stream) {
-  if (&measured == &scaled && may_fuse(scaled, stream.device) &&
+  if (&measured == &scaled && is_fused(scaled, stream.device) &&
       launch_phases<Phases::kBoth>("the launch of both phases", scaled, work, stream))
     return;
   launch_phases<Phases::kNorm>("the launch of the norm phase", measured, work, stream);

@@ -41,8 +41,7 @@ struct Work {
 // The norm of each slot, of order p; for several slots the partition is apart and sorted.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
-// The norm of what is measured, of order p, and the rest scaled to max_norm: in one launch where
-// both are one and that pays, otherwise in two phases, with the same bits.
+// The norm of what is measured, and the rest scaled to max_norm: one launch or two, the same bits.
 void launch_clip(const Partition& measured, const Partition& scaled, const Work&, Stream);
 
 // The tensors scaled by the coef of their slot, or the only one; with none given, clamped.

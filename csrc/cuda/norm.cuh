@@ -1,9 +1,8 @@
 // The norm phase and the finish: from elements to one float64 per span, and from those to a norm.
 //
-// Note [accuracy]: what a thread takes of a tile it adds in float32, in one tree: pairs of
-// elements, the pairs of a vector, the four vectors. Above is float64. So at most five roundings of
-// 2^-24 lie on an element's way to the sum, the squares of float32 included (those of 16-bit floats
-// are exact), and half of them in the norm.
+// Note [accuracy]: what a thread takes of a tile it adds in float32, in one tree: the elements of a
+// vector, then the vectors. Above is float64. So at most five roundings of 2^-24 lie on an
+// element's way to the sum, that of its square included, and half of them in the norm.
 #pragma once
 
 #include "../formulas.h"
@@ -12,8 +11,8 @@
 
 namespace fastclip::cuda {
 
-// Of |x| or x^2, what a thread takes of a tile; what is fused is said here and not left to the
-// compiler. `bits` stays 0 if all elements are.
+// What a thread takes of a tile, of |x| or x^2. `bits` stays 0 if all elements are. What is fused
+// is said, and not left to the compiler.
 template <Norm kind, Dtype dtype, class acc_t, class Vectors>
 __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
   static_assert(kVectors == 4);
@@ -57,10 +56,12 @@ __device__ __attribute__((noinline)) Powers add_powers(Powers powers, const std:
     const double unit = 1 / min(max(std::bit_cast<double>(bits), 0x1p-1022), 0x1p1022);
     powers = {powers.sum * power(unit / powers.unit, p), unit};
   }
-  double bases[kCount], terms[kCount];
-  for (size_t k = 0; k < kCount; ++k) bases[k] = fabs(static_cast<double>(x[k])) * powers.unit;
   const bool whole = p <= 64 && p == floor(p);
-  for (size_t k = 0; k < kCount; ++k) terms[k] = whole ? 1 : power(bases[k], p);
+  double bases[kCount], terms[kCount];
+  for (size_t k = 0; k < kCount; ++k) {
+    bases[k] = fabs(static_cast<double>(x[k])) * powers.unit;
+    terms[k] = whole ? 1 : power(bases[k], p);
+  }
   for (int left = whole ? static_cast<int>(p) : 0; left > 0; left /= 2) {
     for (size_t k = 0; k < kCount; ++k) {
       if (left % 2) terms[k] *= bases[k];

@@ -75,9 +75,9 @@ at::Tensor norm_cuda(at::TensorList tensors, double p) {
 at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
                       bool rows) {
   const auto list = look(tensors, p, unit_of(group, rows));
-  if (!list)
+  const int64_t groups = list ? count_groups(*list, group) : 0;
+  if (!list || groups > cuda::kMaxSlots)
     return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
-  const int64_t groups = count_groups(*list, group);
   auto parts = parts_of(*list, groups, group);
   std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
   return measure_slots(tensors[0], {parts, true}, {groups},

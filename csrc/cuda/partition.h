@@ -28,13 +28,10 @@ constexpr int64_t kMaxTableTiles = (1 << 24) - 1;
 // A tensor, or the run of its tiles that one launch handles. 16 bytes: about 2 000 fit a launch.
 // The host packs the second half by hand: with bit-fields that took it several times as long.
 struct Entry {
+  static constexpr uint64_t kLastWhole = uint64_t{kTileBytes / 2 - 1} << 48;
   char* data;
   uint64_t packed;
 
-  static Entry of(char* data, int64_t first_tile, int64_t slot, int64_t last_bytes, Dtype dtype) {
-    return {data, static_cast<uint64_t>(first_tile | slot << 24 | (last_bytes / 2 - 1) << 48) |
-                      static_cast<uint64_t>(dtype) << 62};
-  }
   constexpr int first_tile() const { return static_cast<int>(packed & 0xffffff); }
   constexpr int slot() const { return static_cast<int>(packed >> 24 & 0xffffff); }
   // Of its last tile. Even: the narrowest dtypes have two.
@@ -56,10 +53,9 @@ struct Table {
   constexpr int tiles() const { return entries[count].first_tile(); }
 };
 
-// A tensor and its slot, for a norm or a coefficient. Without data, a hole that ends a span.
+// A tensor and its slot, for a norm or a coefficient.
 struct Part : Flat {
   int64_t slot;
-  int64_t first_tile = 0;  // set by the partition
 
   int64_t bytes() const { return numel * element_size(); }
   int64_t tiles() const { return (bytes() + kTileBytes - 1) / kTileBytes; }
@@ -67,82 +63,84 @@ struct Part : Flat {
 
 class Partition {
  public:
-  // With `apart` parts come by ascending slot, and a span ends where the slot changes. Where slots
-  // are many, spans are long enough for each to be one. Empty parts take no part.
+  // With `apart` parts come by ascending slot, and a span ends where the slot changes, with a hole
+  // if need be, an entry without data. Where slots are many, spans are long enough for each to be
+  // one. Empty parts take no part.
   Partition(const std::vector<Part>& parts, bool apart) {
-    int64_t count = 0, longest = 0;
-    for (const Part& part : parts) {
-      count += part.tiles();
-      longest = std::max(longest, part.tiles());
-    }
+    int64_t count = 0;
+    for (const Part& part : parts) count += part.tiles();
     const bool many = apart && !parts.empty() && parts.back().slot >= kMaxSpans;
-    const int64_t wanted = many ? longest : (count + kMaxSpans - 1) / kMaxSpans;
+    const int64_t wanted = many ? std::ranges::max(parts, {}, &Part::tiles).tiles()
+                                : (count + kMaxSpans - 1) / kMaxSpans;
     span_tiles_ = std::clamp<int64_t>(wanted, 1, kMaxSpanTiles);
-    parts_.reserve(parts.size());
+    entries_.reserve(parts.size());
+    first_tiles_.reserve(parts.size() + 1);
     for (const Part& part : parts) {
-      const int64_t room = spans() * span_tiles_ - tiles_;
-      if (apart && room > 0 && part.slot != parts_.back().slot)
-        add({{nullptr, room * kTileBytes / 4, Dtype::kFloat}, part.slot});
-      if (part.numel > 0) add(part);
+      const int64_t room = spans() * span_tiles_ - tiles();
+      if (apart && room > 0 && part.slot != entries_.back().slot()) add(nullptr, 0, room);
+      if (part.numel == 0) continue;
+      const int64_t bytes = part.bytes(), halves = (bytes - 1) % kTileBytes / 2;
+      bytes_ += bytes;
+      add(part.data,
+          static_cast<uint64_t>(part.dtype) << 62 | static_cast<uint64_t>(halves << 48) |
+              static_cast<uint64_t>(part.slot << 24),
+          part.tiles());
     }
   }
 
-  size_t parts() const { return parts_.size(); }
-  int64_t tiles() const { return tiles_; }
-  int64_t spans() const { return (tiles_ + span_tiles_ - 1) / span_tiles_; }
+  size_t entries() const { return entries_.size(); }
+  int64_t tiles() const { return first_tiles_.back(); }
+  int64_t spans() const { return (tiles() + span_tiles_ - 1) / span_tiles_; }
   int64_t bytes() const { return bytes_; }
 
   // Where the spans of each slot begin, and those of the last end, if they are apart.
-  std::vector<uint32_t> begins(int64_t slots) const {
+  std::vector<uint32_t> begins(size_t slots) const {
     std::vector<uint32_t> begins;
-    for (const Part& part : parts_)
-      if (part.data && part.slot >= static_cast<int64_t>(begins.size()))
-        begins.resize(part.slot + 1, static_cast<uint32_t>(part.first_tile / span_tiles_));
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (entries_[i].data && entries_[i].slot() >= static_cast<int>(begins.size()))
+        begins.resize(entries_[i].slot() + 1, static_cast<uint32_t>(first_tiles_[i] / span_tiles_));
     begins.resize(slots + 1, static_cast<uint32_t>(spans()));
     return begins;
   }
 
   // Whether slot i is span i and no other, if they are apart.
   bool spans_are_slots(int64_t slots) const {
-    return spans() == slots && std::ranges::all_of(parts_, [&](const Part& part) {
-             return !part.data || part.first_tile / span_tiles_ == part.slot;
-           });
+    if (spans() != slots) return false;
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (entries_[i].data && first_tiles_[i] / span_tiles_ != entries_[i].slot()) return false;
+    return true;
   }
 
   // Fills a table from tile `begin`, the first of a span; returns the first tile it does not hold.
   template <size_t kBytes>
   int64_t fill(Table<kBytes>& table, int64_t begin) const {
-    auto part = std::ranges::upper_bound(parts_, begin, {}, &Part::first_tile);
-    if (part != parts_.begin()) --part;
-    const auto beyond = part + std::min<int64_t>(table.kEntries, parts_.end() - part);
-    int64_t end = beyond == parts_.end() ? tiles_ : beyond->first_tile;
+    size_t i = std::ranges::upper_bound(first_tiles_, begin) - first_tiles_.begin() - 1;
+    int64_t end = first_tiles_[std::min(i + table.kEntries, entries_.size())];
     end = std::min(end, begin + kMaxTableTiles);
-    if (end < tiles_) end -= end % span_tiles_;
+    if (end < tiles()) end -= end % span_tiles_;
     table.count = 0;
     table.span_tiles = static_cast<int32_t>(span_tiles_);
     table.spans = static_cast<int32_t>((end - begin + span_tiles_ - 1) / span_tiles_);
     table.first_span = static_cast<int32_t>(begin / span_tiles_);
-    for (; part != parts_.end() && part->first_tile < end; ++part) {
-      const int64_t first = std::max(begin, part->first_tile);
-      const bool cut = part->first_tile + part->tiles() > end;
-      const int64_t last_bytes = cut ? kTileBytes : (part->bytes() - 1) % kTileBytes + 1;
-      table.entries[table.count++] = Entry::of(part->data + (first - part->first_tile) * kTileBytes,
-                                               first - begin, part->slot, last_bytes, part->dtype);
+    for (; first_tiles_[i] < end; ++i) {
+      const int64_t first = std::max(begin, first_tiles_[i]);
+      table.entries[table.count++] = {entries_[i].data + (first - first_tiles_[i]) * kTileBytes,
+                                      entries_[i].packed + static_cast<uint64_t>(first - begin)};
     }
-    table.entries[table.count] = Entry::of(nullptr, end - begin, 0, kTileBytes, Dtype::kFloat);
+    if (first_tiles_[i] > end) table.entries[table.count - 1].packed |= Entry::kLastWhole;
+    table.entries[table.count] = {nullptr, static_cast<uint64_t>(end - begin)};
     return end;
   }
 
  private:
-  void add(Part part) {
-    part.first_tile = tiles_;
-    tiles_ += part.tiles();
-    if (part.data) bytes_ += part.bytes();
-    parts_.push_back(part);
+  void add(char* data, uint64_t packed, int64_t tiles) {
+    entries_.push_back({data, packed});
+    first_tiles_.push_back(first_tiles_.back() + tiles);
   }
 
-  std::vector<Part> parts_;
-  int64_t tiles_ = 0, bytes_ = 0, span_tiles_ = 1;
+  std::vector<Entry> entries_;              // whose first tile is none of the table's yet
+  std::vector<int64_t> first_tiles_ = {0};  // and where the last ends
+  int64_t bytes_ = 0, span_tiles_ = 1;
 };
 
 }  // namespace fastclip::cuda

@@ -1,5 +1,4 @@
-// The values of all threads of a block, combined into one in a fixed tree: by warps, then the
-// warps.
+// From a value of each thread to one for the block, in a fixed tree: warp by warp, then the warps.
 #pragma once
 
 #include "partition.h"

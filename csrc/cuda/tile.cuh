@@ -23,10 +23,9 @@ struct Tile {
   Dtype dtype;
   int slot;
 
-  // Where vector j of this thread begins, and what is left of the tile from there.
+  // Where vector j of this thread begins (`at`: if aligned), and what is left from there.
   __device__ int offset(int j) const { return (j * kThreads + threadIdx.x) * kVector; }
   __device__ int left(int j) const { return bytes - offset(j); }
-  // Of an aligned tile only.
   __device__ uint4* at(int j) const { return reinterpret_cast<uint4*>(data + offset(j)); }
   __device__ bool aligned() const { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
 };
@@ -55,8 +54,7 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
 }
 
 // This thread's vector j as far as it lies in the tile, to memory or from there, with zeros beyond.
-// Words that are no vector go through the L1 cache, which several loads of one line need. The rare
-// way, in a function of its own: inlined it takes registers from the common one.
+// A function of its own: inlined, this rare way takes registers from the common one.
 template <bool kStore>
 __device__ __attribute__((noinline)) Vector copy_vector(const Tile tile, int j, Vector vector) {
   const int left = tile.left(j);
@@ -92,8 +90,6 @@ using acc_type = std::conditional_t<dtype == Dtype::kDouble, double, float>;
 template <Dtype dtype>
 constexpr int kElements = kVector / sizeof(stored_type<dtype>);
 template <Dtype dtype>
-using Stored = std::array<stored_type<dtype>, kElements<dtype>>;
-template <Dtype dtype>
 using Values = std::array<acc_type<dtype>, kElements<dtype>>;
 
 template <Dtype dtype>
@@ -102,7 +98,7 @@ __device__ void decode(const Vector& vector, Values<dtype>& values) {
     for (int k = 0; k < kElements<dtype>; ++k)
       values[k] = std::bit_cast<float>(k % 2 ? vector[k / 2] & 0xffff0000 : vector[k / 2] << 16);
   } else {
-    const auto stored = std::bit_cast<Stored<dtype>>(vector);
+    const auto stored = std::bit_cast<std::array<stored_type<dtype>, kElements<dtype>>>(vector);
     for (int k = 0; k < kElements<dtype>; ++k) values[k] = static_cast<acc_type<dtype>>(stored[k]);
   }
 }
@@ -110,7 +106,7 @@ __device__ void decode(const Vector& vector, Values<dtype>& values) {
 // Rounds to nearest even.
 template <Dtype dtype>
 __device__ Vector encode(const Values<dtype>& values) {
-  Stored<dtype> stored;
+  std::array<stored_type<dtype>, kElements<dtype>> stored;
   for (int k = 0; k < kElements<dtype>; ++k) stored[k] = static_cast<stored_type<dtype>>(values[k]);
   return std::bit_cast<Vector>(stored);
 }
@@ -150,8 +146,7 @@ struct OneByOne {
 
 // Calls visit.template operator()<dtype>(vectors), of AtOnce or OneByOne. Which elements are a
 // thread's, and in which order, does not depend on the alignment, see Note [partition].
-template <class Visit>
-__device__ void with_vectors(const Tile& tile, Visit&& visit) {
+__device__ void with_vectors(const Tile& tile, auto&& visit) {
   const auto visit_as_dtype = [&](const auto& vectors) {
     pick<Dtype::kFloat, Dtype::kBFloat16, Dtype::kHalf, Dtype::kDouble>(
         tile.dtype, [&]<Dtype dtype>() { visit.template operator()<dtype>(vectors); });
