@@ -4,6 +4,7 @@ The ops and the contract themselves run on CUDA in their own files.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -171,13 +172,38 @@ def test_to_clip_is_one_kernel():
     assert len(kernels(lambda: CALLS["clip_grad_norm_"](made))) == 1
 
 
+def test_beyond_the_l2_cache_it_is_two():
+    size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    made = parameters([torch.randn(size // 40, device="cuda") for _ in range(10)])
+    assert len(kernels(lambda: CALLS["clip_grad_norm_"](made))) == 2
+
+
+def test_clips_on_streams_of_two_priorities_end():
+    # Grids that must be resident all at once would wait for each other's multiprocessors.
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
+    lists = [[torch.randn(1 << 20, device="cuda") for _ in range(50)] for _ in streams]
+    expected = [oracle(tensors, 2.0) for tensors in lists]
+    torch.cuda.synchronize()
+    norms, ends = [], []
+    for _ in range(20):
+        for stream, tensors in zip(streams, lists, strict=True):
+            with torch.cuda.stream(stream):
+                norms.append(_ops.clip_norm_(tensors, 1e9, 2.0))
+                ends.append(stream.record_event())
+    deadline = time.monotonic() + 20
+    while not all(end.query() for end in ends):
+        assert time.monotonic() < deadline, "two clips wait for each other"
+        time.sleep(0.01)
+    assert all(ulps(norm, expected[i % 2]) <= 2 for i, norm in enumerate(norms))
+
+
 def test_nothing_is_allocated_beyond_partials_and_result():
     tensors = [torch.randn(1 << 20, device="cuda") for _ in range(20)]
     _ops.clip_norm_(tensors, 1.0, 2.0)
     before = torch.cuda.memory_stats()
     _ops.clip_norm_(tensors, 1.0, 2.0)
     after = torch.cuda.memory_stats()
-    spans = 2048
+    spans = 20 * 128  # a tile of 32 KiB each
     rounding = 2 * 512
     for key, most in (("allocation.all", 2), ("allocated_bytes.all", 8 * spans + rounding)):
         assert 0 < after[f"{key}.allocated"] - before[f"{key}.allocated"] <= most
