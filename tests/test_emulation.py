@@ -141,7 +141,7 @@ def test_many_rows_need_no_finish(machine, width, rows):
     torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("p", [3.0, 7.0, 64.0, 65.0, 2.5, 0.25])
+@pytest.mark.parametrize("p", [3.0, 7.0, 64.0, 2000.0, 2.5, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_powers_hold_at_the_ends_of_the_range(machine, p, dtype):
     info = torch.finfo(dtype)

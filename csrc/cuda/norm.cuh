@@ -40,9 +40,9 @@ __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
 // In one place: inlined wherever it is called it would be most of the code.
 __device__ __attribute__((noinline)) double power(double x, double p) { return pow(x, p); }
 
-// A sum of powers in units of a power of two that follows the largest term: none overflows.
+// A sum of powers of x / largest, so that none overflows.
 struct Powers {
-  double sum = 0, unit = 0x1p1022;
+  double sum = 0, one_by_largest = 0x1p1022;
 };
 
 // Adds |x|^p of some elements, products if p is whole.
@@ -51,15 +51,14 @@ __device__ __attribute__((noinline)) Powers add_powers(Powers powers, const std:
                                                        double p) {
   T most = 0;
   for (const T value : x) most = Max::combine(most, fabs(value));
-  if (!(most * powers.unit < 2)) {
-    const auto bits = std::bit_cast<uint64_t>(static_cast<double>(most)) >> 52 << 52;
-    const double unit = 1 / min(max(std::bit_cast<double>(bits), 0x1p-1022), 0x1p1022);
-    powers = {powers.sum * power(unit / powers.unit, p), unit};
+  if (!(most * powers.one_by_largest <= 1 + 0x1p-52)) {  // two roundings beyond 1 are 1
+    const double one_by_most = 1 / min(max(static_cast<double>(most), 0x1p-1022), 0x1p1022);
+    powers = {powers.sum * power(one_by_most / powers.one_by_largest, p), one_by_most};
   }
   const bool whole = p <= 64 && p == floor(p);
   double bases[kCount], terms[kCount];
   for (size_t k = 0; k < kCount; ++k) {
-    bases[k] = fabs(static_cast<double>(x[k])) * powers.unit;
+    bases[k] = fabs(static_cast<double>(x[k])) * powers.one_by_largest;
     terms[k] = whole ? 1 : power(bases[k], p);
   }
   for (int left = whole ? static_cast<int>(p) : 0; left > 0; left /= 2) {
@@ -98,7 +97,7 @@ class Accumulator {
   // The partial result of all threads of the block, valid in all of them.
   __device__ double reduce() const {
     if constexpr (kind != Norm::kPower) return reduce_block<Op>(total_);
-    const double norm = power(powers_.sum, 1 / p_) / powers_.unit;
+    const double norm = power(powers_.sum, 1 / p_) / powers_.one_by_largest;
     const double most = reduce_block<Max>(norm);
     if (most == 0 || !isfinite(most)) return most;
     return most * power(reduce_block<Sum>(power(norm / most, p_)), 1 / p_);
