@@ -141,7 +141,8 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
             f"{name}: expected a tensor or an iterable of tensors, got {_describe(tensors)}; "
             "of a module pass module.parameters()"
         ) from None
-    if not items and isinstance(tensors, types.GeneratorType):
+    # Gradients that are none may well be none; parameters are not.
+    if not items and name == "parameters" and isinstance(tensors, types.GeneratorType):
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
         )

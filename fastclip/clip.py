@@ -20,7 +20,7 @@ from ._arguments import (
     scalar,
     threshold,
 )
-from ._grads import agreed, read, take
+from ._grads import agreed, as_list, read, take
 from ._mesh import value_of
 from ._ops import clip_coef
 from ._reference import spared_coef
@@ -203,12 +203,18 @@ def clip_grads_with_norm_(
             "get_total_norm returned, or torch.tensor(value)"
         )
     total_norm = scalar("total_norm", total_norm)
-    grads = read(parameters, foreach)
-    if not len(grads):
+    items = as_list(parameters, "parameters")
+    grads = read(items, foreach)
+    # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
+    if items and not len(grads) and not any(map(_may_have_grad, items)):
         warnings.warn(
-            "parameters: no parameter has a gradient, nothing was scaled; pass the parameters "
-            "whose .grad is to be scaled, not the gradients themselves",
+            "fastclip.clip_grads_with_norm_: no parameter has a gradient, nothing was scaled; pass "
+            "the parameters whose .grad is to be scaled, not the gradients themselves",
             stacklevel=3,
         )
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     grads.scale_(clip_coef(precise, max_norm))
+
+
+def _may_have_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)

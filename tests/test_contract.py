@@ -398,11 +398,21 @@ def test_clip_grads_with_norm_given_bare_tensors_warns():
     tensors = [torch.ones(3)]
     utils.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
     with pytest.warns(
-        UserWarning, match="no parameter has a gradient.*pass the parameters"
+        UserWarning, match="fastclip.*no parameter has a gradient.*pass the parameters"
     ) as seen:
         fastclip.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
     assert seen[0].filename == __file__
     assert torch.equal(tensors[0], torch.ones(3))
+
+
+def test_what_has_no_gradients_this_time_is_silent():
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    master = torch.ones(3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for some in ([], [torch.nn.Parameter(torch.ones(3)), torch.ones(3)], [frozen], [master]):
+            fastclip.clip_grads_with_norm_(some, 0.1, torch.tensor(9.0))
+        assert fastclip.get_total_norm(g for g in []) == 0
 
 
 def test_bfloat16_total_norm_is_taken_as_it_is(device):
