@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/COWDeleter.h>
 
 #include <algorithm>
 #include <optional>
@@ -49,13 +50,18 @@ inline void prefetch(const void* begin, size_t bytes) {
 // has two or more.
 enum class Unit { kTensor, kRow };
 
+// What becomes of a list. Memory that tensors share until one of them is written stays shared by
+// those that are only read.
+enum class Access { kRead, kWrite };
+
 // A list the kernels can take: flat tensors of one device, or their rows. Each tensor is looked at
 // once, for its object is more memory than a small tensor's data.
 class FlatList {
  public:
   // Nothing if any tensor is not flat or elsewhere: that list is for the default op.
-  static std::optional<FlatList> look(at::TensorList tensors, Unit unit = Unit::kTensor) {
-    FlatList list;
+  static std::optional<FlatList> look(at::TensorList tensors, Unit unit = Unit::kTensor,
+                                      Access access = Access::kRead) {
+    FlatList list(unit);
     list.items_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (i + 2 * kAhead < tensors.size())
@@ -64,10 +70,9 @@ class FlatList {
         prefetch(storage_of(tensors[i + kAhead]), sizeof(c10::StorageImpl));
       const at::Tensor& t = tensors[i];
       if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
-      if (!list.add(
-              {static_cast<char*>(t.mutable_data_ptr()), t.numel(), *kernel_dtype(t.scalar_type())},
-              unit == Unit::kRow && t.dim() > 1 ? &t : nullptr))
-        return std::nullopt;
+      list.is_shared_ |= storage_of(t)->data_ptr().get_deleter() == c10::impl::cow::cow_deleter;
+      const void* data = access == Access::kRead ? t.const_data_ptr() : t.mutable_data_ptr();
+      if (!list.add(t, static_cast<const char*>(data))) return std::nullopt;
       list.elements_ += t.numel();
       list.wide_ |= t.scalar_type() == at::kDouble;
     }
@@ -75,8 +80,28 @@ class FlatList {
   }
 
   // Norms of order p <= 0 have no kernel.
-  static std::optional<FlatList> look(at::TensorList tensors, double p, Unit unit = Unit::kTensor) {
-    return p > 0 ? look(tensors, unit) : std::nullopt;
+  static std::optional<FlatList> look(at::TensorList tensors, double p, Unit unit = Unit::kTensor,
+                                      Access access = Access::kRead) {
+    return p > 0 ? look(tensors, unit, access) : std::nullopt;
+  }
+
+  // Before a list that was looked at to be read is written after all: `is_written(i)` of any item
+  // gives its tensor memory of its own. These are the tensors that were looked at.
+  template <class IsWritten>
+  void unshare(at::TensorList tensors, IsWritten&& is_written) {
+    if (!is_shared_) return;
+    size_t i = 0;
+    for (const at::Tensor& t : tensors) {
+      const size_t begin = i, end = i + count_items(t);
+      bool any = false;
+      for (; i < end; ++i) any |= is_written(i);
+      if (!any) continue;
+      char* data = static_cast<char*>(t.mutable_data_ptr());
+      for (size_t j = begin; j < end; ++j) {
+        items_[j].data = data;
+        data += items_[j].numel * items_[j].element_size();
+      }
+    }
   }
 
   size_t size() const { return items_.size(); }
@@ -87,12 +112,19 @@ class FlatList {
   at::ScalarType result_dtype() const { return wide_ ? at::kDouble : at::kFloat; }
 
  private:
+  explicit FlatList(Unit unit) : unit_(unit) {}
+
+  int64_t count_items(const at::Tensor& t) const {
+    return unit_ == Unit::kRow && t.dim() > 1 ? t.size(0) : 1;
+  }
+
   // The tensor, or its rows if each is one run of memory; else false.
-  bool add(Flat flat, const at::Tensor* rows) {
-    const int64_t count = rows ? rows->size(0) : 1;
+  bool add(const at::Tensor& t, const char* data) {
+    Flat flat{const_cast<char*>(data), t.numel(), *kernel_dtype(t.scalar_type())};
+    const int64_t count = count_items(t);
     if (count != 1) {
       flat.numel /= std::max<int64_t>(1, count);
-      if (flat.numel > 0 && rows->stride(0) != flat.numel) return false;
+      if (flat.numel > 0 && t.stride(0) != flat.numel) return false;
     }
     for (int64_t i = 0; i < count; ++i) {
       items_.push_back(flat);
@@ -101,13 +133,14 @@ class FlatList {
     return true;
   }
 
-  static const void* storage_of(const at::Tensor& t) {
+  static const c10::StorageImpl* storage_of(const at::Tensor& t) {
     return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   }
 
+  Unit unit_;
   std::vector<Flat> items_;
   int64_t elements_ = 0;
-  bool wide_ = false;
+  bool wide_ = false, is_shared_ = false;
 };
 
 // What `clip_norm_` scales, and what it measures: the same, or norms that are known already.
@@ -116,8 +149,9 @@ struct ClipLists {
   std::optional<FlatList> known;
 
   static std::optional<ClipLists> look(at::TensorList tensors, double p,
-                                       std::optional<at::TensorList> norms) {
-    auto scaled = FlatList::look(tensors, p);
+                                       std::optional<at::TensorList> norms,
+                                       Access access = Access::kRead) {
+    auto scaled = FlatList::look(tensors, p, Unit::kTensor, access);
     auto known = norms ? FlatList::look(*norms) : std::nullopt;
     if (!scaled || known.has_value() != norms.has_value()) return std::nullopt;
     const bool both = norms && !norms->empty() && !tensors.empty();

@@ -449,3 +449,48 @@ def test_a_ring_is_not_written_before_its_begin():
         _ops.autoclip_(torch.zeros(4).double(), torch.tensor(4), total_norm, 1e9)
     with pytest.raises(ValueError, match="steps"):
         _ops.record_(torch.zeros(4, 1), torch.tensor([-1]), total_norm)
+
+
+def _shared(value: torch.Tensor) -> torch.Tensor:
+    """A copy that shares its memory with `value` until either is written."""
+    copy = torch._lazy_clone(value)
+    assert _is_shared(copy)
+    return copy
+
+
+_is_shared = torch._C._is_cow_tensor
+
+
+@pytest.mark.parametrize("p", [2.0, 0.5])
+def test_what_is_only_read_stays_shared(ops, p):
+    base = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    half = torch.tensor(0.5)
+    shared = [_shared(t) for t in (base, base[:, ::2], half)]
+    ops.norm(shared[:2], p)
+    ops.norms(shared[:2], p, None, False, True)
+    ops.clip_norm_(shared[:2], 1e9, p)
+    ops.clip_norm_(shared[:2], 1e9, p, [_shared(half)])
+    ops.scale_(shared[:2], torch.ones(2))
+    ops.scale_([torch.ones(2)], shared[2])
+    ops.clip_norm_([torch.ones(2)], shared[2], p)
+    assert all(map(_is_shared, shared))
+
+
+def test_what_is_written_is_written_alone(ops):
+    base = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    kept = base.clone()
+    # Each row where it belongs: by one coefficient for each tensor, for each row, for all.
+    first, second = _shared(base), _shared(base)
+    ops.scale_([first, second], torch.tensor([1.0, 0.5]))
+    assert _is_shared(first)
+    assert torch.equal(second, kept / 2)
+    ops.scale_([first], torch.tensor([1.0, 0.5]), None, True)
+    assert torch.equal(first, torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+    third = _shared(base)
+    # The same memory twice: a view of a tensor.
+    assert ops.clip_norm_([third[0], third[1]], 1.0, 2.0) == math.sqrt(125)
+    torch.testing.assert_close(third, kept / math.sqrt(125))
+    fourth = _shared(base)
+    ops.clamp_([fourth], 4.0)
+    assert torch.equal(fourth, kept.clamp(-4, 4))
+    assert torch.equal(base, kept)

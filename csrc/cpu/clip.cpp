@@ -3,12 +3,14 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "phases.h"
 
 namespace fastclip {
 namespace {
 
-at::Tensor clip(at::TensorList tensors, const ClipLists& lists, double max_norm, double p) {
+at::Tensor clip(at::TensorList tensors, ClipLists lists, double max_norm, double p) {
   bump_versions(tensors);
   const cpu::Spans spans(lists.measured());
   const double norm = cpu::total_norm(cpu::norm_phase(lists.measured(), spans, p), p);
@@ -16,6 +18,7 @@ at::Tensor clip(at::TensorList tensors, const ClipLists& lists, double max_norm,
   const double coef =
       dtype == at::kDouble ? clip_coef<double>(norm, max_norm) : clip_coef<float>(norm, max_norm);
   const auto scale = [&](const cpu::Spans& all) {
+    lists.scaled.unshare(tensors, [](size_t) { return true; });
     cpu::scale_phase(lists.scaled, all, [=](size_t) { return coef; });
   };
   if (coef != 1) lists.known ? scale(cpu::Spans(lists.scaled)) : scale(spans);
@@ -23,20 +26,20 @@ at::Tensor clip(at::TensorList tensors, const ClipLists& lists, double max_norm,
 }
 
 at::Tensor clip_norm_cpu(at::TensorList tensors, double max_norm, double p, Norms norms) {
-  const auto lists = ClipLists::look(tensors, p, norms);
+  auto lists = ClipLists::look(tensors, p, norms);
   if (!lists)
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
-  return clip(tensors, *lists, max_norm, p);
+  return clip(tensors, std::move(*lists), max_norm, p);
 }
 
 at::Tensor clip_norm_tensor_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p,
                                 Norms norms) {
   check_threshold(max_norm);
-  const auto lists = ClipLists::look(tensors, p, norms);
+  auto lists = ClipLists::look(tensors, p, norms);
   if (!lists || !max_norm.is_cpu())
     return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
                         max_norm, p, norms);
-  return clip(tensors, *lists, max_norm.to(at::kDouble).const_data_ptr<double>()[0], p);
+  return clip(tensors, std::move(*lists), max_norm.to(at::kDouble).const_data_ptr<double>()[0], p);
 }
 
 }  // namespace

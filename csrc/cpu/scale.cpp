@@ -9,7 +9,7 @@ namespace {
 
 void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
                bool rows) {
-  const auto list = FlatList::look(tensors, unit_of(group, rows));
+  auto list = FlatList::look(tensors, unit_of(group, rows));
   if (!list || !coef.is_cpu())
     return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
   check_coef(*list, coef, group);
@@ -17,13 +17,13 @@ void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntAr
   const at::Tensor values = coef.to(at::kDouble).contiguous();
   const double* c = values.const_data_ptr<double>();
   const bool single = coef.dim() == 0;
-  cpu::scale_phase(*list, cpu::Spans(*list), [&](size_t i) {
-    return c[single ? 0 : group ? (*group)[i] : i];
-  });
+  const auto coef_of = [&](size_t i) { return c[single ? 0 : group ? (*group)[i] : i]; };
+  list->unshare(tensors, [&](size_t i) { return coef_of(i) != 1; });
+  cpu::scale_phase(*list, cpu::Spans(*list), coef_of);
 }
 
 void clamp_cpu(at::TensorList tensors, double bound) {
-  const auto list = FlatList::look(tensors);
+  const auto list = FlatList::look(tensors, Unit::kTensor, Access::kWrite);
   if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
   bump_versions(tensors);
   const cpu::Spans spans(*list);

@@ -33,7 +33,7 @@ std::vector<cuda::Part> parts_of(const FlatList& list, int64_t slots = 1,
 }
 
 cuda::Numbers numbers_of(const at::Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.scalar_type() == at::kDouble};
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.scalar_type() == at::kDouble};
 }
 
 // What `numbers_of` takes.
@@ -87,7 +87,7 @@ at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef 
 
 void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
                 bool rows) {
-  const auto list = look(tensors, unit_of(group, rows));
+  const auto list = look(tensors, unit_of(group, rows), Access::kWrite);
   const int64_t slots = coef.dim() > 0 ? coef.numel() : 1;
   if (!list || slots > cuda::kMaxSlots)
     return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
@@ -100,7 +100,7 @@ void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntA
 }
 
 void clamp_cuda(at::TensorList tensors, double bound) {
-  const auto list = look(tensors);
+  const auto list = look(tensors, Unit::kTensor, Access::kWrite);
   if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
@@ -108,7 +108,7 @@ void clamp_cuda(at::TensorList tensors, double bound) {
 }
 
 std::optional<at::Tensor> clip(at::TensorList tensors, Norms norms, const cuda::Work& work) {
-  const auto lists = look<ClipLists>(tensors, work.p, norms);
+  const auto lists = look<ClipLists>(tensors, work.p, norms, Access::kWrite);
   if (!lists) return std::nullopt;
   bump_versions(tensors);
   const cuda::Partition scaled(parts_of(lists->scaled), false);
