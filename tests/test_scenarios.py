@@ -5,6 +5,9 @@ formula the other framework publishes, restated in NumPy float64.
 """
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
@@ -277,3 +280,27 @@ def test_other_name_keeps_its_published_formula(theirs, ours, formula, bound):
 def test_norm_name_keeps_its_published_formula(theirs, ours, formula, magnitude):
     given = parameters([magnitude * torch.randn(size) for size in SIZES])
     assert ulps(run(ours, given, 0.0), formula(float64(p.grad for p in given))) <= 2
+
+
+# The parent has used its threads, which a child does not have; the alarm ends a child that waits.
+FORKED = r"""
+import math, os, signal, torch, fastclip
+torch.set_num_threads(2)
+torch.ones(1 << 20).add_(1)
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    made = [torch.nn.Parameter(torch.zeros(30_000)) for _ in range(40)]
+    for parameter in made:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    norm, expected = fastclip.clip_grad_norm_(made, 1.0), math.sqrt(40 * 30_000 * 4)
+    fastclip.clip_grad_value_(made, 0.5)
+    right = math.isclose(norm, expected, rel_tol=1e-6)
+    clipped = torch.full((30_000,), 2 / expected)
+    os._exit(0 if right and all(torch.allclose(p.grad, clipped) for p in made) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_clips_without_its_parents_threads():
+    assert subprocess.run([sys.executable, "-c", FORKED]).returncode == 0

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <vector>
 
@@ -19,6 +20,8 @@ constexpr int64_t kTile = 16384;
 constexpr int64_t kMaxSpans = 2048;
 // A thread is woken for no less than this many elements.
 constexpr int64_t kGrain = 65536;
+// The process that loaded this.
+inline const pid_t kLoadedBy = getpid();
 // Of a tensor to come, see Note [prefetch]; its further bytes the processor foresees.
 constexpr size_t kPrefetch = 512;
 
@@ -54,10 +57,12 @@ class Spans {
     }
   }
 
-  // Calls work(first span, last span) on as many threads as the data deserves.
+  // Calls work(first span, last span) on as many threads as the data deserves. One in a forked
+  // child: the parent's threads are gone, and OpenMP would wait for them.
   template <class Work>
   void parallel(Work&& work) const {
     const int64_t grain = 1 + size() * kGrain / std::max<int64_t>(1, tensors_.elements());
+    if (size() > grain && getpid() != kLoadedBy) return work(0, size());
     at::parallel_for(0, size(), grain, std::forward<Work>(work));
   }
 
