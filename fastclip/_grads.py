@@ -186,16 +186,29 @@ def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: a stride does not step over the smaller ones."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return False
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+    """Whether two elements share memory."""
+    if not tensor.numel():
+        return False
+    dims = [(tensor.stride(i), size) for i, size in enumerate(tensor.shape) if size > 1]
+    if torch.compiler.is_compiling():
+        # No order of symbolic strides is known: what torch refuses.
+        return any(stride == 0 for stride, _ in dims)
+    reach, interleaved = 0, False
+    for stride, size in sorted(dims):
+        interleaved |= stride <= reach
+        reach += stride * (size - 1)
+    if not interleaved:
+        return False
+    # A stride that does not step over the smaller ones may step between them: the elements are bits
+    # of a number, set along one dimension after the other, twice as many each time.
+    taken = 1
+    for stride, size in dims:
+        done = 1
+        while done < size:
+            more = min(done, size - done)
+            taken |= taken << more * stride
+            done += more
+    return taken.bit_count() < tensor.numel()
 
 
 def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:

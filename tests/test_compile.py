@@ -159,3 +159,13 @@ def test_opcheck(name, dtype):
     op = getattr(getattr(torch.ops.fastclip, packet), overload)
     for args in samples(dtype)[name]:
         torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("stride", [(6, 2), (3, 2)], ids=["gaps", "interleaved"])
+def test_a_view_is_clipped_in_one_graph(stride):
+    (parameter,) = parameters([torch.zeros(2, 3)])
+    memory = torch.ones(20)
+    parameter.grad = memory.as_strided((2, 3), stride)
+    clip = torch.compile(lambda: fastclip.clip_grad_norm_([parameter], 1.0), fullgraph=True)
+    torch.testing.assert_close(clip(), torch.tensor(6.0).sqrt())
+    torch.testing.assert_close(memory.sum(), torch.tensor(14 + 6**0.5))

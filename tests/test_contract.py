@@ -1,6 +1,8 @@
 """The contract row by row: what torch does and what fastclip promises, side by side."""
 
+import itertools
 import math
+import random
 import warnings
 
 import pytest
@@ -259,6 +261,23 @@ class TestNorm:
         assert (second.grad == 1).all()
         assert ulps(fastclip.get_total_norm([grad]), oracle([grad], 2.0)) <= 2
 
+    @pytest.mark.parametrize(
+        ("size", "stride"),
+        [((2, 3), (3, 2)), ((3, 2, 2), (4, 6, 1)), ((2, 0, 1), (0, 1, 0)), ((0, 3), (1, 1))],
+        ids=["interleaved", "interleaved-3d", "empty", "empty-inside"],
+    )
+    def test_elements_that_only_lie_between_each_other_are_clipped(self, size, stride):
+        first, second = parameters([torch.ones(3), torch.zeros(size)])
+        memory = torch.arange(1.0, 21.0)
+        taken = torch.zeros(20, dtype=torch.bool).as_strided(size, stride)
+        second.grad, before = memory.as_strided(size, stride), memory.clone()
+        taken |= True
+        expected = oracle([first.grad, second.grad], 2.0)
+        assert ulps(fastclip.clip_grad_norm_([first, second], 1.0), expected) <= 2
+        taken = taken.as_strided((20,), (1,))
+        after = before.where(~taken, before / (expected + 1e-6))
+        torch.testing.assert_close(memory, after)
+
     def test_version_counters_are_bumped(self, device):
         made = parameters([torch.ones(3, device=device), torch.ones(4, device=device)])
         for max_norm in (HUGE, 0.5):
@@ -392,6 +411,28 @@ def test_foreach_is_accepted_and_raises_as_torchs(device):
             RuntimeError, match="foreach=True was passed, but can't use the foreach"
         ):
             clipped(function, meta, 1.0, foreach=True)
+
+
+def test_shared_memory_is_told_from_memory_in_between():
+    rng = random.Random(0)
+    shared = 0
+    for _ in range(1000):
+        size = [rng.randint(0, 4) for _ in range(rng.randint(0, 4))]
+        stride = [rng.randint(0, 9) for _ in size]
+        places = [
+            sum(i * s for i, s in zip(index, stride, strict=True))
+            for index in itertools.product(*map(range, size))
+        ]
+        parameter = torch.nn.Parameter(torch.zeros(size))
+        parameter.grad = torch.ones(200).as_strided(size, stride)
+        if len(set(places)) < len(places):
+            shared += 1
+            with pytest.raises(RuntimeError, match="single memory location"):
+                fastclip.clip_grad_norm_([parameter], 0.1)
+        else:
+            norm = fastclip.clip_grad_norm_([parameter], 0.1)
+            assert ulps(norm, math.sqrt(len(places))) <= 2
+    assert 100 < shared < 900
 
 
 def test_clip_grads_with_norm_given_bare_tensors_warns():
