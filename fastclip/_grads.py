@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from . import _ops
-from ._local import Grads
+from ._local import Grads, held
 from ._plan import Kind, Plan, find, follow, is_spread
 from ._planned import PlannedGrads
 
 Tensors = Tensor | Iterable[Tensor]
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SUPPORTED = (*_REAL, torch.complex64, torch.complex128)
+_SUPPORTED = (*_REAL, torch.complex32, torch.complex64, torch.complex128)
+_LAYOUTS = (torch.strided, torch.sparse_coo, torch.jagged)
 
 
 def read(
@@ -171,12 +172,13 @@ def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
             f"{name}: dtype {tensor.dtype} cannot be clipped; cast it to one of "
             f"{', '.join(str(d).removeprefix('torch.') for d in _SUPPORTED)}"
         )
-    if tensor.layout not in (torch.strided, torch.sparse_coo):
+    has_holes = tensor.layout == torch.jagged and tensor.lengths() is not None
+    if tensor.layout not in _LAYOUTS or has_holes:
         raise TypeError(
-            f"{name}: layout {tensor.layout} cannot be clipped; convert it to torch.strided or "
-            "torch.sparse_coo"
+            f"{name}: layout {tensor.layout}{' with holes' * has_holes} cannot be clipped; convert "
+            "it to torch.strided or torch.sparse_coo"
         )
-    stored = tensor._values() if tensor.is_sparse else tensor
+    stored = held(tensor)
     if write and _overlaps(stored):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "

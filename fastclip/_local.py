@@ -1,6 +1,7 @@
 """Local gradients that the extension does not read itself, with the verbs of those it does.
 
-Any layout and any mix of devices: sparse, complex, with gaps, lazily negated, what wrappers hold.
+Any layout and any mix of devices: sparse, jagged, complex, with gaps, lazily negated, what wrappers
+hold.
 """
 
 from collections.abc import Sequence
@@ -94,8 +95,8 @@ class Grads:
         return total_norm
 
     def _bump_versions(self) -> None:
-        """The ops bump what they are given: the values of a sparse tensor, what a wrapper holds."""
-        if others := [t for t in self.tensors if t.is_sparse] + self.wrappers:
+        """The ops bump what they are given: the values of a tensor, what a wrapper holds."""
+        if others := [t for t in self.tensors if t.layout != torch.strided] + self.wrappers:
             torch.autograd.graph.increment_version(others)
 
 
@@ -111,23 +112,32 @@ def _sizes(tensors: Sequence[Tensor], rows: bool) -> list[int]:
     return [count_rows(t) if rows else 1 for t in tensors]
 
 
-def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
+def held(tensor: Tensor) -> Tensor:
+    """The strided tensor in which the elements are stored."""
     if tensor.is_sparse:
-        _check_rows(tensor, rows)
-        tensor = tensor.coalesce()._values()
-    return tensor.abs() if tensor.is_complex() and p != 2 else _stored(tensor, rows)
+        return tensor._values()
+    return tensor.values() if tensor.layout == torch.jagged else tensor
+
+
+def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
+    _check_rows(tensor, rows)
+    tensor = held(tensor.coalesce() if tensor.is_sparse else tensor)
+    if not tensor.is_complex() or p == 2:
+        return _stored(tensor, rows)
+    # Half numbers hold the parts of an element that has a magnitude beyond them.
+    return (tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor).abs()
 
 
 def _scaled(tensor: Tensor, rows: bool = False) -> Tensor:
     # Scaling is linear: uncoalesced values can be scaled one by one.
-    return _stored(tensor._values() if tensor.is_sparse else tensor, rows)
+    return _stored(held(tensor), rows)
 
 
 def _check_rows(tensor: Tensor, rows: bool) -> None:
-    if rows:
+    if rows and tensor.layout != torch.strided:
         raise TypeError(
-            f"parameters: a sparse gradient, of shape {tuple(tensor.shape)}, has not all its rows; "
-            "make it dense, or leave its parameter to clip_grad_norms_"
+            f"parameters: a gradient of layout {tensor.layout} and shape {tuple(tensor.shape)} has "
+            "not all its rows; make it dense, or leave its parameter to clip_grad_norms_"
         )
 
 
@@ -136,11 +146,9 @@ def _clamped(tensor: Tensor) -> Tensor:
         raise TypeError(
             "parameters: a complex gradient has no order to clip by value in; clip by norm"
         )
-    if not tensor.is_sparse:
-        return _stored(tensor)
-    if not tensor.is_coalesced():
+    if tensor.is_sparse and not tensor.is_coalesced():
         tensor.copy_(tensor.coalesce())
-    return tensor._values()
+    return _stored(held(tensor))
 
 
 def _stored(tensor: Tensor, rows: bool = False) -> Tensor:

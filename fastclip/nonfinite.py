@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._grads import aligned, read
+from ._local import held
 from ._mesh import local_of
 from ._named import named
 from ._plan import Kind
@@ -50,5 +51,5 @@ def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
 
 
 def _count(tensor: Tensor) -> Tensor:
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    values = held(tensor.coalesce() if tensor.is_sparse else tensor)
     return (~values.isfinite()).sum()

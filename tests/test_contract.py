@@ -360,6 +360,49 @@ def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
     torch.testing.assert_close(made[1].grad, made[0].grad)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_half_complex_gradient_has_the_norm_of_its_elements(norm_type):
+    # The magnitude of the first, 8.5e4, is beyond float16.
+    grad = torch.tensor([6e4 + 6e4j, 3 - 4j, 0]).to(torch.complex32)
+    parameter = torch.nn.Parameter(torch.zeros_like(grad))
+    parameter.grad = grad.clone()
+    norm = fastclip.clip_grad_norm_([parameter], 100.0, norm_type)
+    exact = grad.to(torch.complex128)
+    expected = float(torch.linalg.vector_norm(exact, norm_type))
+    assert norm.dtype == torch.float32
+    assert ulps(norm, expected) <= 2
+    after = parameter.grad.to(torch.complex128)
+    torch.testing.assert_close(after, exact * (100 / expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_jagged_gradient_is_clipped_by_its_elements():
+    offsets = torch.tensor([0, 2, 3])
+    for clip in (
+        lambda p: fastclip.clip_grad_value_(p, 0.5),
+        lambda p: fastclip.clip_grad_norm_(p, 1.0),
+        lambda p: fastclip.clip_grad_norms_(p, 0.25),
+        lambda p: fastclip.clip_grads_with_norm_(p, 0.1, torch.tensor(9.0)),
+    ):
+        values = torch.tensor([[3.0, 0.1], [-4.0, 0.0], [0.2, -12.0]])
+        flat, jagged = parameters([values, torch.zeros(1)])
+        jagged = torch.nn.Parameter(torch.nested.nested_tensor_from_jagged(values * 0, offsets))
+        jagged.grad = torch.nested.nested_tensor_from_jagged(values.clone(), offsets)
+        version = jagged.grad._version
+        norms = clip([jagged]), clip([flat])
+        assert norms == (None, None) or torch.equal(*norms)
+        assert torch.equal(jagged.grad.values(), flat.grad)
+        assert jagged.grad._version > version
+    with pytest.raises(TypeError, match=r"torch\.jagged.*not all its rows"):
+        fastclip.clip_grad_agc_([jagged])
+    holes = torch.nested.narrow(
+        torch.ones(2, 4), 1, torch.tensor([0, 1]), torch.tensor([2, 3]), layout=torch.jagged
+    )
+    with pytest.raises(TypeError, match=r"tensors\[0\]: layout torch.jagged with holes"):
+        fastclip.get_total_norm([holes])
+
+
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "gaps"])
 @without_emulation
 def test_lazily_negated_gradient_is_clipped(device, dense):

@@ -130,7 +130,7 @@ def test_adaptive_clipping_of_complex_and_sparse_gradients(reader):
     fastclip.clip_grad_agc_(made[:1], 1.0, eps=1.0)
     torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
     made[1].grad = torch.sparse_coo_tensor([[1]], [[3.0]], (2, 1))
-    with pytest.raises(TypeError, match="sparse gradient"):
+    with pytest.raises(TypeError, match="sparse_coo"):
         fastclip.clip_grad_agc_(made, 1.0)
     torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
 
