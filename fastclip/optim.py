@@ -1,5 +1,6 @@
 """Clipping where the gradients are touched anyway: by the scaler, by a fused optimizer's step."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ def unscale_and_clip_(
 
     Args:
         scaler: the one that scaled the loss; a disabled one scales nothing.
-        optimizer: any; or several under one norm, all of which skip a step together.
+        optimizer: any, or a wrapper that holds one; or several under one norm, all of which skip a
+            step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
@@ -59,10 +61,11 @@ def unscale_and_clip_(
     >>> unscale_and_clip_(scaler, optimizer, max_norm=1.0), w.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    optimizers = _as_list(optimizer)
+    given = _as_list(optimizer)
+    optimizers = [one for outer in given for one in _layers(outer)]
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = _inverse_scale(scaler, optimizers)
-    items = _parameters(optimizers)
+    items = _parameters(given)
     _refuse_float16(items, inv_scale)
     grads = _read(items, p, process_group, measured)
     found = _measure(grads, max_norm, p, inv_scale)
@@ -93,7 +96,8 @@ def clipped_step(
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
-            `fused=True`; or several under one norm, all of which skip a step together.
+            `fused=True`, or a wrapper that holds one; or several under one norm, all of which skip a
+            step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the one that scaled the loss, if any.
         norm_type: order p > 0 of the norm, or `'inf'`.
@@ -117,21 +121,20 @@ def clipped_step(
     (tensor(5.), Parameter containing:
     tensor([-0.6000, -0.8000], requires_grad=True))
     """
-    optimizers = _as_list(optimizer)
-    for one in optimizers:
-        _check_fused(one)
+    given = _as_list(optimizer)
+    optimizers = [one for outer in given for one in _layers(outer)]
+    for outer in given:
+        _check_fused(outer)
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
-    items = _parameters(optimizers)
+    items = _parameters(given)
     _refuse_float16(items, inv_scale)
     found = _measure(_read(items, p, process_group, measured), max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
-    if inv_scale is not None:
-        _note(scaler, optimizers, found.is_bad, OptState.READY)
-    for one in optimizers:
-        _step(one, _inverse(coef.float()), found.is_bad)
+    for outer in given:
+        _step(outer, _inverse(coef.float()), found.is_bad)
         if inv_scale is not None:
-            scaler._per_optimizer_states[id(one)]["stage"] = OptState.STEPPED
+            _note(scaler, _layers(outer), found.is_bad, OptState.STEPPED)
     return found.total_norm
 
 
@@ -162,21 +165,33 @@ def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None
     return _Found(total_norm, clip_coef(value, resolved(max_norm, value)), is_bad)
 
 
-def _step(optimizer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
+def _step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
     """A step with these two set, and as they were after it, even None, which breaks a scaler."""
-    held = vars(optimizer)
-    fresh = [p for p in _parameters([optimizer]) if not optimizer.state.get(p)]
+    inner = _layers(outer)[-1]
+    held = vars(inner)
+    fresh = [p for p in _parameters([inner]) if not inner.state.get(p)]
     before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
     held.update(grad_scale=grad_scale, found_inf=found_inf)
+
+    def check(*_: object) -> None:
+        # A wrapper may step through a scaler of its own, which sets these otherwise.
+        if held.get("grad_scale") is not grad_scale or held.get("found_inf") is not found_inf:
+            raise RuntimeError(
+                f"optimizer: {type(outer).__name__} steps through a scaler of its own; pass the "
+                f"{type(inner).__name__} in it, and that scaler as scaler"
+            )
+
+    checking = inner.register_step_pre_hook(check)
     try:
         with torch.enable_grad():
-            optimizer.step()
+            outer.step()
         # A first step of SGD that is skipped leaves its buffers as the memory was (torch 2.13).
-        for buffer in (optimizer.state.get(p, {}).get("momentum_buffer") for p in fresh):
+        for buffer in (inner.state.get(p, {}).get("momentum_buffer") for p in fresh):
             if buffer is not None:
                 local = local_of(buffer)
                 local.copy_(local.where(found_inf.to(local.device) == 0, 0))
     finally:
+        checking.remove()
         for name in ("grad_scale", "found_inf"):
             held.pop(name, None)
         held.update(before)
@@ -196,22 +211,53 @@ def _as_list(optimizer: Any) -> list[Optimizer]:
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
             )
-    return list({id(one): one for one in optimizers}.values())
+    # One and its wrapper are one.
+    found: dict[int, Optimizer] = {}
+    for one in optimizers:
+        found.setdefault(id(_layers(one)[-1]), one)
+    return list(found.values())
 
 
 def _parameters(optimizers: list[Optimizer]) -> list[Tensor]:
     return [p for one in optimizers for group in one.param_groups for p in group["params"]]
 
 
-def _check_fused(optimizer: Optimizer) -> None:
-    takes = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if takes and all(group.get("fused") for group in optimizer.param_groups):
+def _layers(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer; of a wrapper, whose step is not torch's, also the one that it holds."""
+    layers = [optimizer]
+    while not _steps_as_torch(layers[-1]):
+        values = vars(layers[-1]).values()
+        held = {id(one): one for one in values if isinstance(one, Optimizer)}
+        others = [one for one in held.values() if all(one is not layer for layer in layers)]
+        # One that holds other parameters only serves it, as that of a sharded optimizer.
+        if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
+            break
+        layers += others
+    return layers
+
+
+def _steps_as_torch(optimizer: Optimizer) -> bool:
+    return str(type(optimizer).step.__module__).startswith("torch.optim.")
+
+
+def _have_same_parameters(one: Optimizer, other: Optimizer) -> bool:
+    ours, theirs = (_parameters([o]) for o in (one, other))
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
+
+
+def _check_fused(outer: Optimizer) -> None:
+    inner = _layers(outer)[-1]
+    takes = getattr(inner, "_step_supports_amp_scaling", False) and _steps_as_torch(inner)
+    if takes and all(group.get("fused") for group in inner.param_groups):
         return
-    name = type(optimizer).__name__
-    since = " and torch 2.12 or newer" if name == "Adagrad" else ""
-    way = f"make it with fused=True{since}, or " if "fused" in optimizer.defaults else ""
+    name = type(inner).__name__
+    name = name if inner is outer else f"{name} in {type(outer).__name__}"
+    why = "as it is " if _steps_as_torch(inner) else "has a step of its own, and "
+    since = " and torch 2.12 or newer" if isinstance(inner, torch.optim.Adagrad) else ""
+    can = _steps_as_torch(inner) and "fused" in inner.defaults
+    way = f"make it with fused=True{since}, or " if can else ""
     raise ValueError(
-        f"optimizer: {name} as it is cannot divide gradients in its step; {way}call "
+        f"optimizer: {name} {why}cannot divide gradients in its step; {way}call "
         "unscale_and_clip_(scaler, optimizer, max_norm), or without a scaler clip_grad_norm_, and "
         "then step"
     )

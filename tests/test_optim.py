@@ -415,3 +415,129 @@ def test_coefficients_too_small_to_invert_clip_all_the_same(max_norm):
     torch.testing.assert_close(norm, fastclip.clip_grad_norm_(others, max_norm))
     assert (made[0].grad > 0).all() == (max_norm > 0)
     assert made[0].grad.isfinite().all()
+
+
+class Delegating:
+    """Claims the class of what it holds, as the optimizers of Lightning and Fabric do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        cls = type(self)
+        self.__class__ = type(cls.__name__, (cls, type(optimizer)), {})
+        self._optimizer, self.steps = optimizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+    def step(self, closure=None):
+        self.steps += 1
+        return self._optimizer.step(closure=closure or (lambda: None))
+
+
+class Holding(torch.optim.Optimizer):
+    """Holds an optimizer and no parameters, as that of accelerate does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler=None) -> None:
+        self.optimizer, self.scaler, self.steps = optimizer, scaler, 0
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure=None):
+        self.steps += 1
+        inner = self.optimizer
+        return inner.step() if self.scaler is None else self.scaler.step(inner)
+
+
+class Partitioned(torch.optim.Optimizer):
+    """Its own one steps a part of the parameters, as in a ZeroRedundancyOptimizer."""
+
+    def __init__(self, parameters) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {"fused": True})
+        self.optim = torch.optim.SGD(parameters[:1], lr=1.0, fused=True)
+
+    def step(self, closure=None):
+        return self.optim.step()
+
+
+class Overridden(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+WRAPPERS = {
+    "delegating": Delegating,
+    "holding": Holding,
+    "nested": lambda optimizer: Delegating(Holding(optimizer)),
+}
+
+
+@pytest.mark.parametrize("on", [True, False, None], ids=["scaled", "disabled", "none"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_clipped_step_goes_through_a_wrapper(wrap, on):
+    weight = nn.Parameter(torch.zeros(2))
+    wrapper = wrap(torch.optim.SGD([weight], lr=1.0, fused=True))
+    scaler = None if on is None else scalers("cpu", on)[0]
+    scale = 1024.0 if on else 1.0
+    for step, grads in enumerate(([3.0, 4.0], [math.inf, 4.0], [3.0, 4.0])):
+        if on:
+            scaler.scale(torch.ones(()))
+        weight.grad = torch.tensor(grads) * scale
+        norm = fastclip.clipped_step([wrapper, wrapper], 1.0, scaler)
+        assert norm * scale == math.hypot(*grads) * scale
+        if on:
+            scaler.update()
+            scale = scaler.get_scale()
+        taken = [1, 1, 2][step]
+        assert weight.tolist() == pytest.approx([-0.6 * taken, -0.8 * taken], rel=1e-5)
+    assert wrapper.steps == 3
+
+
+@pytest.mark.parametrize("steps_inner", [True, False], ids=["inner", "wrapper"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_a_wrapper_holds_is_unscaled_once(wrap, steps_inner):
+    weight = nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([weight], lr=1.0)
+    wrapper, (scaler, _) = wrap(inner), scalers("cpu", True)
+    scaler.scale(torch.ones(()))
+    weight.grad = torch.tensor([3.0, 4.0]) * 1024
+    assert fastclip.unscale_and_clip_(scaler, wrapper, 1.0) == 5
+    for one in (wrapper, inner):
+        with pytest.raises(RuntimeError, match="unscale"):
+            fastclip.unscale_and_clip_(scaler, one, 1.0)
+    scaler.step(inner if steps_inner else wrapper)
+    assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["partitioned", "overridden", "foreach", "scaling"])
+def test_a_wrapper_that_cannot_is_refused_by_name(kind):
+    weights = parameters([torch.tensor([3.0]), torch.tensor([4.0])])
+    scaler, _ = scalers("cpu", True)
+    scaler.scale(torch.ones(()))
+    optimizer, error, match = {
+        "partitioned": lambda: (Partitioned(weights), ValueError, "Partitioned has a step of its"),
+        "overridden": lambda: (
+            Overridden(weights, lr=1.0, fused=True),
+            ValueError,
+            "Overridden has a step of its own",
+        ),
+        "foreach": lambda: (
+            Holding(torch.optim.SGD(weights, lr=1.0)),
+            ValueError,
+            "SGD in Holding as it is .* fused=True",
+        ),
+        "scaling": lambda: (
+            Holding(torch.optim.SGD(weights, lr=1.0, fused=True), scaler),
+            RuntimeError,
+            "Holding steps through a scaler of its own; pass the SGD in it",
+        ),
+    }[kind]()
+    for given in (None, scaler):
+        with pytest.raises(error, match=match):
+            fastclip.clipped_step(optimizer, 1.0, given)
+        assert [w.item() for w in weights] == [0, 0]
+        assert [w.grad.item() for w in weights] == [3, 4]
+    if kind == "scaling":
+        fastclip.clipped_step(optimizer.optimizer, 1e-3, scaler)
+        assert [w.item() for w in weights] == pytest.approx([-6e-4, -8e-4], rel=1e-3)
