@@ -96,7 +96,7 @@ def clip_grad_norm_(
         raise_if_nonfinite(judged, p)
     coef = clip_coef(value, resolved(max_norm, value))
     if factor is not None:
-        # A tensor may be anything; below 0 it would read as zeros.
+        # A tensor may be anything; below 0 it would reverse the step.
         coef = (coef * factor).masked_fill(value < 0, math.nan)
     grads.scale_(spared_coef(coef, judged, nonfinite))
     return total_norm
@@ -184,7 +184,8 @@ def clip_grads_with_norm_(
     Args:
         parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.
         max_norm: threshold, >= 0, a number or a 0-d tensor.
-        total_norm: 0-d tensor on the gradients' device, or a 0-d DTensor.
+        total_norm: 0-d tensor on the gradients' device, or a 0-d DTensor; a negative one makes
+            every gradient NaN.
         foreach: as in torch; chooses nothing here.
 
     Raises:

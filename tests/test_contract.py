@@ -154,6 +154,16 @@ class TestNorm:
         for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
             assert clipped(function, grads, 0.0)[1][0].abs().max() == 0
 
+    @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+    @pytest.mark.parametrize("max_norm", [0.0, -0.0, 1.0])
+    @pytest.mark.parametrize("total_norm", [-1.0, -1e-7, -math.inf])
+    def test_a_norm_below_zero_gives_nan(self, device, total_norm, max_norm, as_tensor):
+        made = parameters([torch.tensor([3.0, 4.0], device=device)])
+        max_norm = torch.tensor(max_norm, device=device) if as_tensor else max_norm
+        total_norm = torch.tensor(total_norm, device=device)
+        fastclip.clip_grads_with_norm_(made, max_norm, total_norm)
+        assert made[0].grad.isnan().all()
+
     @pytest.mark.parametrize("max_norm", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(2)])
     def test_threshold_tensor_equals_the_number(self, device, max_norm):
         grads = [torch.ones(9, device=device)]

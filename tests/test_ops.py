@@ -144,7 +144,7 @@ def test_norms_of_nothing_are_empty(ops):
     assert ops.norms([], 2.0, []).shape == (0,)
 
 
-@pytest.mark.parametrize("coef", [0.3, 0.0, 1e-5, 3.0, math.nan])
+@pytest.mark.parametrize("coef", [0.3, 0.0, 1e-5, 3.0, -1.0, math.nan])
 def test_scale_rounds_once(ops, device, dtype, coef):
     tensors = awkward(dtype, device)
     before = [t.clone() for t in tensors]
@@ -205,7 +205,7 @@ def test_rows_are_scaled_by_their_own_coefficients(ops, device, dtype, last):
     tensors = layered(dtype, device)[:last]
     rows = rows_of(tensors)
     coefs = torch.rand(len(rows), device=device)
-    coefs[0], coefs[1], coefs[2], coefs[5] = 1, -1, 2, math.nan
+    coefs[0], coefs[1], coefs[2], coefs[5] = 1, -0.0, 2, math.nan
     wide = torch.promote_types(dtype, torch.float32)
     expected = [(row.to(wide) * c.to(wide)).to(dtype) for row, c in zip(rows, coefs, strict=True)]
     expected[1] = torch.zeros_like(expected[1])

@@ -136,7 +136,7 @@ template <class scalar_t>
 template <class scalar_t, class acc_t>
 [[gnu::always_inline]] inline void scale_as(void* data, int64_t n, acc_t coef) {
   auto* x = static_cast<scalar_t*>(data);
-  if (coef < 0) {
+  if (means_zeros(coef)) {
     std::memset(data, 0, n * sizeof(scalar_t));
   } else if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     multiply(x, coef, n);

@@ -6,13 +6,13 @@
 namespace fastclip::cuda {
 
 // A change says which number leaves all as it is, and of an element whether it was changed.
-// A coefficient below 0 stands for zeros, see Note [coef].
+// A coefficient may stand for zeros, see Note [coef].
 struct Multiply {
   __device__ static bool is_idle(double coef) { return coef == 1; }
 
   template <class acc_t>
   __device__ static bool apply(acc_t& x, acc_t coef) {
-    x = coef < 0 ? 0 : x * coef;
+    x = means_zeros(coef) ? 0 : x * coef;
     return true;
   }
 };
