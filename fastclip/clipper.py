@@ -79,6 +79,7 @@ class GradClipper:
         self._fixed: Tensor | None = None
         self._walks = [Walk(group["params"]) for group in groups]
         self._items: list[Tensor] = []
+        self._labels: list[int] = []
         self._plan: Any = None
         self._log: Log | None = None
         self._saved: dict[str, Any] | None = None
@@ -196,7 +197,8 @@ class GradClipper:
                     items.append(parameter)
                     labels.append(label)
                     names.append(name)
-        same = list(map(id, items)) == list(map(id, self._items))
+        same = labels == self._labels and list(map(id, items)) == list(map(id, self._items))
+        # A plan is for these items in these groups.
         self._plan = self._plan if same else None
         self._items, self._labels, self._item_names = items, labels, names
 

@@ -145,6 +145,20 @@ def test_a_list_is_walked_again_when_it_is_changed():
     assert float(clipper.clip_()) == 0
 
 
+def test_a_parameter_that_changes_groups_counts_in_its_new_one():
+    made = parameters([torch.tensor([value]) for value in (3.0, 4.0, 12.0)])
+    one, two = made[:2], made[2:]
+    clipper = GradClipper(groups=[{"params": one, "max_norm": 6.0}, {"params": two, "max_norm": 6}])
+    assert clipper.clip_().tolist() == pytest.approx([5.0, 12.0])
+    for parameter, value in zip(made, (3.0, 4.0, 12.0), strict=True):
+        parameter.grad.fill_(value)
+    two.insert(0, one.pop())
+    both = math.hypot(4, 12)
+    assert clipper.clip_().tolist() == pytest.approx([3.0, both])
+    found = [float(parameter.grad) for parameter in made]
+    assert found == pytest.approx([3.0, 4 * 6 / both, 12 * 6 / both])
+
+
 def test_names_are_those_of_the_module_or_the_optimizer():
     net = network()
     expected = {n: float(p.grad.norm()) for n, p in net.named_parameters()}
