@@ -78,11 +78,16 @@ class Walk:
             self._optimizers = [h for h in holders if isinstance(h, Optimizer)]
             self._lists = _lists(self._optimizers)
             dicts = [d for m in modules for d in (m._parameters, m._modules)]
-            containers: list[Any] = own + self._lists + dicts
-            contents = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
-            self._held = containers, contents
-            self._watch = _ops.extension.Watch(containers)
+            self._watch = self._watched(own + self._lists + dicts)
         return named(self.source)
+
+    def _watched(self, containers: list[Any]) -> Any:
+        """None if the extension cannot look into one, as those of a scripted module."""
+        if not all(isinstance(c, list | dict) for c in containers):
+            return None
+        contents = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
+        self._held = containers, contents
+        return _ops.extension.Watch(containers)
 
 
 def _lists(optimizers: list[Optimizer]) -> list[list[Any]]:

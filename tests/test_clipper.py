@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import parameters
+from conftest import oracle, parameters
 from torch import nn
 
 import fastclip
@@ -119,6 +119,35 @@ def test_a_module_is_walked_again_when_it_has_other_parameters():
     assert float(clipper.clip_()) == pytest.approx(math.hypot(first, 7.0))
     net[3] = nn.Identity()
     assert float(clipper.clip_()) == first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "compiled",
+    [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(2, 4))],
+    ids=["script", "trace"],
+)
+def test_a_scripted_module_is_walked_at_every_step(compiled):
+    net = compiled(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
+    clipper = GradClipper(net, 0.1)
+    for step in range(2):
+        net.zero_grad()
+        (net(torch.ones(2, 4)).sum() * (step + 1)).backward()
+        expected = oracle([p.grad for p in net.parameters()], 2.0)
+        assert float(clipper.clip_()) == pytest.approx(expected)
+        assert oracle([p.grad for p in net.parameters()], 2.0) == pytest.approx(0.1, rel=1e-5)
+    names = [name for name, _ in net.named_parameters()]
+    assert list(clipper.norms_by_parameter()) == names
+
+
+def test_an_optimizer_whose_groups_are_in_a_tuple_is_walked_at_every_step():
+    made = parameters([torch.tensor([3.0])])
+    optimizer = torch.optim.SGD(made, lr=0.1)
+    optimizer.param_groups = tuple(optimizer.param_groups)
+    clipper = GradClipper(optimizer, math.inf)
+    assert float(clipper.clip_()) == 3
+    optimizer.param_groups[0]["params"] += parameters([torch.tensor([4.0])])
+    assert float(clipper.clip_()) == 5
 
 
 def test_an_optimizer_is_walked_again_when_it_has_other_parameters():
