@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ranks import Groups, Key, ranks_of
+from ._ranks import Groups, Key, Ranks, ranks_of
 
 # Where a DTensor keeps its layout (mesh, placements) and what is on this rank.
 LAYOUT = "_spec"
@@ -19,9 +19,14 @@ INNER = "_local_tensor"
 
 
 class Slot(NamedTuple):
-    """Gradients that are spread over the same groups; `mine` if this rank speaks for its mesh."""
+    """Gradients of one mesh that are spread over the same groups.
+
+    Ranks send each other their slots bare, so what tells those apart is what all ranks of a mesh
+    know: its `ranks`. Left out where nothing is sent. `mine` if this rank speaks for the mesh.
+    """
 
     groups: frozenset[Key]
+    ranks: Ranks
     mine: bool
 
 
@@ -34,7 +39,7 @@ class Mesh:
     """
 
     def __init__(self, mesh: Any, others: Groups) -> None:
-        ranks = tuple(mesh.mesh.flatten().tolist())
+        self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
         self.place = (ranks, tuple(mesh.shape))
         lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
         even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
@@ -55,13 +60,14 @@ class Mesh:
     def slot(self, placements: Sequence[Any], rows: bool) -> Slot:
         """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0."""
         if not self.keys:
-            return Slot(frozenset(), self.mine)
+            return Slot(frozenset(), (), self.mine)
         whole = [p.is_replicate() or p.is_partial() for p in placements]
         if rows:
             whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
         sharded = [not w for w in whole]
-        spread = itertools.compress(self.keys, sharded)
-        return Slot(frozenset(key for key in spread if key in self.groups), self.mine)
+        keys = itertools.compress(self.keys, sharded)
+        spread = frozenset(key for key in keys if key in self.groups)
+        return Slot(spread, self.ranks if spread else (), self.mine)
 
 
 def is_dtensor(value: object) -> bool:

@@ -88,7 +88,7 @@ class Plan:
         """The slots, for each item the index of its own, and the steps over meshes."""
         groups: _ranks.Groups = {}
         meshes: dict[int, _mesh.Mesh] = {}
-        plain = _mesh.Slot(frozenset(), True)
+        plain = _mesh.Slot(frozenset(), (), True)
         found: dict[tuple[int, int], tuple[int, _mesh.Slot]] = {}
         places: dict[_mesh.Slot, tuple] = {plain: ()}
         devices: dict[_ranks.Key, torch.device] = {}

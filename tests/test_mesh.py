@@ -329,6 +329,39 @@ def test_a_group_adds_only_what_no_mesh_has_counted(world):
     world(4).run(experts_outside_a_mesh)
 
 
+def meshes_that_other_ranks_speak_for() -> None:
+    # A head that FSDP alone shards, on each rank of tensor parallelism a mesh of its own, beside
+    # layers on the mesh of both: of the first mesh rank 1 is no speaker, of its head's it is.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp = mesh["tp"].get_local_rank()
+    layers, head, expert = torch.randn(4, 8), torch.randn(8), torch.randn(4, 3)
+    parameters = [
+        spread((4, 8), mesh, Shard(0), Shard(1)),
+        spread((4, 8), mesh, Shard(1), Replicate()),
+        spread((8,), mesh["dp"], Shard(0)),
+    ]
+    for q, grad in zip(parameters, (layers, 2 * layers, (1 + tp) * head), strict=True):
+        q.grad = distribute_tensor(grad, q.device_mesh, q.placements)
+    parameters.append(plain(4, 3))
+    parameters[-1].grad = (1 + dist.get_rank()) * expert
+    experts = [k * expert for k in (1, 2, 3, 4)]
+    for p in ORDERS:
+        expected = oracle([layers, 2 * layers, head, 2 * head, *experts], p)
+        norm = fastclip.clip_grad_norm_(parameters, 1e9, p, process_group=dist.group.WORLD)
+        assert ulps(norm, expected) <= 2
+        groups = [{"params": parameters[:3], "max_norm": 1e9}]
+        groups.append({"params": parameters[3:], "max_norm": 1e9})
+        norms = fastclip.GradClipper(
+            norm_type=p, groups=groups, process_group=dist.group.WORLD
+        ).clip_()
+        assert ulps(norms[0], oracle([layers, 2 * layers, head, 2 * head], p)) <= 2
+        assert ulps(norms[1], oracle(experts, p)) <= 2
+
+
+def test_ranks_that_speak_for_other_meshes_send_the_same(world):
+    world(4).run(meshes_that_other_ranks_speak_for, seconds=30)
+
+
 def several_groups() -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     torch.manual_seed(dist.get_rank())
