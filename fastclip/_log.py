@@ -14,18 +14,32 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 class Log:
     """One row of numbers a step. No addition waits; reading is one copy.
 
-    The counter is on the device too, so that replays of a captured addition add rows as well.
+    Rows are float32, and float64 from the first one on that is. The counter is on the device too, so that replays of a captured addition add rows as well.
     """
 
     # 10^5 steps and some; half a MiB for a number.
     CAPACITY = 1 << 17
 
-    def __init__(self, width: int, like: Tensor) -> None:
-        self.rows = like.new_zeros((self.CAPACITY, width))
-        self.steps = like.new_zeros(1, dtype=torch.int64)
+    def __init__(self, width: int) -> None:
+        self.width = width
+        # Each by its device and dtype: a captured addition goes on writing into the one it knew.
+        self._rings: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._use(torch.device("cpu"), torch.float32)
 
     def add(self, row: Tensor) -> None:
+        device, dtype = self.rows.device, self.rows.dtype
+        if row.device != device or row.dtype == torch.float64 != dtype:
+            state = self.state_dict()
+            self._use(row.device, torch.promote_types(row.dtype, dtype))
+            self.load_state_dict(state)
         _ops.record_(self.rows, self.steps, row)
+
+    def _use(self, device: torch.device, dtype: torch.dtype) -> None:
+        if (device, dtype) not in self._rings:
+            rows = torch.zeros((self.CAPACITY, self.width), dtype=dtype, device=device)
+            steps = torch.zeros(1, dtype=torch.int64, device=device)
+            self._rings[device, dtype] = rows, steps
+        self.rows, self.steps = self._rings[device, dtype]
 
     def read(self) -> tuple[int, Tensor]:
         """How many steps there were, and the rows of the last of them, oldest first."""
@@ -40,6 +54,7 @@ class Log:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         steps, rows = state["steps"], state["rows"]
+        self._use(self.rows.device, torch.promote_types(rows.dtype, self.rows.dtype))
         at = torch.arange(steps - len(rows), steps) % self.CAPACITY
         self.rows[at.to(self.rows.device)] = rows.to(self.rows)
         self.steps.fill_(steps)

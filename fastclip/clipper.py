@@ -76,13 +76,12 @@ class GradClipper:
         self.leaders = [self.names.index(group.get("coef_of", group["name"])) for group in groups]
         self._has_followers = self.leaders != list(range(len(groups)))
         self._is_fixed = all(isinstance(t, float) for t in self.thresholds)
-        self._fixed: Tensor | None = None
+        self._fixed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._walks = [Walk(group["params"]) for group in groups]
         self._items: list[Tensor] = []
         self._labels: list[int] = []
         self._plan: Any = None
-        self._log: Log | None = None
-        self._saved: dict[str, Any] | None = None
+        self._log = Log(self._width())
         self._walk()
 
     def clip_(self) -> Tensor:
@@ -155,7 +154,7 @@ class GradClipper:
             for name, rule in zip(self.names, self.thresholds, strict=True)
             if hasattr(rule, "state_dict")
         }
-        return {"rules": rules, "log": self._log.state_dict() if self._log else self._saved}
+        return {"rules": rules, "log": self._log.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a clipper with the same arguments returned.
@@ -166,14 +165,14 @@ class GradClipper:
         rules = dict(zip(self.names, self.thresholds, strict=True))
         own = [name for name, rule in rules.items() if hasattr(rule, "load_state_dict")]
         log, width = state["log"], self._width()
-        if own != list(state["rules"]) or (log is not None and log["rows"].shape[1] != width):
+        if own != list(state["rules"]) or log["rows"].shape[1] != width:
             raise ValueError(
                 f"state: expected rules of {own} and {width} numbers a step, got rules of "
                 f"{list(state['rules'])}; make the clipper with the arguments the saved one had"
             )
         for name in own:
             rules[name].load_state_dict(state["rules"][name])
-        self._log, self._saved = None, log
+        self._log.load_state_dict(log)
 
     def _look_again(self) -> None:
         for walk in self._walks:
@@ -212,9 +211,10 @@ class GradClipper:
     def _limits(self, norms: Tensor) -> Tensor:
         """The thresholds, one for each norm."""
         if self._is_fixed:
-            if self._fixed is None or self._fixed.device != norms.device:
-                self._fixed = norms.new_tensor(self.thresholds)
-            return self._fixed
+            key = norms.device, norms.dtype
+            if key not in self._fixed:
+                self._fixed[key] = norms.new_tensor(self.thresholds)
+            return self._fixed[key]
         each = zip(self.thresholds, norms.unbind(), strict=True)
         found = [resolved(t, norm) for t, norm in each]
         return torch.stack([_as_tensor(t, norms) for t in found])
@@ -226,16 +226,10 @@ class GradClipper:
         if not self._is_fixed:
             norms = norms.reshape(-1)
             norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
-        if self._log is None or self._log.rows.device != norms.device:
-            saved = self._log.state_dict() if self._log else self._saved
-            self._log = Log(self._width(), norms)
-            if saved is not None:
-                self._log.load_state_dict(saved)
         self._log.add(norms)
 
     def _histories(self) -> tuple[int, list[History]]:
-        log = self._log.state_dict() if self._log else self._saved
-        steps, rows = (log["steps"], log["rows"]) if log else (0, torch.zeros(0, self._width()))
+        steps, rows = self._log.read()
         count = len(self.names)
         norms = rows[:, :count]
         limits = rows[:, count:]

@@ -188,6 +188,33 @@ def test_a_parameter_that_changes_groups_counts_in_its_new_one():
     assert found == pytest.approx([3.0, 4 * 6 / both, 12 * 6 / both])
 
 
+@pytest.mark.parametrize("kind", ["number", "rule", "groups"])
+def test_a_step_does_not_depend_on_the_dtype_of_those_before(device, kind):
+    values = torch.tensor([3.0, 4.0], dtype=torch.float64, device=device)
+    (narrow,) = parameters([values.float()])
+    (wide,) = parameters([values])
+    made = [narrow, wide]
+    clipper = {
+        "number": lambda: GradClipper(made, 0.1),
+        "rule": lambda: GradClipper(made, lambda norm: norm * 0.1),
+        "groups": lambda: GradClipper(groups=[{"params": made, "max_norm": 0.1}]),
+    }[kind]()
+    for grad in (values, values * 1e60, values):
+        narrow.grad, wide.grad = values.float(), None
+        clipper.clip_()
+        coef = (0.5 if kind == "rule" else 0.1) / (5 + 1e-6)
+        torch.testing.assert_close(narrow.grad, (values * coef).float())
+        narrow.grad, wide.grad = None, grad.clone()
+        clipper.clip_()
+        norm = oracle([grad], 2.0)
+        coef = (norm * 0.1 if kind == "rule" else 0.1) / (norm + 1e-6)
+        torch.testing.assert_close(wide.grad, grad * coef, rtol=1e-14, atol=0)
+    stats = clipper.stats()["0"] if kind == "groups" else clipper.stats()
+    assert stats["total_norm"] == pytest.approx([5.0, 5.0, 5.0, 5e60, 5.0, 5.0], rel=1e-14)
+    assert stats["nonfinite"] == 0 and stats["clipped"] == 6
+    assert all(coef > 0 for coef in stats["coef"])
+
+
 def test_names_are_those_of_the_module_or_the_optimizer():
     net = network()
     expected = {n: float(p.grad.norm()) for n, p in net.named_parameters()}
