@@ -123,7 +123,7 @@ def _text() -> Tensor:
 
     text = "".join(topics.values())
     index = {character: i for i, character in enumerate(sorted(set(text)))}
-    return torch.tensor([index[character] for character in text])
+    return torch.tensor([index[character] for character in text], device="cpu")
 
 
 def _train(name: str, clip: Clip, text: Tensor, steps: int, advance: Callable[[], object]) -> Run:
@@ -132,7 +132,7 @@ def _train(name: str, clip: Clip, text: Tensor, steps: int, advance: Callable[[]
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
     batch, length = 32, 64
-    starts = torch.randint(len(text) - length, (steps, batch, 1)).to(text.device)
+    starts = torch.randint(len(text) - length, (steps, batch, 1), device="cpu").to(text.device)
     window = torch.arange(length + 1, device=text.device)
     losses, norms, seconds = [], [], 0.0
     for start in starts:
@@ -160,7 +160,7 @@ def _clock(device: torch.device) -> float:
 def _print_table(runs: Sequence[Run]) -> None:
     print(f"\n{'run':<31}{'final loss':>11}{'largest norm':>14}{'clipped':>9}{'clip calls':>13}")
     for run in runs:
-        norms = torch.tensor(run.norms)
+        norms = torch.tensor(run.norms, device="cpu")
         clipped, ms = f"{(norms > MAX_NORM).float().mean():.1%}", f"{run.clip_ms:.1f} ms"
         clipped = clipped if run in runs[1:3] else "-"
         ms = "-" if run is runs[0] else ms

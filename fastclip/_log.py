@@ -55,15 +55,15 @@ class Log:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         steps, rows = state["steps"], state["rows"]
         self._use(self.rows.device, torch.promote_types(rows.dtype, self.rows.dtype))
-        at = torch.arange(steps - len(rows), steps) % self.CAPACITY
-        self.rows[at.to(self.rows.device)] = rows.to(self.rows)
+        at = torch.arange(steps - len(rows), steps, device=self.rows.device) % self.CAPACITY
+        self.rows[at] = rows.to(self.rows)
         self.steps.fill_(steps)
 
 
 def summary(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
     """The numbers of one group, of the recorded steps: plain Python, ready for any logger."""
     finite = norms.isfinite()
-    ranks = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
+    ranks = torch.tensor(PERCENTILES, dtype=torch.float64, device=norms.device) / 100
     # torch.quantile takes 16 Mi elements at most, more than a ring holds.
     values = (
         norms[finite].double().quantile(ranks).tolist() if finite.any() else [math.nan] * len(ranks)

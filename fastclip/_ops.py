@@ -84,7 +84,9 @@ def _refusal(device: torch.device) -> str | None:
 
 
 def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(shape, dtype=dtype) if tensors else torch.empty(shape, dtype=dtype)
+    if not tensors:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return tensors[0].new_empty(shape, dtype=dtype)
 
 
 def _norm_fake(tensors: Sequence[Tensor], p: float) -> Tensor:

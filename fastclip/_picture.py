@@ -48,7 +48,7 @@ def draw(steps: int, histories: Sequence[History], path: str | PathLike[str]) ->
 def _draw_one(axes, steps: int, history: History) -> None:
     _, norms, limits, coefs = history
     size = -(-len(norms) // COLUMNS)
-    x = torch.arange(steps - len(norms) + 1, steps + 1)
+    x = torch.arange(steps - len(norms) + 1, steps + 1, device=norms.device)
     middle = [float(part.double().mean()) for part in x.split(size)]
     shown = norms.where(norms.isfinite() & (norms > 0), torch.nan)
     clipped = (coefs < 1) & norms.isfinite()

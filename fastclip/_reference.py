@@ -17,7 +17,7 @@ CPU_BLOCK = 1 << 14
 
 def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     if not tensors:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     return norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
 
 
@@ -30,7 +30,7 @@ def norms(
 ) -> Tensor:
     check_groups(len(tensors), group, rows)
     if not tensors:
-        values = torch.zeros(0, dtype=torch.float64)
+        values = torch.zeros(0, dtype=torch.float64, device="cpu")
     elif rows:
         values = torch.cat([_row_norms(t, p).to(tensors[0].device) for t in tensors])
     else:
@@ -80,7 +80,7 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         torch.autograd.graph.increment_version(tensors)
     for tensor in tensors:
         # torch refuses a bound that overflows the dtype.
-        limit = float(torch.tensor(bound, dtype=torch.float64).to(tensor.dtype))
+        limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(tensor.dtype))
         tensor.clamp_(-limit, limit)
 
 

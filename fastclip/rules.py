@@ -43,7 +43,7 @@ class _Rule:
         Raises:
             ValueError: names or shapes that are not this rule's.
         """
-        own = self._start(torch.zeros(()))
+        own = self._start(torch.zeros((), device="cpu"))
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         if state and shapes != {name: tuple(value.shape) for name, value in own.items()}:
             raise ValueError(

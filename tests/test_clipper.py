@@ -281,6 +281,27 @@ def test_a_returned_norm_may_be_changed():
     assert clipper.stats()["total_norm"] == [2.0]
 
 
+@pytest.mark.parametrize("rule", [lambda: 2.0, lambda: AutoClip(0, 9)], ids=["number", "rule"])
+def test_the_default_device_has_no_part_in_it(rule, tmp_path):
+    pytest.importorskip("matplotlib")
+    (parameter,) = parameters([torch.tensor([3.0, 4.0])])
+    saved = GradClipper([parameter], rule())
+    saved.clip_()
+    with torch.device("meta"):
+        clipper = GradClipper([parameter], rule())
+        clipper.load_state_dict(saved.state_dict())
+        parameter.grad.mul_(0).add_(4)
+        assert float(clipper.clip_()) == pytest.approx(math.sqrt(32))
+        stats = clipper.stats()
+        clipper.plot(tmp_path / "norms.png")
+        assert float(fastclip.clip_grad_norm_([], 1.0)) == 0
+        assert fastclip.clip_grad_norms_([], 1.0).tolist() == []
+        fastclip.clip_grad_value_([parameter], 1.0)
+    assert stats["total_norm"] == pytest.approx([5, math.sqrt(32)])
+    assert stats["percentiles"]["p50"] == pytest.approx((5 + math.sqrt(32)) / 2)
+    assert parameter.grad.tolist() == [1.0, 1.0]
+
+
 def test_the_state_goes_on_where_it_was(device):
     def make():
         made = parameters(grads(0, device))

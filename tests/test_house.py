@@ -121,6 +121,28 @@ def test_files_and_functions_have_a_size(path):
             assert not body or body[-1].end_lineno - body[0].lineno < 40, node.name
 
 
+def unplaced(text: str) -> list[str]:
+    """Calls that make a tensor where torch.set_default_device says."""
+    makers = {"tensor", "arange", "zeros", "ones", "empty", "full", "linspace", "eye"}
+    makers |= {"rand", "randn", "randint", "randperm", "as_tensor", "scalar_tensor"}
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{maker}" for maker in makers}
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
+def test_tensors_are_made_on_a_named_device(path):
+    assert not unplaced(path.read_text())
+
+
+def test_tensors_that_are_made_on_any_device_are_seen():
+    assert unplaced("torch.zeros(3) + torch.zeros(3, device=d)") == ["torch.zeros(3)"]
+
+
 def test_no_mutable_module_state():
     for path in PYTHON:
         for node in ast.parse(path.read_text()).body:
