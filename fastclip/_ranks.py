@@ -6,7 +6,7 @@ have the same number of them in the same order.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +34,15 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
     if process_group is None:
         return ()
     kinds = (dist.ProcessGroup, dist.DeviceMesh)
-    several = isinstance(process_group, Iterable) and not isinstance(process_group, kinds)
+    # Ranks add up over one group after the other: a set has another order in each process.
+    several = isinstance(process_group, Sequence) and not isinstance(process_group, str)
     asked = tuple(process_group) if several else (process_group,)
     for group in asked:
         if not isinstance(group, kinds):
             raise TypeError(
-                "process_group: expected a ProcessGroup or DeviceMesh that this rank is in, or "
-                f"several, got {group!r} of type {type(group).__name__}"
+                "process_group: expected a ProcessGroup or DeviceMesh that this rank is in, or a "
+                "list of several in an order that is the same on all ranks, got "
+                f"{group!r} of type {type(group).__name__}"
             )
     return asked
 

@@ -786,7 +786,11 @@ def errors() -> None:
     for p in (0.0, -1.0, -math.inf):
         with pytest.raises(ValueError, match=r"norm_type: expected an order > 0 .* over ranks"):
             fastclip.clip_grad_norm_(parameters, 0.1, p)
-    for group in (3, "world", [dist.group.WORLD, None], dist.GroupMember.NON_GROUP_MEMBER):
+    world = dist.group.WORLD
+    wrong = [3, "world", [world, None], dist.GroupMember.NON_GROUP_MEMBER]
+    # No order on which ranks agree, or none the second time.
+    wrong += [{world}, frozenset([world]), iter([world]), {world: 1}]
+    for group in wrong:
         with pytest.raises(TypeError, match="process_group: expected a ProcessGroup or DeviceMesh"):
             fastclip.clip_grad_norm_(parameters, 0.1, process_group=group)
     with pytest.raises(TypeError, match=r"parameters\[2\]: expected a tensor"):
