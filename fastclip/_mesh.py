@@ -38,7 +38,7 @@ class Mesh:
     tell the dimension, if they are the same all over the mesh. Else the mesh keeps to itself.
     """
 
-    def __init__(self, mesh: Any, others: Groups) -> None:
+    def __init__(self, mesh: Any, reaches: Sequence[set[int]]) -> None:
         self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
         self.place = (ranks, tuple(mesh.shape))
         lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
@@ -53,9 +53,9 @@ class Mesh:
             self.keys.append((order, members))
             if len(members) > 1:
                 self.groups[order, members] = group
-        # All its ranks have the same sums: of those in another group the first one speaks.
+        # All its ranks have the same sums: of those that something asked for reaches, one speaks.
         me = dist.get_rank()
-        self.mine = all(me == min(set(ranks) & set(members), default=me) for _, members in others)
+        self.mine = all(me == min(reach.intersection(ranks), default=me) for reach in reaches)
 
     def slot(self, placements: Sequence[Any], rows: bool) -> Slot:
         """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0."""

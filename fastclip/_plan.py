@@ -45,7 +45,8 @@ class Plan:
         count: int = 1,
     ) -> None:
         self.asked, self.kind = asked, kind
-        self.others = _ranks.by_key(asked)
+        self.groups = _ranks.groups_of(asked)
+        others = _ranks.by_key(self.groups)
         self.device = getattr(items[0], "device", None) if items else None
         if kind is not Kind.TOTAL:
             labels, count = range(len(items)), len(items)
@@ -56,7 +57,7 @@ class Plan:
         self.mine = [[i for i in members if self.slots[i][1].mine] for members in self.members]
         every = list(range(len(self.members)))
         self.beyond = [
-            _ranks.Step(group, _ranks.device_of(group), every) for group in self.others.values()
+            _ranks.Step(group, _ranks.device_of(group), every) for group in others.values()
         ]
         # Every label has one slot, and that is all there is to its norm.
         self.is_flat = all(members == [i] for i, members in enumerate(self.members))
@@ -88,6 +89,7 @@ class Plan:
         """The slots, for each item the index of its own, and the steps over meshes."""
         groups: _ranks.Groups = {}
         meshes: dict[int, _mesh.Mesh] = {}
+        reaches = list(map(_ranks.reached, self.asked))
         plain = _mesh.Slot(frozenset(), (), True)
         found: dict[tuple[int, int], tuple[int, _mesh.Slot]] = {}
         places: dict[_mesh.Slot, tuple] = {plain: ()}
@@ -99,7 +101,7 @@ class Plan:
                 found[label, id(layout)] = label, plain
                 continue
             if id(layout.mesh) not in meshes:
-                meshes[id(layout.mesh)] = mesh = _mesh.Mesh(layout.mesh, self.others)
+                meshes[id(layout.mesh)] = mesh = _mesh.Mesh(layout.mesh, reaches)
                 for key, group in mesh.groups.items():
                     known = groups.setdefault(key, group)
                     groups[key] = min(known, group, key=lambda g: g.group_name)

@@ -47,16 +47,27 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
     return asked
 
 
-def by_key(asked: Iterable[Any]) -> Groups:
+def groups_of(asked: Iterable[Any]) -> list[Any]:
+    """The process groups, a mesh's in the order of its dimensions."""
+    groups: list[Any] = []
+    for some in asked:
+        mesh = isinstance(some, dist.DeviceMesh)
+        groups += map(some.get_group, range(some.ndim)) if mesh else [some]
+    return groups
+
+
+def reached(some: Any) -> set[int]:
+    """The ranks of one that is asked for: of a mesh all, not those alone in groups with this."""
+    mesh = isinstance(some, dist.DeviceMesh)
+    return set(some.mesh.flatten().tolist() if mesh else dist.get_process_group_ranks(some))
+
+
+def by_key(groups: Iterable[Any]) -> Groups:
     """The groups, in the order in which they are asked for, without those of one rank.
 
     Raises:
         ValueError: two of them share more than this rank.
     """
-    groups: list[Any] = []
-    for some in asked:
-        mesh = isinstance(some, dist.DeviceMesh)
-        groups += map(some.get_group, range(some.ndim)) if mesh else [some]
     found = {((), ranks_of(group)): group for group in groups if group.size() > 1}
     for (_, ranks), (_, others) in itertools.combinations(found, 2):
         if len(shared := sorted(set(ranks) & set(others))) > 1:

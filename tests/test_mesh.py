@@ -377,6 +377,28 @@ def test_several_groups_and_a_rank_without_parameters(world):
     world(4).run(several_groups)
 
 
+def mesh_across_groups() -> None:
+    # The mesh lies across rows and columns of the square, which add it up in two steps.
+    from torch.distributed.device_mesh import DeviceMesh
+
+    square, diagonal = init_device_mesh("cpu", (2, 2)), DeviceMesh("cpu", [1, 2])
+    shared, own = torch.randn(5), torch.randn(3)
+    parameters = [plain(3)]
+    parameters[0].grad = (1 + dist.get_rank()) * own
+    if dist.get_rank() in (1, 2):
+        parameters.append(spread((5,), diagonal, Shard(0)))
+        parameters[1].grad = distribute_tensor(shared, diagonal, [Shard(0)])
+    for p in ORDERS:
+        expected = oracle([shared, own, 2 * own, 3 * own, 4 * own], p)
+        for group in (square, dist.group.WORLD):
+            norm = fastclip.clip_grad_norm_(parameters, 1e9, p, process_group=group)
+            assert ulps(norm, expected) <= 2, (float(norm), expected)
+
+
+def test_a_mesh_across_the_groups_of_another_counts_once(world):
+    world(4).run(mesh_across_groups, seconds=30)
+
+
 def group_beside_its_mesh() -> None:
     # Stage 0 has plain parameters, which only rank 0 passes; stage 1 DTensors, replicated too.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
