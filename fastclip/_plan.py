@@ -74,16 +74,20 @@ class Plan:
         )
         # Addresses tell layouts apart as long as all are alive, and the plan is `valid` so long.
         self.addresses = list(map(id, layouts))
-        self.valid = True
-        self._watched = {id(layout): weakref.ref(layout, self._expire) for layout in dtensors}
+        # What watches them may not know the plan, which would then wait for the cycle collector.
+        self._alive = alive = [True]
+        self._watched = {
+            id(layout): weakref.ref(layout, lambda _: alive.clear()) for layout in dtensors
+        }
         if self.direct:
             names = (_mesh.LAYOUT, _mesh.INNER)
             self.wrapped = _ops.extension.Wrapped(layouts, self.slot_of, *names)
         self.result_layouts: dict[torch.dtype, Any] = {}
         self.warned = False
 
-    def _expire(self, layout: Any) -> None:
-        self.valid = False
+    @property
+    def valid(self) -> bool:
+        return bool(self._alive)
 
     def _lay(self, layouts: list[Any], labels: Sequence[int]) -> None:
         """The slots, for each item the index of its own, and the steps over meshes."""
@@ -139,8 +143,12 @@ class Plan:
         return self.wrapped.read_grads(items) if write else self.wrapped.take_tensors(items)
 
     def is_for(self, asked: tuple[Any, ...]) -> bool:
-        same = len(asked) == len(self.asked) and all(map(operator.is_, asked, self.asked))
-        return self.valid and same
+        if not self._alive or len(asked) != len(self.asked):
+            return False
+        # A slice of a mesh is a new object each time, with the groups of the last time.
+        return all(map(operator.is_, asked, self.asked)) or (
+            list(map(id, _ranks.groups_of(asked))) == list(map(id, self.groups))
+        )
 
     def fits(self, layouts: Sequence[Any]) -> bool:
         """Whether this is the plan for items of these layouts: they are the very same objects."""

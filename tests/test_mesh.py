@@ -741,7 +741,18 @@ def plans() -> None:
         assert made == 3
         check(parameters)
         assert made == 4
+        # A slice of a mesh is another object each time.
+        root = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+        for _ in range(5):
+            fastclip.clip_grad_norm_(parameters, 1e9, process_group=root["pp"])
+        assert made == 5
+        gc.disable()
+        replaced = weakref.ref(_plan._plans[0][parameters[0]._spec])
+        check(parameters)
+        assert made == 6
+        assert replaced() is None
     finally:
+        gc.enable()
         _plan.Plan.__init__ = real
     # Of layouts that torch itself keeps nowhere.
     layout = copy.copy(parameters[0]._spec)
