@@ -64,7 +64,8 @@ class Plan:
         # Of ROWS, how many each item has here.
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
-        self.wide = any(layout.tensor_meta.dtype == torch.float64 for layout in dtensors)
+        wide = (torch.float64, torch.complex128)
+        self.wide = any(layout.tensor_meta.dtype in wide for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
             layout.mesh == layouts[0].mesh for layout in layouts
         )

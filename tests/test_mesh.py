@@ -771,6 +771,19 @@ def test_a_plan_is_made_once_and_goes_with_its_parameters(world):
     world(2).run(plans)
 
 
+def wide_on_one_rank(dtype: torch.dtype) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((4,), mesh, Shard(0), dtype=dtype), spread((4,), mesh, Shard(0))]
+    if dist.get_rank():
+        parameters[0].grad = None
+    assert fastclip.clip_grad_norm_(parameters, 1e9).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=name_of)
+def test_a_wide_parameter_makes_the_norm_float64_on_every_rank(world, dtype):
+    world(2).run(wide_on_one_rank, dtype, seconds=30)
+
+
 def conversions() -> None:
     mesh = init_device_mesh("cpu", (2,))
     model = Block()
