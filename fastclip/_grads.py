@@ -7,7 +7,7 @@ groups, has a plan, and is read by it the same two ways. All results have the sa
 
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,22 @@ def take(
     tensors: Tensors,
     foreach: bool | None = None,
     process_group: Any = None,
-    kind: Kind = Kind.TOTAL,
 ) -> Any:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
-    return _read(as_list(tensors, "tensors"), foreach, process_group, False, kind)
+    return _read(as_list(tensors, "tensors"), foreach, process_group, False, Kind.TOTAL)
+
+
+def take_weights(parameters: list[Tensor], kind: Kind) -> Any:
+    """The parameters themselves, as `take` does: those that `read` finds gradients of."""
+    # Over ranks the weights tell what the gradients may be; else only those with one are measured.
+    positions = list(range(len(parameters)))
+    if not is_spread(parameters, None):
+        found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
+        positions = sorted(i for i in found.values() if parameters[i].grad is not None)
+    weights = [parameters[i] for i in positions]
+    return _read(
+        weights, None, None, False, kind, lambda i: f"the weight parameters[{positions[i]}]"
+    )
 
 
 def read_by(
@@ -67,23 +79,35 @@ def read_by(
 
 
 def _read(
-    items: list[Tensor], foreach: bool | None, process_group: Any, write: bool, kind: Kind
+    items: list[Tensor],
+    foreach: bool | None,
+    process_group: Any,
+    write: bool,
+    kind: Kind,
+    name_of: Callable[[int], str] | None = None,
 ) -> Any:
     walk = _walk(foreach)
     read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
     if read_all and process_group is None and (grads := read_all(items)) is not None:
         return grads
     if is_spread(items, process_group):
-        return _read_spread(items, foreach, process_group, write, kind)
-    return _look(items, foreach, write, None)
+        return _read_spread(items, foreach, process_group, write, kind, name_of)
+    return _look(items, foreach, write, None, name_of)
 
 
 @torch.compiler.disable
 def _read_spread(
-    items: list[Tensor], foreach: bool | None, process_group: Any, write: bool, kind: Kind
+    items: list[Tensor],
+    foreach: bool | None,
+    process_group: Any,
+    write: bool,
+    kind: Kind,
+    name_of: Callable[[int], str] | None,
 ) -> PlannedGrads:
     plan, grads = find(items, process_group, _walk(foreach) is not None, write, kind)
-    return PlannedGrads(_look(items, foreach, write, plan) if grads is None else grads, plan)
+    if grads is None:
+        grads = _look(items, foreach, write, plan, name_of)
+    return PlannedGrads(grads, plan)
 
 
 def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -103,7 +127,13 @@ def agreed(grads: Any, norms: Tensor) -> Tensor:
     return grads.agreed(norms) if isinstance(grads, PlannedGrads) else norms
 
 
-def _look(items: list[Tensor], foreach: bool | None, write: bool, plan: Plan | None) -> Grads:
+def _look(
+    items: list[Tensor],
+    foreach: bool | None,
+    write: bool,
+    plan: Plan | None,
+    name_of: Callable[[int], str] | None = None,
+) -> Grads:
     """The gradients, or tensors, one by one, with all that Python knows to check."""
     # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
     found: dict[int, tuple[Tensor, int]] = {}
@@ -118,7 +148,8 @@ def _look(items: list[Tensor], foreach: bool | None, write: bool, plan: Plan | N
             wrapper, tensor = plan.local(position, item, write)
             wrappers += [wrapper] * (wrapper is not tensor)
             slot = plan.slot_of[position]
-        _check_supported(tensor, f"the gradient of {name}" if write else name, write)
+        stored = f"the gradient of {name}" if write else name_of(position) if name_of else name
+        _check_supported(tensor, stored, write)
         found.setdefault(id(item) if write else position, (tensor, slot))
     tensors = [tensor for tensor, _ in found.values()]
     _check_foreach(tensors, foreach)

@@ -44,11 +44,12 @@ class Grads:
             return _ops.norms(tensors, p, self.slots_, True)
 
     def each_norms(self, p: float, rows: bool = False, wide: bool = False) -> Tensor:
-        """The norm of each gradient, or of each row."""
+        """The norm of each gradient, or of each row: 0 where a sparse one has none."""
         with torch.no_grad():
-            tensors = [_measured(t, p, rows) for t in self.tensors]
-            devices = _by_device(tensors)
-            if len(devices) < 2:
+            grads = [t.coalesce() if t.is_sparse else t for t in self.tensors]
+            tensors = [_measured(t, p, rows) for t in grads]
+            devices, gaps = _by_device(tensors), _gaps(grads, rows)
+            if len(devices) < 2 and not gaps:
                 return _ops.norms(tensors, p, None, wide, rows)
             each = list(tensors)
             for positions in devices.values():
@@ -56,6 +57,9 @@ class Grads:
                 norms = _ops.norms(some, p, None, True, rows).to(tensors[0].device)
                 for i, norm in zip(positions, norms.split(_sizes(some, rows)), strict=True):
                     each[i] = norm
+            for i in gaps:
+                index = grads[i]._indices()[0].to(each[i].device)
+                each[i] = each[i].new_zeros(len(grads[i])).index_copy_(0, index, each[i])
             return torch.cat(each).to(torch.float64 if wide else result_dtype(tensors))
 
     def scale_(self, coef: Tensor) -> None:
@@ -71,8 +75,11 @@ class Grads:
         """By one coefficient for each gradient, or for each row."""
         with torch.no_grad():
             scaled = [_scaled(t, rows) for t in self.tensors]
-            devices = _by_device(scaled)
-            each = coefs.split(_sizes(scaled, rows)) if len(devices) > 1 else []
+            devices, gaps = _by_device(scaled), _gaps(self.tensors, rows)
+            several = len(devices) > 1 or gaps
+            each = list(coefs.split(_sizes(self.tensors, rows))) if several else []
+            for i in gaps:
+                each[i] = each[i][self.tensors[i]._indices()[0].to(coefs.device)]
             for device, positions in devices.items():
                 here = torch.cat([each[i] for i in positions]).to(device) if each else coefs
                 _ops.scale_([scaled[i] for i in positions], here, None, rows)
@@ -133,11 +140,18 @@ def _scaled(tensor: Tensor, rows: bool = False) -> Tensor:
     return _stored(held(tensor), rows)
 
 
+def _gaps(tensors: Sequence[Tensor], rows: bool) -> list[int]:
+    """Which of them may lack rows."""
+    return [i for i, t in enumerate(tensors) if rows and t.is_sparse and t.dim() > 1]
+
+
 def _check_rows(tensor: Tensor, rows: bool) -> None:
-    if rows and tensor.layout != torch.strided:
+    """Whether the slices along the first dimension of what is stored are rows."""
+    by_row = tensor.is_sparse and (tensor.dim() < 2 or tensor.sparse_dim() == 1)
+    if rows and tensor.layout != torch.strided and not by_row:
         raise TypeError(
-            f"parameters: a gradient of layout {tensor.layout} and shape {tuple(tensor.shape)} has "
-            "not all its rows; make it dense, or leave its parameter to clip_grad_norms_"
+            f"parameters: a gradient of layout {tensor.layout} and shape {tuple(tensor.shape)} is "
+            "not stored by rows; make it dense, or leave its parameter to clip_grad_norms_"
         )
 
 

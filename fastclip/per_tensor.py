@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ._arguments import at_least_zero, fixed_threshold, order
-from ._grads import aligned, as_list, read, take
+from ._grads import aligned, as_list, read, take_weights
 from ._mesh import value_of
 from ._ops import clip_coef
-from ._plan import Kind, is_spread
+from ._plan import Kind
 
 
 def clip_grad_norms_(
@@ -80,12 +80,9 @@ def clip_grad_agc_(
     """
     clip_factor, eps = at_least_zero("clip_factor", clip_factor), at_least_zero("eps", eps)
     items = as_list(parameters, "parameters")
-    # Over ranks the weights tell what the gradients may be; else only those with one are measured.
-    if not is_spread(items, None):
-        items = list({id(item): item for item in items if _has_grad(item)}.values())
     grads = read(items, kind=Kind.ROWS)
     norms = grads.each_norms(2.0, rows=True)
-    weights = take(items, kind=Kind.ROWS).each_norms(2.0, rows=True).to(norms.dtype)
+    weights = take_weights(items, Kind.ROWS).each_norms(2.0, rows=True).to(norms.dtype)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
     # A norm that is infinite or NaN is no reason to leave a gradient as it is.
@@ -125,8 +122,3 @@ def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) ->
     coef = (wanted / value).clamp(max=torch.finfo(value.dtype).max)
     grads.scale_(coef.masked_fill(value == 0, 1))
     return total_norm
-
-
-def _has_grad(item: object) -> bool:
-    # What is no tensor is for `read` to name.
-    return not isinstance(item, Tensor) or item.grad is not None

@@ -129,10 +129,46 @@ def test_adaptive_clipping_of_complex_and_sparse_gradients(reader):
     made[0].grad = torch.tensor([3.0, 4j])
     fastclip.clip_grad_agc_(made[:1], 1.0, eps=1.0)
     torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
-    made[1].grad = torch.sparse_coo_tensor([[1]], [[3.0]], (2, 1))
-    with pytest.raises(TypeError, match="sparse_coo"):
+    made[1].grad = torch.ones(2, 1).to_sparse()
+    with pytest.raises(TypeError, match=r"sparse_coo.*not stored by rows"):
         fastclip.clip_grad_agc_(made, 1.0)
     torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_rows_that_a_sparse_gradient_has_are_clipped(reader, coalesced):
+    indices = torch.tensor([[4, 1, 4, 0]])
+    sparse = torch.sparse_coo_tensor(indices, torch.randn(4, 3), (6, 3), check_invariants=True)
+    bias = torch.sparse_coo_tensor([[1]], [8.0], (4,), check_invariants=True)
+    grads = [torch.randn(2, 3), sparse.coalesce() if coalesced else sparse, bias]
+    made = parameters([g.to_dense() for g in grads])
+    for parameter, grad in zip(made, grads, strict=True):
+        parameter.data = torch.randn(parameter.shape)
+        # A row that stays as it is.
+        if parameter.dim() > 1:
+            parameter.data[0] = 1e3
+        parameter.grad = grad.clone()
+    expected = [agc(p.detach(), g.to_dense(), 0.1, 1e-3) for p, g in zip(made, grads, strict=True)]
+    fastclip.clip_grad_agc_(made, 0.1)
+    for parameter, grad, value in zip(made, grads, expected, strict=True):
+        assert parameter.grad.is_sparse == grad.is_sparse
+        torch.testing.assert_close(
+            parameter.grad.to_dense().double(), value.double(), rtol=1e-6, atol=0
+        )
+
+
+def test_a_weight_without_a_norm_is_named_where_it_stands(reader):
+    none, good, bad = parameters([None, torch.ones(3), None])
+    bad = torch.nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))
+    bad.grad_dtype = torch.float32
+    bad.grad = torch.ones(2, 2)
+    with pytest.raises(TypeError, match=r"the weight parameters\[3\]: dtype torch.float8_e4m3fn"):
+        fastclip.clip_grad_agc_([none, good, good, bad], 0.1)
+    assert torch.equal(good.grad, torch.ones(3))
+    bad.grad_dtype = None
+    bad.grad = bad.detach().clone()
+    with pytest.raises(TypeError, match=r"the gradient of parameters\[3\]: dtype"):
+        fastclip.clip_grad_agc_([none, good, good, bad], 0.1)
 
 
 def test_adaptive_clipping_skips_parameters_without_gradients(reader):
