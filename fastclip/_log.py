@@ -34,6 +34,8 @@ class Log:
             self.load_state_dict(state)
         _ops.record_(self.rows, self.steps, row)
 
+    # What is made in inference mode could not be changed outside.
+    @torch.inference_mode(False)
     def _use(self, device: torch.device, dtype: torch.dtype) -> None:
         if (device, dtype) not in self._rings:
             rows = torch.zeros((self.CAPACITY, self.width), dtype=dtype, device=device)

@@ -25,18 +25,23 @@ class _Rule:
 
     def _on(self, total_norm: Tensor) -> list[Tensor]:
         """The state, on the device of the norm, in the order of `_start`."""
-        if not self._state:
-            self._state = self._start(total_norm)
         values = list(self._state.values())
-        if values[0].device != total_norm.device:
-            values = [value.to(total_norm.device) for value in values]
-            self._state = dict(zip(self._state, values, strict=True))
+        if not values or values[0].device != total_norm.device:
+            self._place(total_norm)
+            values = list(self._state.values())
         return values
+
+    # What is made in inference mode could not be changed outside.
+    @torch.inference_mode(False)
+    def _place(self, total_norm: Tensor) -> None:
+        state = self._state or self._start(total_norm)
+        self._state = {name: value.to(total_norm.device) for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the state; empty before the first call."""
         return {name: value.clone() for name, value in self._state.items()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a rule with the same arguments returned.
 

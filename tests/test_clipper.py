@@ -302,6 +302,22 @@ def test_the_default_device_has_no_part_in_it(rule, tmp_path):
     assert parameter.grad.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("rule", [AutoClip, lambda: ZClip(warmup_steps=1)], ids=["auto", "z"])
+@pytest.mark.parametrize("loads", [False, True], ids=["called", "loaded"])
+def test_a_first_call_in_inference_mode_leaves_a_clipper_that_trains(rule, loads):
+    (parameter,) = parameters([torch.tensor([3.0, 4.0])])
+    clipper = GradClipper([parameter], rule())
+    with torch.inference_mode():
+        if loads:
+            clipper.load_state_dict(clipper.state_dict())
+        clipper.clip_()
+        if loads:
+            clipper.load_state_dict(clipper.state_dict())
+    parameter.grad = torch.tensor([6.0, 8.0])
+    clipper.clip_()
+    assert clipper.stats()["total_norm"] == [5.0, 10.0]
+
+
 def test_the_state_goes_on_where_it_was(device):
     def make():
         made = parameters(grads(0, device))
