@@ -1,17 +1,20 @@
 """Local gradients that the extension does not read itself, with the verbs of those it does.
 
 Any layout and any mix of devices: sparse, jagged, complex, with gaps, lazily negated, what wrappers
-hold.
+hold; and opaque tensors, whose class alone can read them, by the calls that torch makes of it.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _ops
 from ._ops import clip_coef
-from ._reference import count_rows, result_dtype
+from ._reference import count_rows, means_zeros, result_dtype
 
 
 class Grads:
@@ -68,7 +71,7 @@ class Grads:
             scaled = [_scaled(t) for t in self.tensors]
             for device, positions in _by_device(scaled).items():
                 slots = [self.slots_[i] for i in positions] if coef.dim() else None
-                _ops.scale_([scaled[i] for i in positions], coef.to(device), slots)
+                _scale_([scaled[i] for i in positions], coef.to(device), slots)
             self._bump_versions()
 
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
@@ -82,19 +85,22 @@ class Grads:
                 each[i] = each[i][self.tensors[i]._indices()[0].to(coefs.device)]
             for device, positions in devices.items():
                 here = torch.cat([each[i] for i in positions]).to(device) if each else coefs
-                _ops.scale_([scaled[i] for i in positions], here, None, rows)
+                _scale_([scaled[i] for i in positions], here, None, rows)
             self._bump_versions()
 
     def clamp_(self, bound: float) -> None:
         with torch.no_grad():
             clamped = [_clamped(t) for t in self.tensors]
+            for opaque in filter(_is_opaque, clamped):
+                opaque.clamp_(-bound, bound)
+            clamped = [t for t in clamped if not _is_opaque(t)]
             for positions in _by_device(clamped).values():
                 _ops.clamp_([clamped[i] for i in positions], bound)
             self._bump_versions()
 
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
         stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
-        if stored and len(_by_device(self.tensors)) < 2:
+        if stored and not any(map(_is_opaque, self.tensors)) and len(_by_device(self.tensors)) < 2:
             with torch.no_grad():
                 return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
@@ -129,6 +135,11 @@ def held(tensor: Tensor) -> Tensor:
 def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
     _check_rows(tensor, rows)
     tensor = held(tensor.coalesce() if tensor.is_sparse else tensor)
+    if _is_opaque(tensor):
+        if not rows or tensor.dim() < 2:
+            return torch.linalg.vector_norm(tensor, p)
+        norms = torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())))
+        return norms.reshape(-1, 1)
     if not tensor.is_complex() or p == 2:
         return _stored(tensor, rows)
     # Half numbers hold the parts of an element that has a magnitude beyond them.
@@ -143,6 +154,45 @@ def _scaled(tensor: Tensor, rows: bool = False) -> Tensor:
 def _gaps(tensors: Sequence[Tensor], rows: bool) -> list[int]:
     """Which of them may lack rows."""
     return [i for i, t in enumerate(tensors) if rows and t.is_sparse and t.dim() > 1]
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    """Whether only its class can read it, and not what stands for a plain tensor in a graph."""
+    if torch.compiler.is_compiling():
+        return is_traceable_wrapper_subclass(tensor)
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    return not isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def _scale_(
+    tensors: list[Tensor], coef: Tensor, slots: list[int] | None, rows: bool = False
+) -> None:
+    """As the op, opaque tensors among the others."""
+    if not any(map(_is_opaque, tensors)):
+        _ops.scale_(tensors, coef, slots, rows)
+        return
+    each: Sequence[Tensor] = [coef] * len(tensors)
+    if coef.dim():
+        split = coef.split(_sizes(tensors, rows)) if slots is None else ()
+        each = split or [coef[slot] for slot in slots or ()]
+    for tensor, value in zip(tensors, each, strict=True):
+        if _is_opaque(tensor):
+            _multiply_(tensor, value)
+        else:
+            _ops.scale_([tensor], value, None, rows)
+
+
+def _multiply_(tensor: Tensor, coef: Tensor) -> None:
+    """An opaque tensor. Where the host does not know the coefficient, torch's call is all there is:
+    zeros are asked for by a product, which leaves a NaN."""
+    if coef.device.type == "cpu" and bool((coef == 1).all()):
+        return
+    if coef.device.type == "cpu" and bool(means_zeros(coef).all()):
+        tensor.zero_()
+        return
+    per_row = coef.numel() != 1
+    tensor.mul_(coef.view(-1, *[1] * (tensor.dim() - 1)) if per_row else coef.reshape(()))
 
 
 def _check_rows(tensor: Tensor, rows: bool) -> None:
