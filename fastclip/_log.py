@@ -14,7 +14,8 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 class Log:
     """One row of numbers a step. No addition waits; reading is one copy.
 
-    Rows are float32, and float64 from the first one on that is. The counter is on the device too, so that replays of a captured addition add rows as well.
+    Rows are float32, and float64 from the first one on that is. The counter is on the device too,
+    so that replays of a captured addition add rows as well.
     """
 
     # 10^5 steps and some; half a MiB for a number.
@@ -38,7 +39,8 @@ class Log:
     @torch.inference_mode(False)
     def _use(self, device: torch.device, dtype: torch.dtype) -> None:
         if (device, dtype) not in self._rings:
-            rows = torch.zeros((self.CAPACITY, self.width), dtype=dtype, device=device)
+            # Memory that no step has come to is not touched.
+            rows = torch.empty((self.CAPACITY, self.width), dtype=dtype, device=device)
             steps = torch.zeros(1, dtype=torch.int64, device=device)
             self._rings[device, dtype] = rows, steps
         self.rows, self.steps = self._rings[device, dtype]

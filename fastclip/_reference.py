@@ -120,7 +120,9 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
         return coef.masked_fill_(total_norm < 0, math.nan)
     threshold = max_norm.to(total_norm)
     coef = ((threshold + 0.0) / (total_norm + 1e-6)).clamp(max=1)
-    return coef.where((threshold >= 0) & (total_norm >= 0), math.nan).masked_fill(threshold == math.inf, 1)
+    return coef.where((threshold >= 0) & (total_norm >= 0), math.nan).masked_fill(
+        threshold == math.inf, 1
+    )
 
 
 def spared_coef(coef: Tensor, total_norm: Tensor, nonfinite: str) -> Tensor:

@@ -164,7 +164,8 @@ class GradClipper:
         """
         rules = dict(zip(self.names, self.thresholds, strict=True))
         own = [name for name, rule in rules.items() if hasattr(rule, "load_state_dict")]
-        log, width = state["log"], self._width()
+        width = self._width()
+        log = state["log"] or Log(width).state_dict()  # saved before its first step
         if own != list(state["rules"]) or log["rows"].shape[1] != width:
             raise ValueError(
                 f"state: expected rules of {own} and {width} numbers a step, got rules of "

@@ -1,6 +1,5 @@
 """Clipping where the gradients are touched anyway: by the scaler, by a fused optimizer's step."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ._grads import read
 from ._mesh import local_of, value_of
 from ._ops import clip_coef
 from ._reference import spared_coef
+from ._wrapped import as_list, layers_of, parameters_of, steps_as_torch
 from .accumulator import NormAccumulator
 
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -61,11 +61,11 @@ def unscale_and_clip_(
     >>> unscale_and_clip_(scaler, optimizer, max_norm=1.0), w.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    given = _as_list(optimizer)
-    optimizers = [one for outer in given for one in _layers(outer)]
+    given = as_list(optimizer)
+    optimizers = [one for outer in given for one in layers_of(outer)]
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = _inverse_scale(scaler, optimizers)
-    items = _parameters(given)
+    items = parameters_of(given)
     _refuse_float16(items, inv_scale)
     grads = _read(items, p, process_group, measured)
     found = _measure(grads, max_norm, p, inv_scale)
@@ -96,8 +96,8 @@ def clipped_step(
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
-            `fused=True`, or a wrapper that holds one; or several under one norm, all of which skip a
-            step together.
+            `fused=True`, or a wrapper that holds one; or several under one norm, all of which skip
+            a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the one that scaled the loss, if any.
         norm_type: order p > 0 of the norm, or `'inf'`.
@@ -121,20 +121,20 @@ def clipped_step(
     (tensor(5.), Parameter containing:
     tensor([-0.6000, -0.8000], requires_grad=True))
     """
-    given = _as_list(optimizer)
-    optimizers = [one for outer in given for one in _layers(outer)]
+    given = as_list(optimizer)
+    optimizers = [one for outer in given for one in layers_of(outer)]
     for outer in given:
         _check_fused(outer)
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
-    items = _parameters(given)
+    items = parameters_of(given)
     _refuse_float16(items, inv_scale)
     found = _measure(_read(items, p, process_group, measured), max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     for outer in given:
         _step(outer, _inverse(coef.float()), found.is_bad)
         if inv_scale is not None:
-            _note(scaler, _layers(outer), found.is_bad, OptState.STEPPED)
+            _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
     return found.total_norm
 
 
@@ -167,9 +167,9 @@ def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None
 
 def _step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
     """A step with these two set, and as they were after it, even None, which breaks a scaler."""
-    inner = _layers(outer)[-1]
+    inner = layers_of(outer)[-1]
     held = vars(inner)
-    fresh = [p for p in _parameters([inner]) if not inner.state.get(p)]
+    fresh = [p for p in parameters_of([inner]) if not inner.state.get(p)]
     before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
     held.update(grad_scale=grad_scale, found_inf=found_inf)
 
@@ -203,58 +203,16 @@ def _inverse(coef: Tensor) -> Tensor:
     return inverse.clamp(max=torch.finfo(inverse.dtype).max).where(coef != 0, inverse)
 
 
-def _as_list(optimizer: Any) -> list[Optimizer]:
-    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
-    optimizers = list(optimizer) if several else [optimizer]
-    for one in optimizers:
-        if not isinstance(one, Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
-            )
-    # One and its wrapper are one.
-    found: dict[int, Optimizer] = {}
-    for one in optimizers:
-        found.setdefault(id(_layers(one)[-1]), one)
-    return list(found.values())
-
-
-def _parameters(optimizers: list[Optimizer]) -> list[Tensor]:
-    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
-
-
-def _layers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer; of a wrapper, whose step is not torch's, also the one that it holds."""
-    layers = [optimizer]
-    while not _steps_as_torch(layers[-1]):
-        values = vars(layers[-1]).values()
-        held = {id(one): one for one in values if isinstance(one, Optimizer)}
-        others = [one for one in held.values() if all(one is not layer for layer in layers)]
-        # One that holds other parameters only serves it, as that of a sharded optimizer.
-        if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
-            break
-        layers += others
-    return layers
-
-
-def _steps_as_torch(optimizer: Optimizer) -> bool:
-    return str(type(optimizer).step.__module__).startswith("torch.optim.")
-
-
-def _have_same_parameters(one: Optimizer, other: Optimizer) -> bool:
-    ours, theirs = (_parameters([o]) for o in (one, other))
-    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
-
-
 def _check_fused(outer: Optimizer) -> None:
-    inner = _layers(outer)[-1]
-    takes = getattr(inner, "_step_supports_amp_scaling", False) and _steps_as_torch(inner)
+    inner = layers_of(outer)[-1]
+    takes = getattr(inner, "_step_supports_amp_scaling", False) and steps_as_torch(inner)
     if takes and all(group.get("fused") for group in inner.param_groups):
         return
     name = type(inner).__name__
     name = name if inner is outer else f"{name} in {type(outer).__name__}"
-    why = "as it is " if _steps_as_torch(inner) else "has a step of its own, and "
+    why = "as it is " if steps_as_torch(inner) else "has a step of its own, and "
     since = " and torch 2.12 or newer" if isinstance(inner, torch.optim.Adagrad) else ""
-    can = _steps_as_torch(inner) and "fused" in inner.defaults
+    can = steps_as_torch(inner) and "fused" in inner.defaults
     way = f"make it with fused=True{since}, or " if can else ""
     raise ValueError(
         f"optimizer: {name} {why}cannot divide gradients in its step; {way}call "

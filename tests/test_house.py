@@ -20,7 +20,7 @@ LAYERS = [
     {"_reference", "_thresholds", "_C"},
     {"_ops", "_ranks"},
     {"_mesh"},
-    {"_plan", "_local", "_arguments", "_named"},
+    {"_plan", "_local", "_arguments", "_named", "_wrapped"},
     {"_planned", "_groups"},
     {"_grads"},
     {"clip", "per_tensor", "rules", "nonfinite", "accumulator", "_log", "_picture"},

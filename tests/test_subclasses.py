@@ -126,7 +126,10 @@ def test_each_has_a_norm_of_its_own() -> None:
     assert values(items) == pytest.approx([1.5, 2.0, 2.5], rel=1e-6)
     items = made()
     fastclip.GradClipper(
-        groups=[{"params": [item], "max_norm": limit} for item, limit in zip(items, (2.5, 6.0))]
+        groups=[
+            {"params": [item], "max_norm": limit}
+            for item, limit in zip(items, (2.5, 6.0), strict=False)
+        ]
     ).clip_()
     assert values(items) == pytest.approx([1.5, 2.0, 6.0], rel=1e-6)
 

@@ -1,0 +1,50 @@
+"""Optimizers, and the wrappers that hold one: what is given, what is inside, what they step."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def as_list(optimizer: Any) -> list[Optimizer]:
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
+    optimizers = list(optimizer) if several else [optimizer]
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
+            )
+    # One and its wrapper are one.
+    found: dict[int, Optimizer] = {}
+    for one in optimizers:
+        found.setdefault(id(layers_of(one)[-1]), one)
+    return list(found.values())
+
+
+def parameters_of(optimizers: list[Optimizer]) -> list[Tensor]:
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+def layers_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer; of a wrapper, whose step is not torch's, also the one that it holds."""
+    layers = [optimizer]
+    while not steps_as_torch(layers[-1]):
+        values = vars(layers[-1]).values()
+        held = {id(one): one for one in values if isinstance(one, Optimizer)}
+        others = [one for one in held.values() if all(one is not layer for layer in layers)]
+        # One that holds other parameters only serves it, as that of a sharded optimizer.
+        if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
+            break
+        layers += others
+    return layers
+
+
+def steps_as_torch(optimizer: Optimizer) -> bool:
+    return str(type(optimizer).step.__module__).startswith("torch.optim.")
+
+
+def _have_same_parameters(one: Optimizer, other: Optimizer) -> bool:
+    ours, theirs = (parameters_of([o]) for o in (one, other))
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
