@@ -73,18 +73,21 @@ class Plan:
         self.direct = _ops.extension is not None and not any(
             p.is_partial() for layout in dtensors for p in layout.placements
         )
-        # Addresses tell layouts apart as long as all are alive, and the plan is `valid` so long.
-        self.addresses = list(map(id, layouts))
-        # What watches them may not know the plan, which would then wait for the cycle collector.
-        self._alive = alive = [True]
-        self._watched = {
-            id(layout): weakref.ref(layout, lambda _: alive.clear()) for layout in dtensors
-        }
+        self._watch(layouts)
         if self.direct:
             names = (_mesh.LAYOUT, _mesh.INNER)
             self.wrapped = _ops.extension.Wrapped(layouts, self.slot_of, *names)
         self.result_layouts: dict[torch.dtype, Any] = {}
         self.warned = False
+
+    def _watch(self, layouts: list[Any]) -> None:
+        # Addresses tell layouts apart as long as all are alive, and the plan is `valid` so long.
+        self.addresses = list(map(id, layouts))
+        # What watches them may not know the plan, which would then wait for the cycle collector.
+        self._alive = alive = [True]
+        self._watched = {
+            id(layout): weakref.ref(layout, lambda _: alive.clear()) for layout in layouts if layout
+        }
 
     @property
     def valid(self) -> bool:
