@@ -132,5 +132,5 @@ struct Bench {
 
 int main() {
   for (const int64_t megabytes : {1, 10, 20, 40, 80, 100, 160})
-    Bench(megabytes * 1000000 / (4 * kTensors) * 4 * kTensors).race();
+    Bench(megabytes * 1000000 / (16 * kTensors) * 16 * kTensors).race();
 }

@@ -178,10 +178,11 @@ def test_beyond_the_l2_cache_it_is_two():
     assert len(kernels(lambda: CALLS["clip_grad_norm_"](made))) == 2
 
 
-def test_clips_on_streams_of_two_priorities_end():
+@pytest.mark.parametrize("count", [5, 50], ids=["20 MB, fused", "200 MB"])
+def test_clips_on_streams_of_two_priorities_end(count):
     # Grids that must be resident all at once would wait for each other's multiprocessors.
     streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
-    lists = [[torch.randn(1 << 20, device="cuda") for _ in range(50)] for _ in streams]
+    lists = [[torch.randn(1 << 20, device="cuda") for _ in range(count)] for _ in streams]
     expected = [oracle(tensors, 2.0) for tensors in lists]
     torch.cuda.synchronize()
     norms, ends = [], []

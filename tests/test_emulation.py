@@ -141,6 +141,30 @@ def test_many_rows_need_no_finish(machine, width, rows):
     torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+def test_an_empty_slot_is_0_whatever_lies_beside_it(p):
+    long, short = torch.randn(16384, device="emulated"), torch.ones(10, device="emulated")
+    empty = torch.empty(0, device="emulated")
+    for tensors, group, slots in (
+        ([long, empty], None, [[long], []]),
+        ([empty, long], None, [[], [long]]),
+        ([long, short], [0, 2], [[long], [], [short]]),
+        ([short, long, empty, empty], [0, 1, 1, 3], [[short], [long], [], []]),
+    ):
+        norms = _ops.norms(tensors, p, group)
+        expected = [oracle(slot, p) for slot in slots]
+        assert norms.tolist() == pytest.approx(expected, rel=3e-7)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 2.5, 0.5])
+def test_one_span_has_the_same_bits_alone_and_in_a_clip(p):
+    for _ in range(20):
+        tensor = torch.randn(1000, dtype=torch.float64, device="emulated")
+        alone, clipped = _ops.norm([tensor], p), _ops.clip_norm_([tensor.clone()], 1.0, p)
+        beside = _ops.norms([tensor, tensor[:0]], p)[0]
+        assert alone.item() == clipped.item() == beside.item()
+
+
 @pytest.mark.parametrize("p", [3.0, 7.0, 64.0, 2000.0, 2.5, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_powers_hold_at_the_ends_of_the_range(machine, p, dtype):

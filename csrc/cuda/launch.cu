@@ -46,7 +46,7 @@ __device__ void store(Numbers numbers, int i, double value) {
 template <Norm kind>
 constexpr int kResident = kind == Norm::kPower ? 1 : 3;
 
-// Both: by a grid whose blocks are all resident.
+// kBoth needs all blocks of the grid resident at once.
 enum class Phases { kNorm, kScale, kBoth };
 
 template <Phases phases, Norm kind, class Table>
@@ -111,8 +111,8 @@ void for_norm(double p, auto&& visit) {
   pick<Norm::kSum, Norm::kSquares, Norm::kMax, Norm::kPower>(norm_kind(p), visit);
 }
 
-// Launches as many blocks as are resident at once, or as there are tasks for. `together` they stay
-// so, as a grid barrier needs: says whether the device could do that.
+// Launches as many blocks as are resident at once, or as there are tasks for. With `together` all
+// of them must be, for a grid barrier; false if the device cannot.
 template <class Parameters>
 bool launch(const char* what, void (*kernel)(Parameters, Work), int tasks,
             const Parameters& parameters, const Work& work, Stream stream, bool together = false) {

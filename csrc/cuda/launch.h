@@ -34,7 +34,7 @@ struct Work {
   Numbers given = {};          // max_norm or coef; without data it is `number`
   Numbers norms = {};          // the result
   double* partials = nullptr;  // one for each span
-  int spans = 0;               // and how many; 0 if each slot is one span, whose norm it gives
+  int spans = 0;               // their number. 0: none are kept, a span's norm is its slot's
   int slots = 1;
 };
 

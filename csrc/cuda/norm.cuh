@@ -2,7 +2,7 @@
 //
 // Note [accuracy]: what a thread takes of a tile it adds in float32, in one tree: the elements of a
 // vector, then the vectors. Above is float64. So at most five roundings of 2^-24 lie on an
-// element's way to the sum, that of its square included, and half of them in the norm.
+// element's way to the sum, that of its square included, and half of them in a norm of order 2.
 #pragma once
 
 #include "../formulas.h"
@@ -11,8 +11,8 @@
 
 namespace fastclip::cuda {
 
-// What a thread takes of a tile, of |x| or x^2. `bits` stays 0 if all elements are. What is fused
-// is said, and not left to the compiler.
+// What a thread takes of a tile, of |x| or x^2, with fma only where it says so. `bits` stays 0 if
+// all elements are +0.
 template <Norm kind, Dtype dtype, class acc_t, class Vectors>
 __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
   static_assert(kVectors == 4);
@@ -164,6 +164,7 @@ __device__ void norm_phase(const Table& table, double p, Result&& result) {
 // The norm of `count` spans. By all threads of a block; the result is valid in all of them.
 template <Norm kind>
 __device__ double finish(const double* partials, int count, double p) {
+  if (kind == Norm::kPower && count == 1) return __ldcg(partials);  // a power and a root round
   Accumulator<kind> accumulator(p);
   for (int i = threadIdx.x; i < count; i += kThreads) accumulator.add(__ldcg(partials + i));
   return norm_of<kind>(accumulator.reduce());

@@ -16,8 +16,8 @@ namespace fastclip::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kTileBytes = 32768;
-// So many partial results every block can add up again in two microseconds. They are ten for each
-// block of an H100: the last ones to be taken leave few blocks idle.
+// Few enough for every block to add up all partial results again. They are ten for each block of an
+// H100: the last ones to be taken should leave few blocks idle.
 constexpr int64_t kMaxSpans = 4096;
 // No more tiles than the smallest table has entries, so that any table holds a whole span. Beyond
 // 30 GiB there are more spans instead.
@@ -63,9 +63,8 @@ struct Part : Flat {
 
 class Partition {
  public:
-  // With `apart` parts come by ascending slot, and a span ends where the slot changes, with a hole
-  // if need be, an entry without data. Where slots are many, spans are long enough for each to be
-  // one. Empty parts take no part.
+  // With `apart` parts come by ascending slot, and a span ends where the slot changes, if need be
+  // with an entry without data. Many slots are a span each, up to 240 tiles.
   Partition(const std::vector<Part>& parts, bool apart) {
     int64_t count = 0;
     for (const Part& part : parts) count += part.tiles();
@@ -103,12 +102,14 @@ class Partition {
     return begins;
   }
 
-  // Whether slot i is span i and no other, if they are apart.
+  // Whether each slot is one span, the one of its number, if they are apart.
   bool spans_are_slots(int64_t slots) const {
-    if (spans() != slots) return false;
-    for (size_t i = 0; i < entries_.size(); ++i)
-      if (entries_[i].data && first_tiles_[i] / span_tiles_ != entries_[i].slot()) return false;
-    return true;
+    bool all = spans() == slots;
+    for (size_t i = 0; all && i < entries_.size(); ++i) {
+      const int64_t begin = first_tiles_[i] / span_tiles_, last = first_tiles_[i + 1] - 1;
+      all = !entries_[i].data || (begin == entries_[i].slot() && last / span_tiles_ == begin);
+    }
+    return all;
   }
 
   // Fills a table from tile `begin`, the first of a span; returns the first tile it does not hold.

@@ -9,8 +9,7 @@ struct Sum {
   __device__ static double combine(double a, double b) { return a + b; }
 };
 
-// NaN wins.
-struct Max {
+struct Max {  // NaN wins
   template <class T>
   __device__ static T combine(T a, T b) {
     return a > b || a != a ? a : b;

@@ -23,7 +23,7 @@ struct Tile {
   Dtype dtype;
   int slot;
 
-  // Where vector j of this thread begins (`at`: if aligned), and what is left from there.
+  // Where vector j of this thread begins, and what is left from there.
   __device__ int offset(int j) const { return (j * kThreads + threadIdx.x) * kVector; }
   __device__ int left(int j) const { return bytes - offset(j); }
   __device__ uint4* at(int j) const { return reinterpret_cast<uint4*>(data + offset(j)); }
