@@ -67,10 +67,13 @@ class Grads {
 
   const std::vector<int64_t>& slots() const { return slots_; }
 
-  // The norm of each slot in float64, up to the last slot that holds a gradient.
+  // The norm of each slot in float64, up to the last slot that holds a gradient. All are of the
+  // first where none was noted.
   at::Tensor norms(double p) const {
     static const auto op = find_op<NormsOp>("fastclip::norms");
-    return call(op, tensors_, p, at::OptionalIntArrayRef(slots_), true, false);
+    const std::vector<int64_t> first(slots_.empty() ? tensors_.size() : 0);
+    const auto& slots = slots_.empty() ? first : slots_;
+    return call(op, tensors_, p, at::OptionalIntArrayRef(slots), true, false);
   }
 
   // The norm of each gradient, or of each row.

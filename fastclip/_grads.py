@@ -12,18 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _device_has_foreach_support
 
 from . import _ops
-from ._local import Grads, held
-from ._plan import Kind, Plan, find, follow, is_spread
+from ._local import Grads
+from ._look import describe, look
+from ._plan import NONE, Asked, Kind, Plan, find, follow, is_spread, of_plain
 from ._planned import PlannedGrads
+from ._ranks import as_groups
 
 Tensors = Tensor | Iterable[Tensor]
-
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SUPPORTED = (*_REAL, torch.complex32, torch.complex64, torch.complex128)
-_LAYOUTS = (torch.strided, torch.sparse_coo, torch.jagged)
 
 
 def read(
@@ -31,8 +28,12 @@ def read(
     foreach: bool | None = None,
     process_group: Any = None,
     kind: Kind = Kind.TOTAL,
+    agree: bool = False,
 ) -> Any:
     """The gradients of `parameters`, to be changed; without None, and of each parameter once.
+
+    Those that ranks measure together and `agree` on have a norm that is not finite on any rank if
+    it is so on one.
 
     Raises:
         TypeError: no tensors, or a gradient's dtype or layout that cannot be clipped.
@@ -40,74 +41,98 @@ def read(
         RuntimeError: elements of a gradient share memory; or `foreach` is True on a device for
             which torch has no foreach kernels.
     """
-    return _read(as_list(parameters, "parameters"), foreach, process_group, True, kind)
+    items = as_list(parameters, "parameters")
+    return _read(items, foreach, _asked(process_group), True, kind, agree)
 
 
 def take(
     tensors: Tensors,
     foreach: bool | None = None,
     process_group: Any = None,
+    kind: Kind = Kind.TOTAL,
+    agree: bool = False,
 ) -> Any:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
-    return _read(as_list(tensors, "tensors"), foreach, process_group, False, Kind.TOTAL)
+    items = as_list(tensors, "tensors")
+    return _read(items, foreach, _asked(process_group), False, kind, agree)
 
 
 def take_weights(parameters: list[Tensor], kind: Kind) -> Any:
     """The parameters themselves, as `take` does: those that `read` finds gradients of."""
     # Over ranks the weights tell what the gradients may be; else only those with one are measured.
     positions = list(range(len(parameters)))
-    if not is_spread(parameters, None):
+    if not is_spread(parameters):
         found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
         positions = sorted(i for i in found.values() if parameters[i].grad is not None)
     weights = [parameters[i] for i in positions]
     return _read(
-        weights, None, None, False, kind, lambda i: f"the weight parameters[{positions[i]}]"
+        weights, None, NONE, False, kind, False, lambda i: f"the weight parameters[{positions[i]}]"
     )
 
 
 def read_by(
     plan: Plan | None,
     parameters: list[Tensor],
-    asked: tuple[Any, ...],
+    asked: Asked,
     labels: Sequence[int],
-    count: int,
+    p: float,
+    agree: bool,
 ) -> PlannedGrads:
-    """As `read`, `count` groups by their labels, by the plan of the last time if it still fits."""
+    """As `read`, in groups by their labels, by the plan of the last time if it still fits."""
     walks = _walk(None) is not None
-    plan, grads = follow(plan, parameters, asked, walks, True, Kind.TOTAL, labels, count)
-    return PlannedGrads(_look(parameters, None, True, plan) if grads is None else grads, plan)
+    plan, grads = follow(plan, parameters, asked, walks, True, Kind.of_order(p), labels)
+    return _planned(plan, grads, agree, lambda: look(parameters, None, True, plan))
 
 
 def _read(
     items: list[Tensor],
     foreach: bool | None,
-    process_group: Any,
+    asked: Asked,
     write: bool,
     kind: Kind,
+    agree: bool,
     name_of: Callable[[int], str] | None = None,
 ) -> Any:
     walk = _walk(foreach)
     read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
-    if read_all and process_group is None and (grads := read_all(items)) is not None:
-        return grads
-    if is_spread(items, process_group):
-        return _read_spread(items, foreach, process_group, write, kind, name_of)
-    return _look(items, foreach, write, None, name_of)
+    grads = read_all(items) if read_all else None
+    if asked is NONE and (grads is not None or not is_spread(items)):
+        return look(items, foreach, write, None, name_of) if grads is None else grads
+    return _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
 
 
 @torch.compiler.disable
 def _read_spread(
     items: list[Tensor],
+    grads: Any,
     foreach: bool | None,
-    process_group: Any,
+    asked: Asked,
     write: bool,
     kind: Kind,
+    agree: bool,
     name_of: Callable[[int], str] | None,
 ) -> PlannedGrads:
-    plan, grads = find(items, process_group, _walk(foreach) is not None, write, kind)
-    if grads is None:
-        grads = _look(items, foreach, write, plan, name_of)
-    return PlannedGrads(grads, plan)
+    if grads is not None and kind is Kind.TOTAL:
+        plan = of_plain(items, asked)
+    else:
+        plan, grads = find(items, asked, _walk(foreach) is not None, write, kind)
+    return _planned(plan, grads, agree, lambda: look(items, foreach, write, plan, name_of))
+
+
+def _planned(plan: Plan, grads: Any, agree: bool, read_all: Callable[[], Grads]) -> PlannedGrads:
+    """An error is for all ranks that wait for this one."""
+    try:
+        if plan.crossing is not None:
+            raise ValueError(plan.crossing)
+        return PlannedGrads(read_all() if grads is None else grads, plan, agree)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not (plan.steps or plan.beyond):
+            raise
+        return PlannedGrads(None, plan, agree, error)
+
+
+def _asked(process_group: Any) -> Asked:
+    return NONE if process_group is None else (as_groups(process_group),)
 
 
 def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -120,40 +145,6 @@ def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
         found.append(zero if parameter.grad is None or id(parameter) in seen else next(each))
         seen.add(id(parameter))
     return torch.stack(found)
-
-
-def agreed(grads: Any, norms: Tensor) -> Tensor:
-    """`norms`; NaN where that of any other rank is not finite."""
-    return grads.agreed(norms) if isinstance(grads, PlannedGrads) else norms
-
-
-def _look(
-    items: list[Tensor],
-    foreach: bool | None,
-    write: bool,
-    plan: Plan | None,
-    name_of: Callable[[int], str] | None = None,
-) -> Grads:
-    """The gradients, or tensors, one by one, with all that Python knows to check."""
-    # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
-    found: dict[int, tuple[Tensor, int]] = {}
-    wrappers = []
-    for position, item in enumerate(items):
-        name = f"parameters[{position}]" if write else f"tensors[{position}]"
-        _check_tensor(item, name)
-        tensor, slot = item.grad if write else item, 0
-        if tensor is None:
-            continue
-        if plan is not None:
-            wrapper, tensor = plan.local(position, item, write)
-            wrappers += [wrapper] * (wrapper is not tensor)
-            slot = plan.slot_of[position]
-        stored = f"the gradient of {name}" if write else name_of(position) if name_of else name
-        _check_supported(tensor, stored, write)
-        found.setdefault(id(item) if write else position, (tensor, slot))
-    tensors = [tensor for tensor, _ in found.values()]
-    _check_foreach(tensors, foreach)
-    return Grads(tensors, [slot for _, slot in found.values()], wrappers)
 
 
 def _walk(foreach: bool | None) -> Any:
@@ -170,7 +161,7 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
         items = list(tensors)
     except TypeError:
         raise TypeError(
-            f"{name}: expected a tensor or an iterable of tensors, got {_describe(tensors)}; "
+            f"{name}: expected a tensor or an iterable of tensors, got {describe(tensors)}; "
             "of a module pass module.parameters()"
         ) from None
     # Gradients that are none may well be none; parameters are not.
@@ -179,75 +170,3 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
         )
     return items
-
-
-def _describe(value: object) -> str:
-    return (
-        f"{value!r} of type {type(value).__name__}"
-        if isinstance(value, int | float | str | tuple)
-        else type(value).__name__
-    )
-
-
-def _check_tensor(value: object, name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor, got {_describe(value)}; of a module pass "
-            "module.parameters()"
-        )
-
-
-def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
-    if tensor.dtype not in _SUPPORTED:
-        raise TypeError(
-            f"{name}: dtype {tensor.dtype} cannot be clipped; cast it to one of "
-            f"{', '.join(str(d).removeprefix('torch.') for d in _SUPPORTED)}"
-        )
-    has_holes = tensor.layout == torch.jagged and tensor.lengths() is not None
-    if tensor.layout not in _LAYOUTS or has_holes:
-        raise TypeError(
-            f"{name}: layout {tensor.layout}{' with holes' * has_holes} cannot be clipped; convert "
-            "it to torch.strided or torch.sparse_coo"
-        )
-    stored = held(tensor)
-    if write and _overlaps(stored):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a "
-            f"single memory location. Please clone() the tensor before performing the operation. "
-            f"({name} has shape {tuple(stored.shape)} and strides {stored.stride()})"
-        )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements share memory."""
-    if not tensor.numel():
-        return False
-    dims = [(tensor.stride(i), size) for i, size in enumerate(tensor.shape) if size > 1]
-    if torch.compiler.is_compiling():
-        # No order of symbolic strides is known: what torch refuses.
-        return any(stride == 0 for stride, _ in dims)
-    reach, interleaved = 0, False
-    for stride, size in sorted(dims):
-        interleaved |= stride <= reach
-        reach += stride * (size - 1)
-    if not interleaved:
-        return False
-    # A stride that does not step over the smaller ones may step between them: the elements are bits
-    # of a number, set along one dimension after the other, twice as many each time.
-    taken = 1
-    for stride, size in dims:
-        done = 1
-        while done < size:
-            more = min(done, size - done)
-            taken |= taken << more * stride
-            done += more
-    return taken.bit_count() < tensor.numel()
-
-
-def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
-    for tensor in tensors if foreach else ():
-        if not _device_has_foreach_support(tensor.device):
-            raise RuntimeError(
-                "foreach=True was passed, but can't use the foreach API on "
-                f"{tensor.device.type} tensors"
-            )

@@ -12,8 +12,11 @@ def checked(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
         name = str(group.get("name", i))
-        if unknown := set(group) - {"params", "max_norm", "coef_of", "name"}:
-            raise ValueError(f"groups[{i}]: expected params, max_norm or coef_of, got {unknown}")
+        known_keys = {"params", "max_norm", "coef_of", "name", "process_group"}
+        if unknown := set(group) - known_keys:
+            raise ValueError(
+                f"groups[{i}]: expected only {', '.join(sorted(known_keys))}, got {unknown}"
+            )
         if "params" not in group or ("max_norm" in group) == ("coef_of" in group):
             raise ValueError(
                 f"groups[{i}]: expected params and one of max_norm and coef_of, got {list(group)}"

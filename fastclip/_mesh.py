@@ -4,14 +4,14 @@ Their private `_spec` and `_local_tensor` cost nanoseconds where `to_local()` co
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ranks import Groups, Key, Ranks, ranks_of
+from ._ranks import Groups, Key, Ranks, Step, device_of, ranks_of
 
 # Where a DTensor keeps its layout (mesh, placements) and what is on this rank.
 LAYOUT = "_spec"
@@ -38,36 +38,75 @@ class Mesh:
     tell the dimension, if they are the same all over the mesh. Else the mesh keeps to itself.
     """
 
-    def __init__(self, mesh: Any, reaches: Sequence[set[int]]) -> None:
+    def __init__(self, mesh: Any) -> None:
+        self.device_type, self.root = mesh.device_type, mesh._get_root_mesh()
         self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
         self.place = (ranks, tuple(mesh.shape))
         lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
-        even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
+        self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
         self.groups: Groups = {}
         self.keys: list[Key] = []
         # A rank outside holds nothing.
         for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
             members = ranks_of(group := mesh.get_group(dim))
             alone = (1, dim, *mesh.shape, *ranks)
-            order = tuple(r - members[0] for r in members) if even else alone
+            order = tuple(r - members[0] for r in members) if self.is_even else alone
             self.keys.append((order, members))
             if len(members) > 1:
                 self.groups[order, members] = group
-        # All its ranks have the same sums: of those that something asked for reaches, one speaks.
-        me = dist.get_rank()
-        self.mine = all(me == min(reach.intersection(ranks), default=me) for reach in reaches)
 
-    def slot(self, placements: Sequence[Any], rows: bool) -> Slot:
-        """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0."""
+    def slot(self, placements: Sequence[Any], rows: bool, reach: set[int]) -> Slot:
+        """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0.
+
+        All ranks of the mesh have the same sums: of those within `reach`, one speaks.
+        """
+        me = dist.get_rank()
+        mine = me == min(reach.intersection(self.ranks), default=me)
         if not self.keys:
-            return Slot(frozenset(), (), self.mine)
+            return Slot(frozenset(), (), mine)
         whole = [p.is_replicate() or p.is_partial() for p in placements]
         if rows:
             whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
         sharded = [not w for w in whole]
         keys = itertools.compress(self.keys, sharded)
         spread = frozenset(key for key in keys if key in self.groups)
-        return Slot(spread, self.ranks if spread else (), self.mine)
+        return Slot(spread, self.ranks if spread else (), mine)
+
+
+def steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
+    """The collectives over all groups of the meshes, in the order of Note [order]."""
+    groups: Groups = {}
+    devices: dict[Key, torch.device] = {}
+    for mesh in meshes:
+        for key, group in mesh.groups.items():
+            known = groups.setdefault(key, group)
+            groups[key] = min(known, group, key=lambda g: g.group_name)
+            devices[key] = device_of(groups[key], mesh.device_type)
+    members = {key: [i for i, slot in enumerate(slots) if key in slot.groups] for key in groups}
+    return [Step(groups[key], devices[key], members[key]) for key in sorted(groups)]
+
+
+def crossing(meshes: Collection[Mesh], reaches: Sequence[set[int]]) -> str | None:
+    """What is wrong with meshes of which only this rank is in both, and that are no grid's.
+
+    Each rank would then take the norm of other gradients, and shards of one gradient be scaled
+    differently. Two lines of a grid share no distance; meshes cut from one root are a grid's.
+    """
+    even = [mesh for mesh in meshes if mesh.is_even]
+    for one, other in itertools.combinations(even, 2):
+        for (_, ranks), (_, others) in itertools.product(one.groups, other.groups):
+            both = {*ranks, *others}
+            if one.root == other.root or any(both <= reach for reach in reaches):
+                continue
+            here, there = ({r - some[0] for r in some[1:]} for some in (ranks, others))
+            if len(both) == len(ranks) + len(others) - 1 and here & there:
+                return (
+                    f"parameters: some are spread over ranks {list(ranks)}, others over ranks "
+                    f"{list(others)}, which have only rank {dist.get_rank()} in common: no norm is "
+                    "the same on all of them; clip the two by themselves, or pass as process_group "
+                    "one that holds all these ranks"
+                )
+    return None
 
 
 def is_dtensor(value: object) -> bool:
@@ -88,13 +127,19 @@ def value_of(tensor: Tensor) -> Tensor:
     return getattr(tensor, INNER) if here else tensor.full_tensor()
 
 
-def placed(tensor: Tensor, layout: Any) -> Tensor | None:
-    """`tensor` if it is placed so, else a redistributed copy; None if its mesh is another.
+def placed(tensor: Tensor, layout: Any, name: str) -> Tensor:
+    """`tensor` if it is placed so, else a redistributed copy. Nothing stays partial.
 
-    Nothing stays partial.
+    Raises:
+        TypeError: its mesh is another; or only one of the two, it and `layout`, knows a mesh.
     """
-    if tensor.device_mesh != layout.mesh:
-        return None
+    if layout is None and not is_dtensor(tensor):
+        return tensor
+    if layout is None or not is_dtensor(tensor) or tensor.device_mesh != layout.mesh:
+        raise TypeError(
+            f"{name}: expected a {'DTensor' if layout else 'plain tensor'} like the parameter, got "
+            f"a {type(tensor).__name__}; make both DTensors of one mesh, or neither"
+        )
     replicate = dist.tensor.Replicate()
     placements = tuple(replicate if p.is_partial() else p for p in layout.placements)
     return tensor if tensor.placements == placements else tensor.redistribute(placements=placements)

@@ -21,46 +21,58 @@ from ._reference import count_rows
 
 
 class Kind(enum.IntEnum):
-    """Which norms a plan is for: of all together, of each tensor, or of each row."""
+    """Which norms a plan is for: of all together, of each tensor, or of each row.
+
+    COUNT is of all together by the norms of each tensor, as order 0 wants, which counts those.
+    """
 
     TOTAL = 0
     EACH = 1
     ROWS = 2
+    COUNT = 3
+
+    @classmethod
+    def of_order(cls, p: float) -> "Kind":
+        return cls.COUNT if p == 0 else cls.TOTAL
+
+
+# The process groups, or meshes, that are asked for, of each label.
+Asked = Sequence[tuple[Any, ...]]
+NONE: Asked = ((),)
 
 
 class Plan:
     """How the norms of a list of parameters, or of tensors, are put together: one for each label.
 
     First every slot over the dimensions of its mesh, then the sums of a label's slots over the
-    groups `asked`. Labels count from 0; for EACH and ROWS the items are their own, and slots too.
+    groups that it has `asked` for. Labels count from 0; for EACH and ROWS the items are their own.
     """
 
     def __init__(
         self,
         items: Sequence[Tensor],
         layouts: list[Any],
-        asked: tuple[Any, ...],
+        asked: Asked,
         kind: Kind = Kind.TOTAL,
         labels: Sequence[int] | None = None,
-        count: int = 1,
     ) -> None:
-        self.asked, self.kind = asked, kind
-        self.groups = _ranks.groups_of(asked)
-        others = _ranks.by_key(self.groups)
+        self.kind, self.asked = kind, asked
+        self.groups = list(map(_ranks.groups_of, asked))
+        if kind in (Kind.EACH, Kind.ROWS):
+            labels, asked = range(len(items)), [()] * len(items)
         self.device = getattr(items[0], "device", None) if items else None
-        if kind is not Kind.TOTAL:
-            labels, count = range(len(items)), len(items)
-        self._lay(layouts, [0] * len(items) if labels is None else labels)
-        self.members: list[list[int]] = [[] for _ in range(count)]
-        for i, (label, _) in enumerate(self.slots):
-            self.members[label].append(i)
-        self.mine = [[i for i in members if self.slots[i][1].mine] for members in self.members]
-        every = list(range(len(self.members)))
-        self.beyond = [
-            _ranks.Step(group, _ranks.device_of(group), every) for group in others.values()
-        ]
+        reaches = list(map(_ranks.reached, asked))
+        self._lay(layouts, [0] * len(items) if labels is None else labels, reaches)
+        # Of each label how many slots there are, and which of them count beyond their meshes.
+        self.counts = [0] * len(asked)
+        self.members: list[list[int]] = [[] for _ in asked]
+        for i, (label, slot) in enumerate(zip(self.label_of, self.slots, strict=True)):
+            self.counts[label] += 1
+            self.members[label] += [i] * slot.mine
+        self.beyond = _ranks.steps_beyond(self.groups)
         # Every label has one slot, and that is all there is to its norm.
-        self.is_flat = all(members == [i] for i, members in enumerate(self.members))
+        flat = [[i] for i in range(len(asked))]
+        self.is_flat = kind is not Kind.COUNT and self.members == flat
         # Of ROWS, how many each item has here.
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
@@ -93,49 +105,41 @@ class Plan:
     def valid(self) -> bool:
         return bool(self._alive)
 
-    def _lay(self, layouts: list[Any], labels: Sequence[int]) -> None:
-        """The slots, for each item the index of its own, and the steps over meshes."""
-        groups: _ranks.Groups = {}
+    def _lay(self, layouts: list[Any], labels: Sequence[int], reaches: list[set[int]]) -> None:
+        """The slots, of each its label, for each item the index of its own, and the steps."""
         meshes: dict[int, _mesh.Mesh] = {}
-        reaches = list(map(_ranks.reached, self.asked))
         plain = _mesh.Slot(frozenset(), (), True)
-        found: dict[tuple[int, int], tuple[int, _mesh.Slot]] = {}
+        # By label, or item, and layout.
+        found: dict[tuple[int, int], _mesh.Slot] = {}
         places: dict[_mesh.Slot, tuple] = {plain: ()}
-        devices: dict[_ranks.Key, torch.device] = {}
-        for label, layout in zip(labels, layouts, strict=True):
-            if (label, id(layout)) in found:
+        owners = labels if self.kind is Kind.TOTAL else range(len(layouts))
+        for owner, label, layout in zip(owners, labels, layouts, strict=True):
+            if (owner, id(layout)) in found:
                 continue
             if layout is None:
-                found[label, id(layout)] = label, plain
+                found[owner, id(layout)] = plain
                 continue
             if id(layout.mesh) not in meshes:
-                meshes[id(layout.mesh)] = mesh = _mesh.Mesh(layout.mesh, reaches)
-                for key, group in mesh.groups.items():
-                    known = groups.setdefault(key, group)
-                    groups[key] = min(known, group, key=lambda g: g.group_name)
-                    devices[key] = _ranks.device_of(groups[key], layout.mesh.device_type)
+                meshes[id(layout.mesh)] = _mesh.Mesh(layout.mesh)
             mesh = meshes[id(layout.mesh)]
             rows = self.kind is Kind.ROWS and len(layout.shape) > 1
-            slot = mesh.slot(layout.placements, rows)
-            found[label, id(layout)] = label, slot
+            found[owner, id(layout)] = slot = mesh.slot(layout.placements, rows, reaches[label])
             places[slot] = min(mesh.place, places.get(slot, mesh.place))
         # In an order on which ranks agree, for they send each other bare vectors; and before all by
         # what every rank of a mesh agrees on, so that all add up in the same order.
         order = {slot: (sorted(o for o, _ in slot.groups), place) for slot, place in places.items()}
-        self.slots = sorted(set(found.values()), key=lambda one: (one[0], order[one[1]]))
-        index = {slot: i for i, slot in enumerate(self.slots)}
+        pairs = {(owner, slot) for (owner, _), slot in found.items()}
+        slots = sorted(pairs, key=lambda one: (one[0], order[one[1]]))
+        self.slots = [slot for _, slot in slots]
+        index = {pair: i for i, pair in enumerate(slots)}
         self.slot_of = [
-            index[found[label, id(layout)]] for label, layout in zip(labels, layouts, strict=True)
+            index[owner, found[owner, id(layout)]]
+            for owner, layout in zip(owners, layouts, strict=True)
         ]
-        # See Note [order].
-        steps = [
-            _ranks.Step(groups[key], devices[key], self._spread_over(key)) for key in sorted(groups)
-        ]
-        self.within = [step for step in steps if step.members]
-        self.all = [step._replace(members=[0]) for step in steps]
-
-    def _spread_over(self, key: _ranks.Key) -> list[int]:
-        return [i for i, (_, slot) in enumerate(self.slots) if key in slot.groups]
+        label_of = dict(zip(owners, labels, strict=True))
+        self.label_of = [label_of[owner] for owner, _ in slots]
+        self.steps = _mesh.steps(meshes.values(), self.slots)
+        self.crossing = _mesh.crossing(meshes.values(), reaches)
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
         """What the extension reads at once; None where each item has to be looked at.
@@ -146,13 +150,12 @@ class Plan:
             return None
         return self.wrapped.read_grads(items) if write else self.wrapped.take_tensors(items)
 
-    def is_for(self, asked: tuple[Any, ...]) -> bool:
-        if not self._alive or len(asked) != len(self.asked):
-            return False
+    def is_for(self, asked: Asked) -> bool:
+        if not self._alive or asked is self.asked:
+            return bool(self._alive)
         # A slice of a mesh is a new object each time, with the groups of the last time.
-        return all(map(operator.is_, asked, self.asked)) or (
-            list(map(id, _ranks.groups_of(asked))) == list(map(id, self.groups))
-        )
+        now = map(_ranks.groups_of, asked)
+        return [list(map(id, some)) for some in now] == [list(map(id, g)) for g in self.groups]
 
     def fits(self, layouts: Sequence[Any]) -> bool:
         """Whether this is the plan for items of these layouts: they are the very same objects."""
@@ -160,31 +163,21 @@ class Plan:
             map(operator.eq, map(id, layouts), self.addresses)
         )
 
-    def local(self, position: int, item: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-        """The gradient of an item, or the item, placed as planned; and what of it is here."""
-        name = f"the gradient of parameters[{position}]" if write else f"tensors[{position}]"
-        tensor, layout = item.grad if write else item, _mesh.layout_of(item)
-        if layout is None and not _mesh.is_dtensor(tensor):
-            return tensor, tensor
-        both = layout is not None and _mesh.is_dtensor(tensor)
-        wrapper = _mesh.placed(tensor, layout) if both else None
-        if wrapper is None:
-            raise TypeError(
-                f"{name}: expected a {type(item.data).__name__} like the parameter, got a "
-                f"{type(tensor).__name__}; make both DTensors of one mesh, or neither"
-            )
+    def local(self, item: Tensor, tensor: Tensor, name: str, write: bool) -> tuple[Tensor, Tensor]:
+        """`tensor`, the gradient of an item or the item, placed as planned; and what is here."""
+        wrapper = _mesh.placed(tensor, _mesh.layout_of(item), name)
         if wrapper is not tensor:
             self._warn(f"{name} is placed {tensor.placements}, not {wrapper.placements}")
             if write:
                 item.grad = wrapper
-        return wrapper, getattr(wrapper, _mesh.INNER)
+        return wrapper, _mesh.local_of(wrapper)
 
     def _warn(self, what: str) -> None:
         if not self.warned:
             warnings.warn(
                 f"{what}: it and others like it are redistributed at every call, one collective "
                 "of the gradient's size each",
-                stacklevel=9,
+                stacklevel=11,
             )
         self.warned = True
 
@@ -194,20 +187,23 @@ class Plan:
 _plans = tuple(WeakIdKeyDictionary() for _ in Kind)
 
 
-def is_spread(items: Sequence[Any], process_group: Any) -> bool:
-    return process_group is not None or any(map(_mesh.is_dtensor, items))
+def is_spread(items: Sequence[Any]) -> bool:
+    return any(map(_mesh.is_dtensor, items))
+
+
+def of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
+    """For a list without DTensors, however long, of one label."""
+    return Plan(items[:1], [None] * len(items[:1]), asked)
 
 
 def find(
-    items: Sequence[Tensor], process_group: Any, walks: bool, write: bool, kind: Kind
+    items: Sequence[Tensor], asked: Asked, walks: bool, write: bool, kind: Kind
 ) -> tuple[Plan, Any]:
     """The plan for these parameters or tensors, and what the extension reads by it, if it `walks`.
 
     Raises:
-        TypeError: `process_group` is no group, mesh, or several.
         ValueError: of several groups two share more than this rank.
     """
-    asked = _ranks.as_groups(process_group)
     key = next((_mesh.layout_of(item) for item in items if _mesh.is_dtensor(item)), None)
     known = None if key is None else _plans[kind].get(key)
     plan, grads = follow(known, items, asked, walks, write, kind)
@@ -219,12 +215,11 @@ def find(
 def follow(
     plan: Plan | None,
     items: Sequence[Tensor],
-    asked: tuple[Any, ...],
+    asked: Asked,
     walks: bool,
     write: bool,
     kind: Kind = Kind.TOTAL,
     labels: Sequence[int] | None = None,
-    count: int = 1,
 ) -> tuple[Plan, Any]:
     """As `find`, by the `plan` at hand, or a new one if that is not for these items any more."""
     known = plan is not None and plan.is_for(asked)
@@ -232,7 +227,7 @@ def follow(
     if grads is None:
         layouts = [_mesh.layout_of(item) for item in items]
         if not (known and plan.fits(layouts)):
-            plan = Plan(items, layouts, asked, kind, labels, count)
+            plan = Plan(items, layouts, asked, kind, labels)
         grads = plan.read(items, write) if walks else None
     if kind is Kind.ROWS:
         # A layout does not tell them: plain tensors have none.

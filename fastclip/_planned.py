@@ -3,7 +3,7 @@
 They have the verbs of the local ones. The compiler stays out.
 """
 
-import math
+import zlib
 from typing import Any
 
 import torch
@@ -12,13 +12,26 @@ from torch import Tensor
 from . import _mesh, _ranks
 from ._ops import clip_coef
 from ._plan import Kind, Plan
+from ._reference import empty_norm
 
 
 class PlannedGrads:
-    """The gradients of all ranks. `norms` has one for each label, `norm` is that of the first."""
+    """The gradients of all ranks. `norms` has one for each label, `norm` is that of the first.
 
-    def __init__(self, local: Any, plan: Plan) -> None:
-        self.local, self.plan = local, plan
+    If the ranks `agree`, a norm that is not finite on one is so on all. `error` is why this rank
+    cannot take part: it tells the others in the collectives that it owes them, and is then raised.
+    """
+
+    def __init__(
+        self, local: Any, plan: Plan, agree: bool = False, error: Exception | None = None
+    ) -> None:
+        self._local, self.plan, self.agree, self.error = local, plan, agree, error
+
+    @property
+    def local(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self._local
 
     def __len__(self) -> int:
         return len(self.local)
@@ -39,9 +52,9 @@ class PlannedGrads:
     @torch.compiler.disable
     def scale_(self, coef: Tensor) -> None:
         """By one coefficient, or one for each label."""
-        slots = self.plan.slots
+        labels = self.plan.label_of
         if coef.dim() and not self.plan.is_flat:
-            coef = torch.stack([coef[label] for label, _ in slots]) if slots else coef
+            coef = torch.stack([coef[label] for label in labels]) if labels else coef
         self.local.scale_(coef)
 
     @torch.compiler.disable
@@ -65,44 +78,60 @@ class PlannedGrads:
         return self._result(total_norm)
 
     @torch.compiler.disable
-    def agreed(self, norms: Tensor) -> Tensor:
-        """`norms`, 0-d or one for each label; NaN where that of any other rank is not finite."""
-        bad = (~norms.isfinite()).double().reshape(-1)
-        for step in (*self.plan.all, *self.plan.beyond):
-            bad = _ranks.all_reduce(step, bad, "MAX")
-        return norms.masked_fill((bad > 0).view(norms.shape), math.nan)
-
-    @torch.compiler.disable
     def added(self, counts: Tensor) -> Tensor:
         """Float64 counts, one for each item of an EACH plan, added up over ranks."""
-        for step in self.plan.within:
-            counts = _ranks.over(step, counts, 1)
+        for step in self.plan.steps:
+            counts = _ranks.over(step, counts, 1) if step.members else counts
         return counts
 
-    def _norms(self, p: float) -> Tensor:
-        plan, norms = self.plan, self._local_norms(p)
-        ranks = bool(plan.within or plan.beyond)
-        if ranks and not p > 0:
+    def check_same(self, names: list[str]) -> None:
+        """Of groups: what ranks send each other is bare. Waits for the device.
+
+        Raises:
+            ValueError: they have other names on another rank; on all ranks.
+        """
+        number = zlib.crc32("\0".join(names).encode())
+        both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
+        for step in (*self.plan.steps, *self.plan.beyond):
+            both = _ranks.all_reduce(step, both, "MAX")
+        if both.tolist() != [number, -number]:
             raise ValueError(
-                f"norm_type: expected an order > 0 for gradients spread over ranks, got {p}"
+                f"groups: expected the same on all ranks, in the same order, got {names} here and "
+                "others elsewhere; a rank that holds nothing of a group gives it no params"
             )
-        if ranks or not plan.is_flat:
-            members = plan.members
-            parts = _ranks.as_parts(norms, p)
-            for step in plan.within:
-                parts = _ranks.over(step, parts, p, plan.sizes)
-            if plan.beyond:
-                parts = _ranks.combined(parts, plan.mine, p)
-                for step in plan.beyond:
-                    parts = _ranks.over(step, parts, p)
-                members = [[label] for label in range(len(members))]
-            if not plan.is_flat:
-                parts = _ranks.combined(parts, members, p)
-            norms = _ranks.as_norm(parts, p)
+
+    def _norms(self, p: float) -> Tensor:
+        plan, order = self.plan, abs(p)
+        parts = self._parts(p)
+        for step in plan.steps:
+            if self.agree:
+                parts = _ranks.spoiled(parts, plan.counts, None if step.members else step)
+            if step.members:
+                parts = _ranks.over(step, parts, order, plan.sizes)
+        if not plan.is_flat:
+            parts = _ranks.combined(parts, plan.members, order)
+        for step in plan.beyond:
+            parts = _ranks.over(step, parts, order)
+        if self.error is not None:
+            raise self.error
+        if plan.steps or plan.beyond:
+            _ranks.raise_if_told(parts)
+        norms = _ranks.as_norm(parts, p)
         return norms if plan.wide or self.local.is_wide() else norms.float()
 
+    def _parts(self, p: float) -> Tensor:
+        """What is added up, of all slots."""
+        if self.error is None:
+            try:
+                return _ranks.as_parts(self._local_norms(p), p)
+            except (TypeError, ValueError, RuntimeError) as error:
+                self.error = error
+        plan = self.plan
+        count = len(plan.slots) if plan.sizes is None else sum(plan.sizes)
+        return _ranks.told(self.error, count, plan.device)
+
     def _local_norms(self, p: float) -> Tensor:
-        """The norms of all slots in float64, with zeros for those that hold nothing here."""
+        """The norms of all slots in float64; what adds nothing for those that hold nothing here."""
         plan, count = self.plan, len(self.plan.slots)
         if plan.kind is Kind.ROWS:
             norms = self.local.each_norms(p, True, True)
@@ -117,7 +146,7 @@ class PlannedGrads:
         norms = self.local.norms(p)
         if missing := count - len(norms):
             norms = self._here(norms)
-            norms = torch.cat([norms, norms.new_zeros(missing)])
+            norms = torch.cat([norms, norms.new_full((missing,), empty_norm(p))])
         return norms
 
     def _here(self, norms: Tensor) -> Tensor:

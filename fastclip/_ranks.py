@@ -21,6 +21,9 @@ Ranks = tuple[int, ...]
 Key = tuple[Ranks, Ranks]
 Groups = dict[Key, Any]
 
+# Where a rank that cannot take part says why.
+WORD = "fastclip"
+
 
 class Step(NamedTuple):
     """A collective: over whom, on which device, and of which parts."""
@@ -56,10 +59,18 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
     return groups
 
 
-def reached(some: Any) -> set[int]:
-    """The ranks of one that is asked for: of a mesh all, not those alone in groups with this."""
-    mesh = isinstance(some, dist.DeviceMesh)
-    return set(some.mesh.flatten().tolist() if mesh else dist.get_process_group_ranks(some))
+def reached(asked: Iterable[Any]) -> set[int]:
+    """The ranks over which sums go: those of one thing that is asked for after the other."""
+    if not asked:
+        return set()
+    me = dist.get_rank()
+    reach = {me}
+    for some in asked:
+        mesh = isinstance(some, dist.DeviceMesh)
+        ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
+        # What is a step for this rank is one for those that it has come to, as in a grid.
+        reach = {rank + other - me for rank in reach for other in ranks}
+    return reach
 
 
 def by_key(groups: Iterable[Any]) -> Groups:
@@ -76,6 +87,21 @@ def by_key(groups: Iterable[Any]) -> Groups:
                 "pass groups that have only this rank in common"
             )
     return found
+
+
+def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
+    """The collectives over the groups that each label has asked for, in their order.
+
+    Raises:
+        ValueError: two groups of a label share more than this rank.
+    """
+    found: Groups = {}
+    labels: dict[Key, list[int]] = {}
+    for label, some in enumerate(groups):
+        for key, group in by_key(some).items():
+            found.setdefault(key, group)
+            labels.setdefault(key, []).append(label)
+    return [Step(group, device_of(group), labels[key]) for key, group in found.items()]
 
 
 def ranks_of(group: Any) -> Ranks:
@@ -150,16 +176,24 @@ def on_reduced_buckets(
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:
-    """What is added up instead of norms: sums of squares for p = 2, else the norms themselves."""
-    return norms * norms if p == 2 else norms
+    """What is added up instead of norms, as for an order of |p|: for p = 2 the squares.
+
+    A norm of a negative order is one over the norm of what is one over each element.
+    """
+    norms = norms.reciprocal() if p < 0 else norms
+    return norms * norms if abs(p) == 2 else norms
 
 
 def added(parts: Tensor, p: float) -> Tensor:
-    return parts.sum() if p in (1, 2) else norm_of(parts, p)
+    if p in (1, 2):
+        return parts.sum()
+    return norm_of(parts, p).masked_fill((parts < 0).any(), -math.inf)
 
 
-def as_norm(part: Tensor, p: float) -> Tensor:
-    return part.sqrt() if p == 2 else part
+def as_norm(parts: Tensor, p: float) -> Tensor:
+    # What a rank that cannot take part has sent is no norm.
+    norms = parts.sqrt() if abs(p) == 2 else parts.where(parts >= 0, math.nan)
+    return norms.reciprocal() if p < 0 else norms
 
 
 def combined(parts: Tensor, members: list[list[int]], p: float) -> Tensor:
@@ -167,6 +201,22 @@ def combined(parts: Tensor, members: list[list[int]], p: float) -> Tensor:
     if len(members) == 1:
         return added(pick(parts, members[0]), p).reshape(1)
     return torch.stack([added(pick(parts, some), p) for some in members])
+
+
+def spoiled(parts: Tensor, counts: list[int], step: Step | None) -> Tensor:
+    """The parts, `counts` in each group: if one of a group is not finite, neither are the others.
+
+    Nor if one is not on another rank of the `step`, if there is one.
+    """
+    if step is None and len(counts) == len(parts):
+        return parts
+    sums = torch.stack([some.sum() for some in parts.split(counts)])
+    bad = sums.masked_fill(sums.isfinite(), 0)
+    if step is not None:
+        theirs = all_reduce(step, (~sums.isfinite()).double(), "MAX")
+        bad = bad.masked_fill((theirs > 0) & (bad == 0), math.nan)
+    each = zip(parts.split(counts), bad.unbind(), strict=True)
+    return torch.cat([some + one for some, one in each])
 
 
 def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
@@ -190,17 +240,17 @@ def over(step: Step, parts: Tensor, p: float, sizes: list[int] | None = None) ->
 
 
 def _reduced(step: Step, parts: Tensor, p: float) -> Tensor:
-    if p in (1, 2):
+    if p in (0, 1, 2):
         return all_reduce(step, parts, "SUM")
-    # The maximum of a backend may lose a NaN, so that travels beside it.
-    isnan = parts.isnan()
-    both = torch.cat([parts.masked_fill(isnan, 0), isnan.to(parts.dtype)])
-    most, isnan = all_reduce(step, both, "MAX").chunk(2)
-    if math.isinf(p):
-        return most.masked_fill(isnan > 0, math.nan)
-    # Relative to the largest, for no power to overflow.
-    unit = most.where((most > 0) & most.isfinite(), 1)
-    return unit * all_reduce(step, (parts / unit) ** p, "SUM") ** (1 / p)
+    # The maximum of a backend may lose a NaN, so that travels beside it, and so does what `told`.
+    odd = parts.isnan().to(parts.dtype).masked_fill(parts < 0, 2)
+    both = torch.cat([parts.masked_fill(odd > 0, 0), odd])
+    most, odd = all_reduce(step, both, "MAX").chunk(2)
+    if not math.isinf(p):
+        # Relative to the largest, for no power to overflow.
+        unit = most.where((most > 0) & most.isfinite(), 1)
+        most = unit * all_reduce(step, (parts / unit) ** p, "SUM") ** (1 / p)
+    return most.masked_fill(odd > 0, math.nan).masked_fill(odd > 1, -math.inf)
 
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
@@ -210,3 +260,20 @@ def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
     step.group.allreduce([moved], getattr(dist.ReduceOp, op)).wait()
     return moved.to(values.device) if elsewhere else moved
+
+
+def told(error: Exception, count: int, device: torch.device | None) -> Tensor:
+    """What a rank that cannot take part sends for as many parts: no sum of norms is negative."""
+    _store().set(WORD, f"{type(error).__name__}: {error} (on rank {dist.get_rank()})")
+    return torch.full((count,), -math.inf, dtype=torch.float64, device=device)
+
+
+def raise_if_told(parts: Tensor) -> None:
+    """Raises what another rank `told`, if that is known without a wait; else parts become NaN."""
+    if parts.device.type == "cpu" and bool(parts.isneginf().any()):
+        why = _store().get(WORD).decode() if _store().check([WORD]) else ""
+        raise RuntimeError(f"another rank could not take part, and nothing was changed: {why}")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

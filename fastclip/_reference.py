@@ -16,8 +16,9 @@ CPU_BLOCK = 1 << 14
 
 
 def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
-    if not tensors:
-        return torch.tensor(0.0, device="cpu")
+    if not any(t.numel() for t in tensors):
+        device = tensors[0].device if tensors else "cpu"
+        return torch.zeros((), dtype=result_dtype(tensors), device=device)
     return norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
 
 
@@ -40,7 +41,7 @@ def norms(
         for index, g in enumerate(group):
             members[g].append(index)
         # Picked without a copy of indices to the device.
-        every, empty = values.unbind(), values.new_zeros(())
+        every, empty = values.unbind(), values.new_full((), empty_norm(p))
         each = [norm_of(torch.stack([every[i] for i in m]), p) if m else empty for m in members]
         values = torch.stack(each) if each else values
     return values if wide else values.to(result_dtype(tensors))
@@ -178,12 +179,17 @@ def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     # No norm of order p <= 0 is a norm of norms: there a tensor is one block.
     blocks = [list(_blocks(t)) if p > 0 else [t] * min(1, t.numel()) for t in tensors]
     norms = iter(_block_norms([b for of_tensor in blocks for b in of_tensor], p))
-    zero = torch.zeros((), dtype=torch.float64, device=device)
+    empty = torch.full((), empty_norm(p), dtype=torch.float64, device=device)
     rows = []
     for of_tensor in blocks:
-        row = [next(norms).to(device) for _ in of_tensor] or [zero]
+        row = [next(norms).to(device) for _ in of_tensor] or [empty]
         rows.append(norm_of(torch.stack(row), p) if len(row) > 1 else row[0])
     return torch.stack(rows)
+
+
+def empty_norm(p: float) -> float:
+    """The norm of no elements: what adds nothing to that of others."""
+    return math.inf if p < 0 else 0.0
 
 
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:

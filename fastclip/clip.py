@@ -20,9 +20,10 @@ from ._arguments import (
     scalar,
     threshold,
 )
-from ._grads import agreed, as_list, read, take
+from ._grads import as_list, read, take
 from ._mesh import value_of
 from ._ops import clip_coef
+from ._plan import Kind
 from ._reference import spared_coef
 
 
@@ -84,21 +85,21 @@ def clip_grad_norm_(
         raise ValueError(
             "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
         )
-    grads = read(parameters, foreach, process_group)
+    agree = nonfinite != "propagate"
+    grads = read(parameters, foreach, process_group, Kind.of_order(p), agree)
     if nonfinite == "propagate" and not callable(max_norm) and factor is None:
         return grads.clip_norm_(max_norm, p)
     total_norm = grads.norm(p)
     value = value_of(total_norm)
     if factor is not None:
         value.mul_(factor)
-    judged = value if nonfinite == "propagate" else agreed(grads, value)
     if nonfinite == "error":
-        raise_if_nonfinite(judged, p)
+        raise_if_nonfinite(value, p)
     coef = clip_coef(value, resolved(max_norm, value))
     if factor is not None:
         # A tensor may be anything; below 0 it would reverse the step.
         coef = (coef * factor).masked_fill(value < 0, math.nan)
-    grads.scale_(spared_coef(coef, judged, nonfinite))
+    grads.scale_(spared_coef(coef, value, nonfinite))
     return total_norm
 
 
@@ -162,10 +163,10 @@ def get_total_norm(
     tensor(5.)
     """
     p = order(norm_type)
-    grads = take(tensors, foreach, process_group)
+    grads = take(tensors, foreach, process_group, Kind.of_order(p), error_if_nonfinite)
     total_norm = grads.norm(p)
     if error_if_nonfinite:
-        raise_if_nonfinite(agreed(grads, value_of(total_norm)), p)
+        raise_if_nonfinite(value_of(total_norm), p)
     return total_norm
 
 

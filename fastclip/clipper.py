@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import Threshold, order, policy, raise_if_nonfinite, resolved
-from ._grads import agreed, aligned, read, read_by
+from ._grads import aligned, read, read_by
 from ._groups import checked
 from ._log import Log, summary
 from ._mesh import value_of
@@ -40,7 +40,7 @@ class GradClipper:
         nonfinite: what an infinite or NaN norm does to its group, as in `clip_grad_norm_`.
         groups: instead of the first two, dicts with `"params"`, as `parameters`; `"max_norm"`, None
             to leave the group out; or instead `"coef_of"`, the name of the group by whose
-            coefficient to scale it; and a `"name"`, else its number.
+            coefficient to scale it; a `"process_group"` of its own; a `"name"`, else its number.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
 
     Call `clip_` once before a CUDA graph captures it: that call makes the tensors.
@@ -67,11 +67,12 @@ class GradClipper:
         if {parameters is not None, max_norm is not None} != {groups is None}:
             raise TypeError("parameters, groups: expected parameters and max_norm, or groups alone")
         self.p, self.nonfinite = order(norm_type), policy(nonfinite)
-        self.asked = as_groups(process_group)
         self.is_one = groups is None
         one = {"params": parameters, "max_norm": max_norm, "name": "total"}
         groups = checked([one] if groups is None else groups)
         self.names = [group["name"] for group in groups]
+        # The process groups of each.
+        self.asked = [as_groups(group.get("process_group", process_group)) for group in groups]
         self.thresholds = [group.get("max_norm", math.inf) for group in groups]
         self.leaders = [self.names.index(group.get("coef_of", group["name"])) for group in groups]
         self._has_followers = self.leaders != list(range(len(groups)))
@@ -81,6 +82,7 @@ class GradClipper:
         self._items: list[Tensor] = []
         self._labels: list[int] = []
         self._plan: Any = None
+        self._is_checked = False
         self._log = Log(self._width())
         self._walk()
 
@@ -102,17 +104,16 @@ class GradClipper:
             return total_norm
         total_norm = grads.norm(self.p) if self.is_one else grads.norms(self.p)
         norms = value_of(total_norm).reshape(-1)
-        judged = norms if self.nonfinite == "propagate" else agreed(grads, norms)
         if self.nonfinite == "error":
-            raise_if_nonfinite(judged, self.p)
+            raise_if_nonfinite(norms, self.p)
         limits = self._limits(norms)
-        coefs = spared_coef(clip_coef(norms, limits), judged, self.nonfinite)
+        coefs = spared_coef(clip_coef(norms, limits), norms, self.nonfinite)
         if self._has_followers:
             each = coefs.unbind()
             coefs = torch.stack([each[leader] for leader in self.leaders])
-            coefs = spared_coef(coefs, judged, self.nonfinite)
+            coefs = spared_coef(coefs, norms, self.nonfinite)
         grads.scale_(coefs[0] if self.is_one else coefs)
-        self._record(judged, limits)
+        self._record(norms, limits)
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
@@ -203,10 +204,14 @@ class GradClipper:
         self._items, self._labels, self._item_names = items, labels, names
 
     def _read(self) -> Any:
-        if self.is_one and not self.asked:
-            return read(self._items)
-        grads = read_by(self._plan, self._items, self.asked, self._labels, len(self.names))
+        agree = self.nonfinite != "propagate"
+        if self.is_one and not self.asked[0]:
+            return read(self._items, kind=Kind.of_order(self.p), agree=agree)
+        grads = read_by(self._plan, self._items, self.asked, self._labels, self.p, agree)
         self._plan = grads.plan
+        if not (self.is_one or self._is_checked):
+            self._is_checked = True
+            grads.check_same(self.names)
         return grads
 
     def _limits(self, norms: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _read(
     items: list[Tensor], p: float, process_group: Any, measured: NormAccumulator | None
 ) -> Any:
     if measured is None:
-        return read(items, process_group=process_group)
+        return read(items, process_group=process_group, agree=True)
     if not isinstance(measured, NormAccumulator):
         raise TypeError(f"measured: expected a NormAccumulator, got {type(measured).__name__}")
     if process_group is not None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"_ops", "_ranks"},
     {"_mesh"},
     {"_plan", "_local", "_arguments", "_named", "_wrapped"},
-    {"_planned", "_groups"},
+    {"_planned", "_groups", "_look"},
     {"_grads"},
     {"clip", "per_tensor", "rules", "nonfinite", "accumulator", "_log", "_picture"},
     {"clipper", "optim"},

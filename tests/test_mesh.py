@@ -829,9 +829,6 @@ def errors() -> None:
     mesh = init_device_mesh("cpu", (2,))
     parameters = [spread((6,), mesh, Shard(0)), plain(3)]
     before = grads_of(parameters)
-    for p in (0.0, -1.0, -math.inf):
-        with pytest.raises(ValueError, match=r"norm_type: expected an order > 0 .* over ranks"):
-            fastclip.clip_grad_norm_(parameters, 0.1, p)
     world = dist.group.WORLD
     wrong = [3, "world", [world, None], dist.GroupMember.NON_GROUP_MEMBER]
     # No order on which ranks agree, or none the second time.

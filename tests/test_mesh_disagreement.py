@@ -1,0 +1,352 @@
+"""Ranks that do not agree on what is finite, on input, on meshes: none waits, none is misled."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import oracle, ulps
+from ranks import World
+from test_mesh import any_lists, full, grads_of, plain, spread, steps_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import fastclip
+from fastclip import GradClipper
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[Callable[[int], World]]:
+    folder = tmp_path_factory.mktemp("disagreement")
+    worlds = {size: World(size, folder) for size in (2, 4)}
+    yield worlds.__getitem__
+    for one in worlds.values():
+        one.stop()
+
+
+def here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def grid() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+# Orders that are no powers.
+
+
+def unusual_orders(seeds: range) -> None:
+    for _, parameters in any_lists(seeds):
+        grads = [g.double().flatten() for g in grads_of(parameters)]
+        every = torch.cat(grads) if grads else torch.zeros(0)
+        for p in (-math.inf, -2.0, -1.0, -0.5, 0.0):
+            if p == 0:
+                expected = float(sum(bool(g.count_nonzero()) for g in grads))
+            elif not every.numel():
+                continue
+            elif math.isinf(p):
+                expected = float(every.abs().min())
+            else:
+                expected = float((every.abs() ** p).sum() ** (1 / p))
+            norm = fastclip.clip_grad_norm_(parameters, math.inf, p)
+            assert float(full(norm)) == pytest.approx(expected, rel=1e-6), p
+
+
+def test_orders_of_zero_and_less_are_those_of_the_full_gradients(world):
+    world(4).run(unusual_orders, range(12))
+
+
+def unusual_orders_of_stages() -> None:
+    """Each rank has other tensors, the last one none."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    stages = [[torch.tensor([3.0, 1.0]), torch.zeros(2)], [torch.tensor([2.0, 4.0])], [], []]
+    stage = [nn.Parameter(torch.zeros(2)) for _ in stages[rank]]
+    for parameter, grad in zip(stage, stages[rank], strict=True):
+        parameter.grad = grad + 0.5
+    clip = GradClipper(stage, math.inf, 0, process_group=world).clip_
+    assert float(clip()) == 3
+    assert float(fastclip.clip_grad_norm_(stage, math.inf, 0, process_group=world)) == 3
+    norm = fastclip.clip_grad_norm_(stage, math.inf, -1, process_group=world)
+    assert float(norm) == pytest.approx(1 / sum(1 / x for x in (3.5, 1.5, 0.5, 0.5, 2.5, 4.5)))
+
+
+def test_orders_of_zero_and_less_over_stages(world):
+    world(4).run(unusual_orders_of_stages)
+
+
+# What is not finite on one rank.
+
+
+def one_is_infinite(mesh: Any, size: int) -> list[nn.Parameter]:
+    parameters = [spread((8,), mesh, *[Shard(0)] * mesh.ndim), plain(2)]
+    if dist.get_rank() == size - 1:
+        parameters[1].grad[0] = math.inf
+    return parameters
+
+
+def steps_together(size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,)) if size == 2 else grid()
+    for step in (fastclip.clipped_step, fastclip.unscale_and_clip_):
+        parameters = one_is_infinite(mesh, size)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        optimizers = [torch.optim.AdamW([q], lr=1.0, fused=True) for q in parameters]
+        if step is fastclip.clipped_step:
+            step(optimizers, 1e9, scaler)
+        else:
+            step(scaler, optimizers, 1e9)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        assert not any(here(q.detach()).any() for q in parameters)
+    for policy in ("skip", "zero"):
+        parameters = one_is_infinite(mesh, size)
+        before = here(parameters[0].grad).clone()
+        fastclip.clip_grad_norm_(parameters, 1e-3, nonfinite=policy)
+        assert torch.equal(here(parameters[0].grad), before * (policy == "skip"))
+    for policy in (dict(error_if_nonfinite=True), dict(nonfinite="error")):
+        with pytest.raises(RuntimeError, match="non-finite"):
+            fastclip.clip_grad_norm_(one_is_infinite(mesh, size), 1.0, **policy)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_overflows_has_all_skip_the_step(world, size):
+    world(size).run(steps_together, size)
+
+
+def agreement_is_free() -> None:
+    mesh = grid()
+    parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), spread((4,), mesh, Shard(0), Shard(0))]
+    parameters += [spread((4,), mesh, Shard(0), Replicate()), plain(3)]
+    for policy in ("propagate", "skip", "zero", "error"):
+        clip = lambda: fastclip.clip_grad_norm_(parameters, 1e9, nonfinite=policy)  # noqa: B023, E731
+        assert steps_of(clip) == 2
+    # Not all ranks ask.
+    rank = dist.get_rank()
+    fastclip.clip_grad_norm_(parameters, 1e9, error_if_nonfinite=rank == 1)
+    fastclip.clip_grad_norm_(parameters, 1e9, nonfinite="skip" if rank else "propagate")
+    world = dist.group.WORLD
+    fastclip.clip_grad_norm_([plain(3)], 1e9, 2, rank == 0, process_group=world)
+
+
+def test_agreement_takes_no_message_of_its_own(world):
+    world(4).run(agreement_is_free)
+
+
+# What cannot be clipped on one rank.
+
+
+def expanded(parameter: nn.Parameter) -> None:
+    parameter.grad = torch.ones(1).expand(3)
+
+
+def integer(parameter: nn.Parameter) -> None:
+    parameter.grad_dtype = None
+    parameter.grad = torch.ones(3, dtype=torch.int32)
+
+
+def of_a_mesh(parameter: nn.Parameter) -> None:
+    alone = DeviceMesh("cpu", [dist.get_rank()], _init_backend=False)
+    parameter.grad = DTensor.from_local(torch.ones(3), alone, [Replicate()])
+
+
+BAD = [(expanded, "single memory location"), (integer, "dtype torch.int32"), (of_a_mesh, "DTensor")]
+
+
+def one_cannot(size: int, p: float, nonfinite: str) -> None:
+    mesh = init_device_mesh("cpu", (size,)) if size == 2 else grid()
+    world = dist.group.WORLD
+    for (spoil, why), group in itertools.product(BAD, (None, world)):
+        parameters = [spread((8,), mesh, *[Shard(0)] * mesh.ndim), plain(3)]
+        before = here(parameters[0].grad).clone()
+        bad = dist.get_rank() == size - 1
+        if bad:
+            spoil(parameters[1])
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            fastclip.clip_grad_norm_(parameters, 1e-3, p, process_group=group, nonfinite=nonfinite)
+        assert why in str(caught.value)
+        assert "parameters[1]" in str(caught.value)
+        assert bad or f"on rank {size - 1}" in str(caught.value)
+        assert torch.equal(here(parameters[0].grad), before)
+        # The next call finds all ranks together again.
+        parameters[1].grad = None
+        assert (
+            ulps(
+                full(fastclip.clip_grad_norm_(parameters, 1e9)),
+                oracle([full(parameters[0].grad)], 2),
+            )
+            <= 2
+        )
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf, -1.0])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_cannot_clip_tells_the_others_why(world, size, p, nonfinite):
+    world(size).run(one_cannot, size, p, nonfinite)
+
+
+def one_of_many_cannot() -> None:
+    """The norms of tensors and of groups are vectors."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((6, 2), mesh, Shard(1)), plain(3), spread((4,), mesh, Shard(0))]
+    if dist.get_rank():
+        integer(parameters[1])
+    groups = [{"params": [q], "max_norm": 1.0} for q in parameters]
+    calls = [
+        lambda: fastclip.clip_grad_norms_(parameters, 1.0),
+        lambda: fastclip.clip_grad_agc_(parameters),
+        lambda: fastclip.find_nonfinite(parameters),
+        lambda: GradClipper(groups=groups).clip_(),
+        lambda: GradClipper(parameters, 1.0).norms_by_parameter(),
+        lambda: fastclip.get_total_norm([q.grad for q in parameters]),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, RuntimeError), match=r"\[1\]: dtype torch.int32"):
+            call()
+
+
+def test_a_rank_that_cannot_tells_the_others_for_many_norms(world):
+    world(2).run(one_of_many_cannot)
+
+
+def others_are_placed_all_the_same() -> None:
+    """A gradient that is reduced first needs all ranks, also one that found an error before it."""
+    from torch.distributed.tensor import Partial
+
+    mesh = init_device_mesh("cpu", (2,))
+    partial = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
+    partial.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    parameters = [plain(3), partial]
+    if dist.get_rank():
+        integer(parameters[0])
+    with pytest.warns(UserWarning, match="redistributed"), pytest.raises((TypeError, RuntimeError)):
+        # Nothing is sent over a mesh that cuts nothing, so that only the rank itself raises there.
+        fastclip.clip_grad_norm_([*parameters, spread((2,), mesh, Shard(0))], 1.0)
+
+
+def test_a_rank_that_cannot_still_reduces_with_the_others(world):
+    world(2).run(others_are_placed_all_the_same)
+
+
+def other_groups() -> None:
+    a, b = plain(3), plain(3)
+    rank, world = dist.get_rank(), dist.group.WORLD
+    groups = [{"params": [a], "max_norm": 1.0, "name": "trunk"}]
+    more = [*groups, {"params": [b], "max_norm": 1.0, "name": "head"}]
+    with pytest.raises(ValueError, match=r"groups: expected the same on all ranks.*'trunk'"):
+        GradClipper(groups=more if rank else groups, process_group=world).clip_()
+    with pytest.raises(ValueError, match="groups: expected the same on all ranks"):
+        GradClipper(groups=more[::-1] if rank else more, process_group=world).clip_()
+    clipper = GradClipper(groups=more, process_group=world)
+    assert steps_of(clipper.clip_) == 2
+    assert steps_of(clipper.clip_) == 1
+    # None of them is measured.
+    left = GradClipper(groups=[{"params": [a], "max_norm": None}], process_group=world)
+    assert left.clip_().tolist() == []
+
+
+def test_groups_are_the_same_on_all_ranks(world):
+    world(2).run(other_groups)
+
+
+# Meshes and groups that are no grid.
+
+
+def crossing() -> None:
+    one, other = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 2])
+    rank = dist.get_rank()
+    parameters = [spread((4,), one, Shard(0))] if rank < 2 else []
+    parameters += [spread((4,), other, Shard(0))] if rank in (1, 2) else []
+    for q in parameters:
+        here(q.grad).fill_(3 if q.device_mesh == one else 4)
+    before = [here(q.grad).clone() for q in parameters]
+    if rank < 3:
+        with pytest.raises((ValueError, RuntimeError), match=r"ranks \[0, 1\].*ranks \[1, 2\]"):
+            fastclip.clip_grad_norm_(parameters, 1e-3)
+    assert all(torch.equal(here(q.grad), b) for q, b in zip(parameters, before, strict=True))
+    # Over all ranks there is one norm again.
+    norm = fastclip.clip_grad_norm_(parameters, 1e9, process_group=dist.group.WORLD)
+    assert float(norm) == 10
+
+
+def full_square(parameter: nn.Parameter) -> Tensor:
+    return full(parameter.grad).double().square().sum()
+
+
+def test_meshes_that_cross_are_refused_on_all_their_ranks(world):
+    world(4).run(crossing)
+
+
+def lines_of_a_grid() -> None:
+    """Meshes that each rank made by themselves, in any order: rows and columns are no crossing."""
+    rank = dist.get_rank()
+    rows = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3])]
+    columns = [DeviceMesh("cpu", ranks) for ranks in ([0, 2], [1, 3])]
+    whole = DeviceMesh("cpu", [0, 1, 2, 3])
+    a = spread((6,), rows[rank // 2], Shard(0))
+    b = spread((5, 2), columns[rank % 2], Shard(1))
+    c = spread((9,), whole, Shard(0))
+    expected = sum(map(full_square, (a, b, c))) ** 0.5
+    assert ulps(full(fastclip.clip_grad_norm_([a, b, c], 1e9)), float(expected)) <= 2
+
+
+def test_lines_of_a_grid_do_not_cross(world):
+    world(4).run(lines_of_a_grid)
+
+
+def diagonal() -> None:
+    mesh, across = grid(), DeviceMesh("cpu", [1, 2])
+    inside = dist.get_rank() in (1, 2)
+    parameters = [spread((4,), across, Shard(0)) for _ in range(inside)]
+    squares = full_square(parameters[0]) if inside else torch.zeros((), dtype=torch.float64)
+    dist.all_reduce(squares)
+    lines = [mesh.get_group(0), mesh.get_group(1)]
+    for asked in (mesh, lines, lines[::-1], [mesh["tp"], mesh["dp"]], dist.group.WORLD):
+        norm = fastclip.clip_grad_norm_(parameters, 1e9, process_group=asked)
+        assert ulps(norm, (float(squares) / 2) ** 0.5) <= 2
+
+
+def test_a_mesh_across_the_groups_counts_once(world):
+    world(4).run(diagonal)
+
+
+def own_groups() -> None:
+    """Experts differ on the ranks of tp, the head is the same there: each group knows its own."""
+    mesh = grid()
+    trunk = spread((8, 8), mesh, Shard(0), Shard(1))
+    head = spread((4, 8), mesh["dp"], Shard(0))
+    torch.manual_seed(7 + mesh["tp"].get_local_rank())
+    expert = plain(4, 4)
+    squares = expert.grad.double().square().sum()
+    dist.all_reduce(squares, group=mesh["tp"].get_group())
+    expected = [float(full_square(trunk) + full_square(head)) ** 0.5, float(squares) ** 0.5]
+    before = expert.grad.clone()
+    clipper = GradClipper(
+        groups=[
+            {"params": [trunk, head], "max_norm": math.inf, "name": "model"},
+            {"params": [expert], "max_norm": expected[1] / 2, "process_group": mesh["tp"]},
+        ]
+    )
+    for norm, value in zip(clipper.clip_(), expected, strict=True):
+        assert ulps(norm, value) <= 2
+    torch.testing.assert_close(expert.grad, before / 2)
+
+
+def test_groups_of_a_clipper_have_their_own_process_groups(world):
+    world(4).run(own_groups)
+
+
+def only_the_gradient_is_spread() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    mesh = init_device_mesh("cpu", (2,))
+    parameter.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    with pytest.raises(TypeError, match=r"gradient of parameters\[0\]: expected a plain tensor"):
+        fastclip.clip_grad_norm_([parameter], 1.0)
+
+
+def test_a_spread_gradient_of_a_plain_parameter_is_named(world):
+    world(2).run(only_the_gradient_is_spread)
