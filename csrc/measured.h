@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "grads.h"
+#include "unscale.h"
 
 namespace fastclip {
 
@@ -29,6 +30,7 @@ class [[gnu::visibility("hidden")]] Measured {
         norms_(items.size()),
         seen_(items.size()),
         is_touched_(items.size()) {
+    have_unscale_bump_versions();
     for (size_t i = 0; i < items.size(); ++i) {
       addresses_[i] = parameter(items, i).unsafeGetTensorImpl();
       index_.emplace(addresses_[i], i);

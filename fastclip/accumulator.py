@@ -25,8 +25,9 @@ class NormAccumulator:
     `DistributedDataParallel` the averaged buckets are measured as they arrive. A gradient that was
     changed since, by in-place operations or a new object, is measured again. What changes a
     gradient without its version counter is not seen: writes through `.data`, collectives of
-    `torch.distributed`, replays of a CUDA graph, `GradScaler.unscale_` (torch 2.13). After those
-    call `forget`; with a scaler pass this as `measured` to `unscale_and_clip_` or `clipped_step`.
+    `torch.distributed`, replays of a CUDA graph. After those call `forget`. Where a scaler has
+    unscaled them, all are measured again: pass this as `measured` to `unscale_and_clip_` or
+    `clipped_step` instead.
 
     `clip_` measures all gradients itself where the extension is not built; on several ranks without
     `DistributedDataParallel`, whose collectives would not be seen; and where a gradient is a
