@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _ops
 from ._ops import clip_coef
 from ._reference import count_rows, means_zeros, result_dtype
+from ._transforms import is_differentiated, is_known
 
 
 class Grads:
@@ -30,7 +31,7 @@ class Grads:
         return self.slots_
 
     def norm(self, p: float) -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             if len(_by_device(self.tensors)) > 1 and p > 0:
                 return self.norms(p)[0].to(result_dtype(self.tensors))
             return _ops.norm([_measured(t, p) for t in self.tensors], p)
@@ -40,7 +41,7 @@ class Grads:
 
     def norms(self, p: float) -> Tensor:
         """The norm of each slot in float64, up to the last slot that holds a gradient."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             tensors = [_measured(t, p) for t in self.tensors]
             if len(_by_device(tensors)) > 1:
                 tensors = list(self.each_norms(p, wide=True).unbind())
@@ -48,7 +49,7 @@ class Grads:
 
     def each_norms(self, p: float, rows: bool = False, wide: bool = False) -> Tensor:
         """The norm of each gradient, or of each row: 0 where a sparse one has none."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             grads = [t.coalesce() if t.is_sparse else t for t in self.tensors]
             tensors = [_measured(t, p, rows) for t in grads]
             devices, gaps = _by_device(tensors), _gaps(grads, rows)
@@ -67,7 +68,7 @@ class Grads:
 
     def scale_(self, coef: Tensor) -> None:
         """By one coefficient, or one for each slot."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             scaled = [_scaled(t) for t in self.tensors]
             for device, positions in _by_device(scaled).items():
                 slots = [self.slots_[i] for i in positions] if coef.dim() else None
@@ -76,7 +77,7 @@ class Grads:
 
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
         """By one coefficient for each gradient, or for each row."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             scaled = [_scaled(t, rows) for t in self.tensors]
             devices, gaps = _by_device(scaled), _gaps(self.tensors, rows)
             several = len(devices) > 1 or gaps
@@ -89,7 +90,7 @@ class Grads:
             self._bump_versions()
 
     def clamp_(self, bound: float) -> None:
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_differentiated()):
             clamped = [_clamped(t) for t in self.tensors]
             for opaque in filter(_is_opaque, clamped):
                 opaque.clamp_(-bound, bound)
@@ -101,7 +102,7 @@ class Grads:
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
         stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
         if stored and not any(map(_is_opaque, self.tensors)) and len(_by_device(self.tensors)) < 2:
-            with torch.no_grad():
+            with torch.set_grad_enabled(is_differentiated()):
                 return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
         self.scale_(clip_coef(total_norm, max_norm))
@@ -186,9 +187,9 @@ def _scale_(
 def _multiply_(tensor: Tensor, coef: Tensor) -> None:
     """An opaque tensor. Where the host does not know the coefficient, torch's call is all there is:
     zeros are asked for by a product, which leaves a NaN."""
-    if coef.device.type == "cpu" and bool((coef == 1).all()):
+    if is_known(coef) and bool((coef == 1).all()):
         return
-    if coef.device.type == "cpu" and bool(means_zeros(coef).all()):
+    if is_known(coef) and bool(means_zeros(coef).all()):
         tensor.zero_()
         return
     per_row = coef.numel() != 1

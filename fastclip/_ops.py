@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _reference, _thresholds
+from ._transforms import refused
 
 REBUILD = "pip install --no-build-isolation -e ."
 NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
@@ -48,10 +49,20 @@ def _load_extension() -> ModuleType | None:
     return importlib.import_module("fastclip._C")
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any], default: Callable[..., Any]) -> None:
+def _define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    default: Callable[..., Any],
+    transformed: Callable[..., Any] | None = None,
+) -> None:
+    """`transformed`: what the op is inside transforms of functions, if not its default."""
     torch.library.define(f"fastclip::{name}", schema)
     torch.library.register_fake(f"fastclip::{name}", fake)
     torch.library.impl(f"fastclip::{name}", "CompositeExplicitAutograd", default)
+    torch.library.impl(
+        f"fastclip::{name}", "FuncTorchDynamicLayerFrontMode", transformed or default
+    )
 
 
 def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,12 +179,14 @@ _define(
     "(Tensor(a!) rows, Tensor(b!) steps, Tensor row) -> ()",
     _in_place_fake,
     _reference.record_,
+    refused("GradClipper"),
 )
 _define(
     "autoclip_",
     "(Tensor(a!) norms, Tensor(b!) count, Tensor total_norm, float percentile) -> Tensor",
     lambda norms, count, total_norm, percentile: torch.empty_like(total_norm),
     _thresholds.autoclip_,
+    refused("AutoClip"),
 )
 _define(
     "zclip_",
@@ -181,6 +194,7 @@ _define(
     "float z_threshold, int warmup_steps) -> Tensor",
     lambda steps, mean, variance, total_norm, *how: torch.empty_like(total_norm),
     _thresholds.zclip_,
+    refused("ZClip"),
 )
 
 

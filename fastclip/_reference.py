@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._transforms import converted, is_known, is_transformed
+
 # A block is converted to float64 to be measured: 8 MB of it on a device. On the CPU torch divides
 # a reduction of 32 Ki elements or more among its threads, and its bits depend on how many.
 BLOCK = 1 << 20
@@ -16,10 +18,11 @@ CPU_BLOCK = 1 << 14
 
 
 def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
-    if not any(t.numel() for t in tensors):
-        device = tensors[0].device if tensors else "cpu"
-        return torch.zeros((), dtype=result_dtype(tensors), device=device)
-    return norm_of(_tensor_norms(tensors, p), p).to(result_dtype(tensors))
+    if not tensors:
+        return torch.tensor(0.0, device="cpu")
+    if p < 0 and not any(t.numel() for t in tensors):
+        return torch.zeros((), dtype=result_dtype(tensors), device=tensors[0].device)
+    return converted(norm_of(_tensor_norms(tensors, p), p), result_dtype(tensors))
 
 
 def norms(
@@ -68,8 +71,8 @@ def scale_(
         coefs = coef[: sum(sizes)].split(sizes) if group is None else [coef[g] for g in group]
     torch.autograd.graph.increment_version(tensors)
     for tensor, value in zip(tensors, coefs, strict=True):
-        # Only where the host knows the value already; a device multiplies by 1 rather than wait.
-        if value.device.type == "cpu" and bool((value == 1).all()):
+        # A device multiplies by 1 rather than wait.
+        if is_known(value) and bool((value == 1).all()):
             continue
         per_row = value.numel() != 1
         value = value.view(-1, *[1] * (tensor.dim() - 1)) if per_row else value.reshape(())
@@ -193,6 +196,8 @@ def empty_norm(p: float) -> float:
 
 
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:
+    if is_transformed():
+        return [norm_of(converted(b, torch.float64).flatten(), p) for b in blocks]
     if p in (1, 2) or math.isinf(p) or p <= 0:
         return list(torch._foreach_norm(blocks, p, dtype=torch.float64)) if blocks else []
     return [norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
@@ -218,7 +223,7 @@ def _multiply_(tensor: Tensor, coef: Tensor) -> None:
         for block in _blocks(tensor):
             block.copy_(block.float() * coef.to(wide))
     zeros = means_zeros(coef)
-    if coef.device.type != "cpu" or bool(zeros.any()):
+    if not is_known(coef) or bool(zeros.any()):
         tensor.masked_fill_(zeros, 0)
 
 
@@ -230,11 +235,14 @@ def _row_norms(tensor: Tensor, p: float) -> Tensor:
     if tensor.dim() < 2:
         return _tensor_norms([tensor], p)
     if tensor.numel() > _block(tensor) * len(tensor):
-        return _tensor_norms(tensor.detach().unbind(), p)
-    rows = tensor.detach().flatten(1)
+        return _tensor_norms(tensor.unbind(), p)
+    rows = tensor.flatten(1)
     if not rows.numel():
         return torch.zeros(len(rows), dtype=torch.float64, device=tensor.device)
-    each = [_norms_of_rows(some.double(), p) for some in rows.split(_rows_of_block(rows))]
+    each = [
+        _norms_of_rows(converted(some, torch.float64), p)
+        for some in rows.split(_rows_of_block(rows))
+    ]
     return torch.cat(each)
 
 

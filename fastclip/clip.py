@@ -25,6 +25,7 @@ from ._mesh import value_of
 from ._ops import clip_coef
 from ._plan import Kind
 from ._reference import spared_coef
+from ._transforms import is_differentiated
 
 
 def clip_grad_norm_(
@@ -170,7 +171,6 @@ def get_total_norm(
     return total_norm
 
 
-@torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float | Tensor,
@@ -212,10 +212,11 @@ def clip_grads_with_norm_(
         warnings.warn(
             "fastclip.clip_grads_with_norm_: no parameter has a gradient, nothing was scaled; pass "
             "the parameters whose .grad is to be scaled, not the gradients themselves",
-            stacklevel=3,
+            stacklevel=2,
         )
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
-    grads.scale_(clip_coef(precise, max_norm))
+    with torch.set_grad_enabled(is_differentiated()):
+        grads.scale_(clip_coef(precise, max_norm))
 
 
 def _may_have_grad(tensor: Tensor) -> bool:

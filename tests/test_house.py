@@ -17,6 +17,7 @@ EVERY = PYTHON + BUILD + SOURCES + TESTED
 
 # Each module may import those in rows above its own.
 LAYERS = [
+    {"_transforms"},
     {"_reference", "_thresholds", "_C"},
     {"_ops", "_ranks"},
     {"_mesh"},

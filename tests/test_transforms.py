@@ -1,0 +1,279 @@
+"""Norms and clips inside `torch.vmap`, `torch.func.grad` and the other transforms of functions.
+
+What is right is said by the formulas in float64, sample by sample, and by finite differences.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import ORDERS
+from torch import Tensor
+
+import fastclip
+from fastclip import _ops
+
+BATCH = 5
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True, params=["walk", "python"])
+def _silent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No transform warns of anything, whoever reads the gradients."""
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # torch's own in-place clamp has no rule for batches either, and says that it is slow.
+        warnings.filterwarnings("ignore", "There is a performance drop.*aten::clamp_")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def norm(x: Tensor, p: float) -> Tensor:
+    x = x.abs().double()
+    return x.amax() if math.isinf(p) else (x**p).sum() ** (1 / p)
+
+
+def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
+    """What `call` makes of gradients, as a function of them: all elements as one vector."""
+
+    def function(*grads: Tensor) -> Tensor:
+        weights = [torch.ones(g.shape, dtype=g.dtype) for g in grads]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad.clone()
+        call(weights)
+        return torch.cat([weight.grad.reshape(-1) for weight in weights])
+
+    return function
+
+
+def coef(total_norm: Tensor, max_norm: float = 1.0) -> Tensor:
+    return (max_norm / (total_norm + EPS)).clamp(max=1)
+
+
+def each(scaled: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda *grads: torch.cat([scaled(g).reshape(-1) for g in grads])
+
+
+def rows_by_weights(g: Tensor) -> Tensor:
+    """Every row by 0.3 of the norm of its weights, which are ones."""
+    rows = g.reshape(len(g), -1) if g.dim() > 1 else g.reshape(1, -1)
+    limit, norms = 0.3 * math.sqrt(rows.size(1)), torch.linalg.vector_norm(rows, dim=1)
+    return rows * (limit / norms).clamp(max=1)[:, None]
+
+
+def flat(*grads: Tensor) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in grads])
+
+
+# Each function, and the formula that it stands for.
+FUNCTIONS = {
+    "norm": (
+        clipped(lambda weights: fastclip.clip_grad_norm_(weights, 1.0)),
+        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2)),
+    ),
+    "factor": (
+        clipped(lambda weights: fastclip.clip_grad_norm_(weights, 1.0, 1.0, grad_scale=0.5)),
+        lambda *grads: flat(*grads) * 0.5 * coef(0.5 * norm(flat(*grads), 1)),
+    ),
+    "rule": (
+        clipped(lambda weights: fastclip.clip_grad_norm_(weights, lambda total: total.sqrt())),
+        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2), norm(flat(*grads), 2).sqrt()),
+    ),
+    "known norm": (
+        clipped(
+            lambda weights: fastclip.clip_grads_with_norm_(
+                weights, 1.0, fastclip.get_total_norm([w.grad for w in weights])
+            )
+        ),
+        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2)),
+    ),
+    "norms": (
+        clipped(lambda weights: fastclip.clip_grad_norms_(weights, 1.0)),
+        each(lambda g: g * coef(norm(g, 2))),
+    ),
+    "agc": (
+        clipped(lambda weights: fastclip.clip_grad_agc_(weights, 0.3)),
+        each(rows_by_weights),
+    ),
+    "normalize": (
+        clipped(lambda weights: fastclip.normalize_grad_(weights, 2.0)),
+        lambda *grads: flat(*grads) * 2 / norm(flat(*grads), 2),
+    ),
+    "value": (
+        clipped(lambda weights: fastclip.clip_grad_value_(weights, 0.5)),
+        each(lambda g: g.clamp(-0.5, 0.5)),
+    ),
+}
+
+
+def samples(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Gradients of a batch, of which some are clipped and some are not."""
+    size = torch.tensor([0.01, 0.3, 1.0, 3.0, 100.0]).to(dtype)
+    return [
+        torch.randn(BATCH, *shape, dtype=dtype) * size.view(-1, *[1] * len(shape))
+        for shape in [(3, 4), (7,), (), (2, 3, 2)]
+    ]
+
+
+@pytest.mark.parametrize("p", [*ORDERS, -1.0])
+def test_per_sample_norms(p):
+    grads = samples()
+    norms = torch.vmap(lambda *some: fastclip.get_total_norm(some, p))(*grads)
+    expected = torch.stack([norm(flat(*some), p) for some in zip(*grads, strict=True)])
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_per_sample_norms_of_mixed_dtypes_and_of_what_all_samples_share():
+    half, single, shared = torch.randn(BATCH, 6).half(), torch.randn(4, BATCH), torch.randn(3)
+    norms = torch.vmap(lambda a, b: fastclip.get_total_norm([a, shared, b]), (0, 1))(half, single)
+    for i in range(BATCH):
+        expected = norm(flat(half[i].double(), shared.double(), single[:, i].double()), 2)
+        torch.testing.assert_close(norms[i].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_per_sample_clips(name):
+    call, formula = FUNCTIONS[name]
+    grads = samples()
+    found = torch.vmap(call)(*grads)
+    for i, some in enumerate(zip(*grads, strict=True)):
+        expected = formula(*(g.double() for g in some))
+        torch.testing.assert_close(found[i].double(), expected, rtol=2e-6, atol=0)
+
+
+def test_per_sample_gradients_of_a_model_are_clipped_in_one_call():
+    model = torch.nn.Linear(4, 3).double()
+    weights = dict(model.named_parameters())
+    x = torch.randn(BATCH, 4, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, sample).square().sum()
+
+    def clip(sample: Tensor) -> Tensor:
+        return FUNCTIONS["norm"][0](*torch.func.grad(loss)(weights, sample).values())
+
+    found = torch.vmap(clip)(x)
+    for i in range(BATCH):
+        grads = torch.autograd.grad(model(x[i]).square().sum(), weights.values())
+        expected = FUNCTIONS["norm"][1](*grads)
+        torch.testing.assert_close(found[i], expected)
+
+
+def differences(function: Callable[..., Tensor], grads: list[Tensor], direction: list[Tensor]):
+    step = 1e-6
+    ahead, behind = (
+        function(*(g + sign * step * d for g, d in zip(grads, direction, strict=True)))
+        for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * step)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_a_norm_has_its_derivative(p):
+    x = torch.randn(6, dtype=torch.float64)
+    total_norm = norm(x, p)
+    expected = x.sign() * (x.abs() / total_norm) ** (p - 1)
+    if math.isinf(p):
+        expected = x.sign() * (x.abs() == total_norm)
+    found = torch.func.grad(lambda x: fastclip.get_total_norm([x[:2], x[2:]], p))(x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("i", range(BATCH))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_clip_has_its_derivative(name, i):
+    call, formula = FUNCTIONS[name]
+    grads = [g[i] for g in samples(torch.float64)]
+    direction = [torch.randn_like(g) for g in grads]
+    expected = differences(formula, grads, direction)
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(call(*grads), formula(*grads))
+    value, forward = torch.func.jvp(call, tuple(grads), tuple(direction))
+    torch.testing.assert_close(value, formula(*grads))
+    torch.testing.assert_close(forward, expected, **close)
+    cotangent = torch.randn_like(expected)
+    backward = torch.func.vjp(call, *grads)[1](cotangent)
+    pairs = zip(backward, direction, strict=True)
+    found = sum((b * d).sum() for b, d in pairs)
+    torch.testing.assert_close(found, (cotangent * expected).sum(), **close)
+
+
+def test_second_derivatives():
+    x = torch.randn(5, dtype=torch.float64)
+    unit = x / x.norm()
+    expected = (torch.eye(5, dtype=torch.float64) - unit[:, None] * unit) / x.norm()
+    torch.testing.assert_close(
+        torch.func.hessian(lambda x: fastclip.get_total_norm([x]))(x), expected
+    )
+
+
+def test_complex_gradients_too():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = torch.func.grad(lambda x: fastclip.get_total_norm([torch.complex(x[0], x[1]), x[0]]))(x)
+    expected = torch.stack([2 * x[0], x[1]]) / (2 * x[0] ** 2 + x[1] ** 2).sum().sqrt()
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_to_be_seen_is_not():
+    x = torch.randn(4, dtype=torch.float64)
+
+    def scaled(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            total_norm = fastclip.get_total_norm([x])
+        return (x / total_norm).sum()
+
+    expected = torch.ones(4, dtype=torch.float64) / x.norm()
+    torch.testing.assert_close(torch.func.grad(scaled)(x), expected)
+    assert not fastclip.get_total_norm([x.requires_grad_()]).requires_grad
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_compiled_transforms(transform):
+    torch._dynamo.reset()
+    call = FUNCTIONS["norm"][0]
+    transformed = (
+        torch.vmap(call) if transform == "vmap" else torch.func.grad(lambda *some: call(*some)[0])
+    )
+    grads = samples(torch.float64)[:2]
+    found = torch.compile(transformed, backend="aot_eager")(*grads)
+    torch.testing.assert_close(found, transformed(*grads))
+
+
+def test_functionalized_clips_are_clips():
+    grads = samples()
+    found = torch.func.functionalize(FUNCTIONS["norm"][0])(*grads)
+    torch.testing.assert_close(found, FUNCTIONS["norm"][0](*grads))
+
+
+def test_a_gradient_that_samples_share_cannot_have_many_coefficients():
+    shared = torch.nn.Parameter(torch.zeros(3))
+    shared.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda total: fastclip.clip_grads_with_norm_([shared], 1.0, total))(
+            torch.tensor([2.0, 4.0])
+        )
+    assert shared.grad.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap], ids=["grad", "vmap"])
+@pytest.mark.parametrize("name", ["AutoClip", "ZClip", "GradClipper"])
+def test_what_keeps_numbers_of_every_step_is_refused(name, transform):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    rule = 1.0 if name == "GradClipper" else getattr(fastclip, name)()
+
+    def clip(grad: Tensor) -> Tensor:
+        weight.grad = grad.clone()
+        if name == "GradClipper":
+            fastclip.GradClipper([weight], rule).clip_()
+        else:
+            fastclip.clip_grad_norm_([weight], rule)
+        return weight.grad.sum()
+
+    with pytest.raises(RuntimeError, match=f"{name} keeps numbers"):
+        transform(clip)(torch.ones(2, 2) if transform is torch.vmap else torch.ones(2))
