@@ -268,7 +268,7 @@ def test_bad_input_is_named():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Iterator[Callable[[int], World]]:
-    worlds = {2: World(2, tmp_path_factory.mktemp("ranks"))}
+    worlds = {size: World(size, tmp_path_factory.mktemp("ranks")) for size in (2, 3)}
     yield worlds.__getitem__
     for one in worlds.values():
         one.stop()
@@ -420,6 +420,47 @@ def joined() -> None:
 
 def test_ranks_with_fewer_batches_join(world):
     world(2).run(joined)
+
+
+def averaged(way: str) -> None:
+    """With and without an accumulator; each rank has a batch more than the one before, or two."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batches = [2] * size if way == "sparse" else list(range(1, size + 1))
+
+    def grads(measures: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(5, 3, sparse=way == "sparse")
+        module = DistributedDataParallel(nn.Sequential(embedding, nn.Linear(3, 2)))
+        norms = NormAccumulator(module) if measures else None
+        found = []
+        join = module.join(divide_by_initial_world_size=way == "by all")
+        with nullcontext() if way == "sparse" else join:
+            for step in range(batches[rank]):
+                module.zero_grad()
+                module(torch.tensor([step, rank])).square().sum().backward()
+                now = [weight.grad.to_dense().clone() for weight in module.parameters()]
+                found += now
+                if norms is not None:
+                    assert ulps(norms.clip_(math.inf), oracle(now, 2.0)) <= 2
+        return found
+
+    ours, theirs = grads(True), grads(False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).double()
+    for step in range(batches[rank]):
+        module.zero_grad()
+        here = [other for other in range(size) if step < batches[other]]
+        for other in here:
+            module(torch.tensor([step, other])).square().sum().backward()
+        count = len(here) if way == "by those with a batch" else size
+        for weight, grad in zip(module.parameters(), ours[3 * step :], strict=False):
+            torch.testing.assert_close(grad.double(), weight.grad / count, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["by all", "by those with a batch", "sparse"])
+def test_ranks_average_to_the_bit_as_without_it(world, way):
+    world(3).run(averaged, way)
 
 
 def hooked_twice() -> None:
