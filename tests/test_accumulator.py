@@ -463,6 +463,30 @@ def test_ranks_average_to_the_bit_as_without_it(world, way):
     world(3).run(averaged, way)
 
 
+def reduced_in_python() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(r)) for r in range(size)]
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True):
+        module = DistributedDataParallel(nn.Linear(5, 3))
+        norms = NormAccumulator(module)
+        compiled = torch.compile(module, backend="aot_eager")
+        for _ in range(2):
+            module.zero_grad()
+            compiled(batches[rank]).square().sum().backward()
+            double = copy.deepcopy(module.module).double()
+            double.zero_grad()
+            sum(double(x.double()).square().sum() for x in batches).backward()
+            for weight, exact in zip(module.parameters(), double.parameters(), strict=True):
+                close = {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(weight.grad.double(), exact.grad / size, **close)
+            check(norms, module)
+    torch._dynamo.reset()
+
+
+def test_ranks_that_compiled_autograd_averages_over_are_left_to_it(world):
+    world(2).run(reduced_in_python)
+
+
 def hooked_twice() -> None:
     module = DistributedDataParallel(net())
     NormAccumulator(module)
