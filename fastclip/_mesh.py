@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ranks import Groups, Key, Ranks, Step, device_of, ranks_of
+from ._ranks import Groups, Key, Ranks, Step, device_of, ranks_of, without_modes
 
 # Where a DTensor keeps its layout (mesh, placements) and what is on this rank.
 LAYOUT = "_spec"
@@ -40,10 +40,11 @@ class Mesh:
 
     def __init__(self, mesh: Any) -> None:
         self.device_type, self.root = mesh.device_type, mesh._get_root_mesh()
-        self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
+        with without_modes():
+            self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
+            lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
+            self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
         self.place = (ranks, tuple(mesh.shape))
-        lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
-        self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
         self.groups: Groups = {}
         self.keys: list[Key] = []
         # A rank outside holds nothing.

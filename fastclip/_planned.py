@@ -91,9 +91,10 @@ class PlannedGrads:
             ValueError: they have other names on another rank; on all ranks.
         """
         number = zlib.crc32("\0".join(names).encode())
-        both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
-        for step in (*self.plan.steps, *self.plan.beyond):
-            both = _ranks.all_reduce(step, both, "MAX")
+        with _ranks.without_modes():
+            both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
+            for step in (*self.plan.steps, *self.plan.beyond):
+                both = _ranks.all_reduce(step, both, "MAX")
         if both.tolist() != [number, -number]:
             raise ValueError(
                 f"groups: expected the same on all ranks, in the same order, got {names} here and "

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+# A mesh keeps its ranks in a tensor, of which a mode, as FakeTensorMode, would make what it likes.
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from ._reference import norm_of
 
@@ -67,7 +71,8 @@ def reached(asked: Iterable[Any]) -> set[int]:
     reach = {me}
     for some in asked:
         mesh = isinstance(some, dist.DeviceMesh)
-        ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
+        with without_modes():
+            ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
         # What is a step for this rank is one for those that it has come to, as in a grid.
         reach = {rank + other - me for rank in reach for other in ranks}
     return reach
@@ -278,7 +283,9 @@ def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
-    step.group.allreduce([moved], getattr(dist.ReduceOp, op)).wait()
+    options = dist.AllreduceOptions()
+    options.reduceOp = getattr(dist.ReduceOp, op)
+    step.group.allreduce([moved], options).wait()
     return moved.to(values.device) if elsewhere else moved
 
 
@@ -290,10 +297,10 @@ def told(error: Exception, count: int, device: torch.device | None) -> Tensor:
 
 def raise_if_told(parts: Tensor) -> None:
     """Raises what another rank `told`, if that is known without a wait; else parts become NaN."""
-    if parts.device.type != "cpu" or not len(parts) or float(parts.min()) >= 0:
+    if parts.device.type != "cpu" or isinstance(parts, FakeTensor) or not len(parts):
         return
     # A minimum may be NaN.
-    if parts.isneginf().any():
+    if not float(parts.min()) >= 0 and bool(parts.isneginf().any()):
         why = _store().get(WORD).decode() if _store().check([WORD]) else ""
         raise RuntimeError(f"another rank could not take part, and nothing was changed: {why}")
 
