@@ -44,6 +44,13 @@ constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
   return coef >= 1 ? 1 : coef + 0;
 }
 
+// The decision in the precision of the result, but in float64 where float32 does not hold the norm.
+constexpr double clip_coef_as(bool wide, double total_norm, double max_norm) {
+  const bool fits = static_cast<float>(total_norm) <= std::numeric_limits<float>::max();
+  return wide || !fits ? clip_coef(total_norm, max_norm)
+                       : clip_coef(static_cast<float>(total_norm), static_cast<float>(max_norm));
+}
+
 template <class acc_t>
 constexpr bool means_zeros(acc_t coef) {
   return coef == 0 && 1 / coef < 0;

@@ -36,6 +36,7 @@ class Grads {
   std::vector<at::Tensor> tensors_, wrappers_;
   std::vector<int64_t> slots_;
   std::optional<std::vector<at::Tensor>> known_;
+  bool wide_ = false;
 
  public:
   void reserve(size_t count) { tensors_.reserve(count); }
@@ -44,6 +45,7 @@ class Grads {
   bool add(const at::Tensor& tensor) {
     if (!is_plain(tensor, tensors_)) return false;
     tensors_.push_back(tensor);
+    wide_ |= tensor.scalar_type() == at::kDouble;
     return true;
   }
 
@@ -55,20 +57,22 @@ class Grads {
 
   size_t size() const { return tensors_.size(); }
 
-  bool is_wide() const {
-    return std::ranges::any_of(tensors_, [](const auto& t) { return t.dtype() == at::kDouble; });
+  bool is_wide() const { return wide_; }
+
+  // Norms are float64; what is returned of them is as precise as the gradients.
+  at::Tensor result(const at::Tensor& norms) const {
+    return norms.to(wide_ ? at::kDouble : at::kFloat);
   }
 
   at::Tensor norm(double p) const {
     static const auto op = find_op<NormOp>("fastclip::norm");
-    return known_ ? call(op, *known_, p).to(is_wide() ? at::kDouble : at::kFloat)
-                  : call(op, tensors_, p);
+    return call(op, known_ ? *known_ : tensors_, p, true);
   }
 
   const std::vector<int64_t>& slots() const { return slots_; }
 
-  // The norm of each slot in float64, up to the last slot that holds a gradient. All are of the
-  // first where none was noted.
+  // The norm of each slot, up to the last slot that holds a gradient. All are of the first where
+  // none was noted.
   at::Tensor norms(double p) const {
     static const auto op = find_op<NormsOp>("fastclip::norms");
     const std::vector<int64_t> first(slots_.empty() ? tensors_.size() : 0);
@@ -77,9 +81,9 @@ class Grads {
   }
 
   // The norm of each gradient, or of each row.
-  at::Tensor each_norms(double p, bool rows, bool wide) const {
+  at::Tensor each_norms(double p, bool rows) const {
     static const auto op = find_op<NormsOp>("fastclip::norms");
-    return call(op, tensors_, p, std::nullopt, wide, rows);
+    return call(op, tensors_, p, std::nullopt, true, rows);
   }
 
   // By one coefficient, or one for each slot.

@@ -95,7 +95,7 @@ class [[gnu::visibility("hidden")]] Measured {
     for (size_t part = 0; part < count; ++part)
       if (is_known(part)) norms.push_back(std::move(norms_[part]));
     for (const at::Tensor& norm : norms) keep_for_this_stream(norm);
-    if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false, true));
+    if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false));
     grads.know(std::move(norms));
     forget();
     return grads;
@@ -165,7 +165,7 @@ class [[gnu::visibility("hidden")]] Measured {
   at::Tensor norm_of(const at::Tensor& grad) const {
     Grads one;
     const bool can = !is_paused && grad.defined() && one.add(grad);
-    return can ? one.each_norms(p_, false, true) : at::Tensor();
+    return can ? one.each_norms(p_, false) : at::Tensor();
   }
 
   double p_;

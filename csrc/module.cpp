@@ -39,11 +39,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Grads>(m, "Grads")
       .def("__len__", &Grads::size)
       .def("is_wide", &Grads::is_wide)
+      .def("result", &Grads::result)
       .def("norm", &Grads::norm)
       .def("slots", &Grads::slots)
       .def("norms", &Grads::norms)
-      .def("each_norms", &Grads::each_norms, py::arg("p"), py::arg("rows") = false,
-           py::arg("wide") = false)
+      .def("each_norms", &Grads::each_norms, py::arg("p"), py::arg("rows") = false)
       .def("scale_", &Grads::scale_)
       .def("scale_each_", &Grads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &Grads::clamp_)

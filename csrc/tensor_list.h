@@ -163,14 +163,14 @@ struct ClipLists {
 };
 
 // The ops, as their schemas read in C++.
-using NormOp = at::Tensor(at::TensorList, double);
+using NormOp = at::Tensor(at::TensorList, double, bool);
 using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
 using Norms = std::optional<at::TensorList>;
 using ClipNormOp = at::Tensor(at::TensorList, double, double, Norms);
-using CoefOp = at::Tensor(const at::Tensor&, double);
-using CoefTensorOp = at::Tensor(const at::Tensor&, const at::Tensor&);
+using CoefOp = at::Tensor(const at::Tensor&, double, bool);
+using CoefTensorOp = at::Tensor(const at::Tensor&, const at::Tensor&, bool);
 using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double, Norms);
 
 template <class Op>

@@ -13,13 +13,17 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _ops
+from ._coef import means_zeros
 from ._ops import clip_coef
-from ._reference import count_rows, means_zeros, result_dtype
+from ._reference import count_rows, result_dtype
 from ._transforms import is_differentiated, is_known
 
 
 class Grads:
-    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result."""
+    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result.
+
+    Norms are float64; `result` makes of them what is returned, as precise as the gradients.
+    """
 
     def __init__(self, tensors: list[Tensor], slots: list[int], wrappers: list[Tensor]) -> None:
         self.tensors, self.slots_, self.wrappers = tensors, slots, wrappers
@@ -33,28 +37,31 @@ class Grads:
     def norm(self, p: float) -> Tensor:
         with torch.set_grad_enabled(is_differentiated()):
             if len(_by_device(self.tensors)) > 1 and p > 0:
-                return self.norms(p)[0].to(result_dtype(self.tensors))
-            return _ops.norm([_measured(t, p) for t in self.tensors], p)
+                return self.norms(p)[0]
+            return _ops.norm([_measured(t, p) for t in self.tensors], p, True)
 
     def is_wide(self) -> bool:
         return result_dtype(self.tensors) == torch.float64
 
+    def result(self, norms: Tensor) -> Tensor:
+        return norms.to(result_dtype(self.tensors))
+
     def norms(self, p: float) -> Tensor:
-        """The norm of each slot in float64, up to the last slot that holds a gradient."""
+        """The norm of each slot, up to the last slot that holds a gradient."""
         with torch.set_grad_enabled(is_differentiated()):
             tensors = [_measured(t, p) for t in self.tensors]
             if len(_by_device(tensors)) > 1:
-                tensors = list(self.each_norms(p, wide=True).unbind())
+                tensors = list(self.each_norms(p).unbind())
             return _ops.norms(tensors, p, self.slots_, True)
 
-    def each_norms(self, p: float, rows: bool = False, wide: bool = False) -> Tensor:
+    def each_norms(self, p: float, rows: bool = False) -> Tensor:
         """The norm of each gradient, or of each row: 0 where a sparse one has none."""
         with torch.set_grad_enabled(is_differentiated()):
             grads = [t.coalesce() if t.is_sparse else t for t in self.tensors]
             tensors = [_measured(t, p, rows) for t in grads]
             devices, gaps = _by_device(tensors), _gaps(grads, rows)
             if len(devices) < 2 and not gaps:
-                return _ops.norms(tensors, p, None, wide, rows)
+                return _ops.norms(tensors, p, None, True, rows)
             each = list(tensors)
             for positions in devices.values():
                 some = [tensors[i] for i in positions]
@@ -64,7 +71,7 @@ class Grads:
             for i in gaps:
                 index = grads[i]._indices()[0].to(each[i].device)
                 each[i] = each[i].new_zeros(len(grads[i])).index_copy_(0, index, each[i])
-            return torch.cat(each).to(torch.float64 if wide else result_dtype(tensors))
+            return torch.cat(each)
 
     def scale_(self, coef: Tensor) -> None:
         """By one coefficient, or one for each slot."""
@@ -105,8 +112,8 @@ class Grads:
             with torch.set_grad_enabled(is_differentiated()):
                 return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
-        self.scale_(clip_coef(total_norm, max_norm))
-        return total_norm
+        self.scale_(clip_coef(total_norm, max_norm, self.is_wide()))
+        return self.result(total_norm)
 
     def _bump_versions(self) -> None:
         """The ops bump what they are given: the values of a tensor, what a wrapper holds."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _reference, _thresholds
+from . import _coef, _reference, _thresholds
 from ._transforms import refused
 
 REBUILD = "pip install --no-build-isolation -e ."
@@ -100,8 +100,8 @@ def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtyp
     return tensors[0].new_empty(shape, dtype=dtype)
 
 
-def _norm_fake(tensors: Sequence[Tensor], p: float) -> Tensor:
-    return _result(tensors, (), _reference.result_dtype(tensors))
+def _norm_fake(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
+    return _result(tensors, (), torch.float64 if wide else _reference.result_dtype(tensors))
 
 
 def _norms_fake(
@@ -130,7 +130,12 @@ def _clip_norm_fake(
     return _norm_fake(tensors, p)
 
 
-_define("norm", "(Tensor[] tensors, float p) -> Tensor", _norm_fake, _announced(_reference.norm))
+_define(
+    "norm",
+    "(Tensor[] tensors, float p, bool wide=False) -> Tensor",
+    _norm_fake,
+    _announced(_reference.norm),
+)
 _define(
     "norms",
     "(Tensor[] tensors, float p, int[]? group=None, bool wide=False, bool rows=False) -> Tensor",
@@ -164,15 +169,15 @@ _define(
 
 _define(
     "clip_coef",
-    "(Tensor total_norm, float max_norm) -> Tensor",
-    lambda total_norm, max_norm: torch.empty_like(total_norm),
-    _reference.clip_coef,
+    "(Tensor total_norm, float max_norm, bool wide=True) -> Tensor",
+    lambda total_norm, *how: torch.empty_like(total_norm),
+    _coef.clip_coef,
 )
 _define(
     "clip_coef.tensor",
-    "(Tensor total_norm, Tensor max_norm) -> Tensor",
-    lambda total_norm, max_norm: torch.empty_like(total_norm),
-    _reference.clip_coef,
+    "(Tensor total_norm, Tensor max_norm, bool wide=True) -> Tensor",
+    lambda total_norm, *how: torch.empty_like(total_norm),
+    _coef.clip_coef,
 )
 _define(
     "record_",
@@ -226,6 +231,6 @@ def clip_norm_(
     return op(tensors, max_norm, p, norms)
 
 
-def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
+def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
     ops = torch.ops.fastclip.clip_coef
-    return (ops.tensor if isinstance(max_norm, Tensor) else ops.default)(total_norm, max_norm)
+    return (ops.tensor if isinstance(max_norm, Tensor) else ops.default)(total_norm, max_norm, wide)

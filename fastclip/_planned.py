@@ -18,8 +18,9 @@ from ._reference import empty_norm
 class PlannedGrads:
     """The gradients of all ranks. `norms` has one for each label, `norm` is that of the first.
 
-    If the ranks `agree`, a norm that is not finite on one is so on all. `error` is why this rank
-    cannot take part: it tells the others in the collectives that it owes them, and is then raised.
+    They are plain tensors; `result` may make a DTensor of one. If the ranks `agree`, a norm that is
+    not finite on one is so on all. `error` is why this rank cannot take part: it tells the others
+    in the collectives that it owes them, and is then raised.
     """
 
     def __init__(
@@ -37,8 +38,22 @@ class PlannedGrads:
         return len(self.local)
 
     @torch.compiler.disable
+    def is_wide(self) -> bool:
+        return self.plan.wide or self.local.is_wide()
+
+    @torch.compiler.disable
+    def result(self, norms: Tensor) -> Tensor:
+        plan, dtype = self.plan, torch.float64 if self.is_wide() else torch.float32
+        norms = norms.to(dtype)
+        if plan.mesh is None or norms.dim():
+            return norms
+        if dtype not in plan.result_layouts:
+            plan.result_layouts[dtype] = _mesh.replicated(plan.mesh, dtype)
+        return _mesh.as_replicated(norms, plan.result_layouts[dtype])
+
+    @torch.compiler.disable
     def norm(self, p: float) -> Tensor:
-        return self._result(self._norms(p)[0])
+        return self._norms(p)[0]
 
     @torch.compiler.disable
     def norms(self, p: float) -> Tensor:
@@ -74,8 +89,8 @@ class PlannedGrads:
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
         total_norm = self._norms(p)[0]
-        self.local.scale_(clip_coef(total_norm, max_norm))
-        return self._result(total_norm)
+        self.local.scale_(clip_coef(total_norm, max_norm, self.is_wide()))
+        return self.result(total_norm)
 
     @torch.compiler.disable
     def added(self, counts: Tensor) -> Tensor:
@@ -117,8 +132,7 @@ class PlannedGrads:
             raise self.error
         if plan.steps or plan.beyond:
             _ranks.raise_if_told(parts)
-        norms = _ranks.as_norm(parts, p)
-        return norms if plan.wide or self.local.is_wide() else norms.float()
+        return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:
         """What is added up, of all slots."""
@@ -132,10 +146,10 @@ class PlannedGrads:
         return _ranks.told(self.error, count, plan.device)
 
     def _local_norms(self, p: float) -> Tensor:
-        """The norms of all slots in float64; what adds nothing for those that hold nothing here."""
+        """The norms of all slots; what adds nothing for those that hold nothing here."""
         plan, count = self.plan, len(self.plan.slots)
         if plan.kind is Kind.ROWS:
-            norms = self.local.each_norms(p, True, True)
+            norms = self.local.each_norms(p, True)
             if len(self.local) == count:
                 return norms
             each = [norms.new_zeros(size) for size in plan.sizes]
@@ -153,11 +167,3 @@ class PlannedGrads:
     def _here(self, norms: Tensor) -> Tensor:
         here = len(self.local) or self.plan.device is None
         return norms if here else norms.to(self.plan.device)
-
-    def _result(self, total_norm: Tensor) -> Tensor:
-        plan, dtype = self.plan, total_norm.dtype
-        if plan.mesh is None:
-            return total_norm
-        if dtype not in plan.result_layouts:
-            plan.result_layouts[dtype] = _mesh.replicated(plan.mesh, dtype)
-        return _mesh.as_replicated(total_norm, plan.result_layouts[dtype])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._coef import clip_coef, means_zeros
 from ._transforms import converted, is_known, is_transformed
 
 # A block is converted to float64 to be measured: 8 MB of it on a device. On the CPU torch divides
@@ -17,12 +18,13 @@ BLOCK = 1 << 20
 CPU_BLOCK = 1 << 14
 
 
-def norm(tensors: Sequence[Tensor], p: float) -> Tensor:
+def norm(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
+    dtype = torch.float64 if wide else result_dtype(tensors)
     if not tensors:
-        return torch.tensor(0.0, device="cpu")
+        return torch.zeros((), dtype=dtype, device="cpu")
     if p < 0 and not any(t.numel() for t in tensors):
-        return torch.zeros((), dtype=result_dtype(tensors), device=tensors[0].device)
-    return converted(norm_of(_tensor_norms(tensors, p), p), result_dtype(tensors))
+        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+    return converted(norm_of(_tensor_norms(tensors, p), p), dtype)
 
 
 def norms(
@@ -97,48 +99,17 @@ def clip_norm_(
     if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
         raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
     measured = tensors if norms is None else norms
-    total_norm = norm(measured, p).to(result_dtype(tensors))
+    total_norm, dtype = norm(measured, p, True), result_dtype(tensors)
     if tensors:
         total_norm = total_norm.to(tensors[0].device)
-    scale_(tensors, clip_coef(total_norm, max_norm))
-    return total_norm
+    scale_(tensors, clip_coef(total_norm, max_norm, dtype == torch.float64))
+    return total_norm.to(dtype)
 
 
 def record_(rows: Tensor, steps: Tensor, row: Tensor) -> None:
     """Write `row` into the ring `rows`, of `steps` rows so far, and count it."""
     rows.index_copy_(0, steps.remainder(len(rows)), row.to(rows).view(1, -1))
     steps.add_(1)
-
-
-def clip_coef(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """Return min(1, max_norm / (total_norm + 1e-6)), of the norm's shape.
-
-    An infinite threshold gives 1 for any norm. A NaN or negative threshold, which only a tensor
-    can bring here (the dispatcher may make a number of it), and a negative norm give NaN: loud,
-    where a negative multiplier would silently reverse a step.
-    """
-    if not isinstance(max_norm, Tensor):
-        if not 0 <= max_norm <= torch.finfo(total_norm.dtype).max:
-            return torch.full_like(total_norm, 1 if max_norm > 0 else math.nan)
-        coef = torch.full_like(total_norm, max_norm + 0.0).div_(total_norm + 1e-6).clamp_max_(1)
-        return coef.masked_fill_(total_norm < 0, math.nan)
-    threshold = max_norm.to(total_norm)
-    coef = ((threshold + 0.0) / (total_norm + 1e-6)).clamp(max=1)
-    return coef.where((threshold >= 0) & (total_norm >= 0), math.nan).masked_fill(
-        threshold == math.inf, 1
-    )
-
-
-def spared_coef(coef: Tensor, total_norm: Tensor, nonfinite: str) -> Tensor:
-    """`coef`; where the norm is not finite 1 for "skip", for "zero" one that `scale_` zeroes by."""
-    if nonfinite not in ("skip", "zero"):
-        return coef
-    return coef.where(total_norm.isfinite(), 1 if nonfinite == "skip" else -0.0)
-
-
-def means_zeros(coef: Tensor) -> Tensor:
-    """Where it is -0.0, a multiplier that no clip comes to."""
-    return (coef == 0) & coef.signbit()
 
 
 def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -198,13 +169,22 @@ def empty_norm(p: float) -> float:
 def _block_norms(blocks: list[Tensor], p: float) -> list[Tensor]:
     if is_transformed():
         return [norm_of(converted(b, torch.float64).flatten(), p) for b in blocks]
-    if p in (1, 2) or math.isinf(p) or p <= 0:
-        return list(torch._foreach_norm(blocks, p, dtype=torch.float64)) if blocks else []
-    return [norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
+    if not (p in (1, 2) or math.isinf(p) or p <= 0):
+        return [norm_of(b.abs().to(torch.float64).flatten(), p) for b in blocks]
+    norms = torch._foreach_norm(blocks, p, dtype=torch.float64) if blocks else ()
+    return [
+        norm_of(b.flatten(), p) if b.dtype == torch.float64 and _overflowed(norm, p) else norm
+        for b, norm in zip(blocks, norms, strict=True)
+    ]
+
+
+def _overflowed(norms: Tensor, p: float) -> bool:
+    """Whether squares of float64 may have; asked where that does not wait for a device."""
+    return p == 2 and is_known(norms) and bool(norms.isinf().any())
 
 
 def norm_of(values: Tensor, p: float) -> Tensor:
-    """The p-norm of float64 values, for unusual p relative to their maximum: no power overflows."""
+    """The p-norm of float64 values, relative to their maximum where a power may overflow."""
     if p > 0 and len(values) > _block(values):
         values = torch.stack([norm_of(part, p) for part in values.split(_block(values))])
     return _norms_of_rows(values[None], p)[0]
@@ -248,7 +228,9 @@ def _row_norms(tensor: Tensor, p: float) -> Tensor:
 
 def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
     if p in (1, 2) or math.isinf(p) or p <= 0:
-        return torch.linalg.vector_norm(rows, p, dim=1)
+        norms = torch.linalg.vector_norm(rows, p, dim=1)
+        if not _overflowed(norms, p):
+            return norms
     most = rows.abs().amax(1)
     unit = most.where((most > 0) & most.isfinite(), 1)
     return unit * torch.linalg.vector_norm(rows / unit[:, None], p, dim=1)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from . import _ops
 from ._arguments import Threshold, positive_order, resolved, threshold
+from ._ddp import is_data_parallel, on_reduced_buckets
 from ._grads import read
-from ._mesh import is_dtensor, value_of
+from ._mesh import is_dtensor
 from ._named import named
 from ._ops import clip_coef
-from ._ranks import is_alone, is_data_parallel, on_reduced_buckets
+from ._ranks import is_alone
 
 
 class NormAccumulator:
@@ -83,10 +84,9 @@ class NormAccumulator:
         max_norm = threshold(max_norm)
         grads = self._take()
         if callable(max_norm):
-            total_norm = grads.norm(self.p)
-            value = value_of(total_norm)
-            grads.scale_(clip_coef(value, resolved(max_norm, value)))
-            return total_norm
+            norm = grads.norm(self.p)
+            grads.scale_(clip_coef(norm, resolved(max_norm, norm), grads.is_wide()))
+            return grads.result(norm)
         return grads.clip_norm_(max_norm, self.p)
 
     @contextmanager

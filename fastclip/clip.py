@@ -20,11 +20,10 @@ from ._arguments import (
     scalar,
     threshold,
 )
+from ._coef import spared_coef
 from ._grads import as_list, read, take
-from ._mesh import value_of
 from ._ops import clip_coef
 from ._plan import Kind
-from ._reference import spared_coef
 from ._transforms import is_differentiated
 
 
@@ -49,7 +48,7 @@ def clip_grad_norm_(
             dtypes and devices, or one tensor; a parameter given twice counts once.
         max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device, where
             NaN or a negative value makes every gradient NaN. A rule, such as `AutoClip`, is called
-            with the norm and returns either.
+            with the norm, a float64, and returns either.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
         foreach: as in torch; chooses nothing here.
@@ -90,18 +89,15 @@ def clip_grad_norm_(
     grads = read(parameters, foreach, process_group, Kind.of_order(p), agree)
     if nonfinite == "propagate" and not callable(max_norm) and factor is None:
         return grads.clip_norm_(max_norm, p)
-    total_norm = grads.norm(p)
-    value = value_of(total_norm)
-    if factor is not None:
-        value.mul_(factor)
+    norm = grads.norm(p) if factor is None else grads.norm(p) * factor
     if nonfinite == "error":
-        raise_if_nonfinite(value, p)
-    coef = clip_coef(value, resolved(max_norm, value))
+        raise_if_nonfinite(norm, p)
+    coef = clip_coef(norm, resolved(max_norm, norm), grads.is_wide())
     if factor is not None:
         # A tensor may be anything; below 0 it would reverse the step.
-        coef = (coef * factor).masked_fill(value < 0, math.nan)
-    grads.scale_(spared_coef(coef, value, nonfinite))
-    return total_norm
+        coef = (coef * factor).masked_fill(norm < 0, math.nan)
+    grads.scale_(spared_coef(coef, norm, nonfinite))
+    return grads.result(norm)
 
 
 def clip_grad_value_(
@@ -165,10 +161,10 @@ def get_total_norm(
     """
     p = order(norm_type)
     grads = take(tensors, foreach, process_group, Kind.of_order(p), error_if_nonfinite)
-    total_norm = grads.norm(p)
+    norm = grads.norm(p)
     if error_if_nonfinite:
-        raise_if_nonfinite(value_of(total_norm), p)
-    return total_norm
+        raise_if_nonfinite(norm, p)
+    return grads.result(norm)
 
 
 def clip_grads_with_norm_(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import Threshold, order, policy, raise_if_nonfinite, resolved
+from ._coef import spared_coef
 from ._grads import aligned, read, read_by
 from ._groups import checked
 from ._log import Log, summary
@@ -19,7 +20,6 @@ from ._ops import clip_coef
 from ._picture import History, draw
 from ._plan import Kind
 from ._ranks import as_groups
-from ._reference import spared_coef
 
 Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 
@@ -103,17 +103,18 @@ class GradClipper:
             self._record(value_of(total_norm))
             return total_norm
         total_norm = grads.norm(self.p) if self.is_one else grads.norms(self.p)
-        norms = value_of(total_norm).reshape(-1)
+        norms = total_norm.reshape(-1)
         if self.nonfinite == "error":
             raise_if_nonfinite(norms, self.p)
         limits = self._limits(norms)
-        coefs = spared_coef(clip_coef(norms, limits), norms, self.nonfinite)
+        coefs = spared_coef(clip_coef(norms, limits, grads.is_wide()), norms, self.nonfinite)
         if self._has_followers:
             each = coefs.unbind()
             coefs = torch.stack([each[leader] for leader in self.leaders])
             coefs = spared_coef(coefs, norms, self.nonfinite)
         grads.scale_(coefs[0] if self.is_one else coefs)
-        self._record(norms, limits)
+        total_norm = grads.result(total_norm)
+        self._record(norms.to(total_norm.dtype), limits)
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
@@ -123,7 +124,8 @@ class GradClipper:
         for which every rank calls this. Gradients are only read.
         """
         self._look_again()
-        norms = aligned(read(self._items, kind=Kind.EACH).each_norms(self.p), self._items)
+        grads = read(self._items, kind=Kind.EACH)
+        norms = aligned(grads.result(grads.each_norms(self.p)), self._items)
         return dict(zip(self._item_names, norms.tolist(), strict=True))
 
     def stats(self) -> dict[str, Any]:
@@ -231,7 +233,8 @@ class GradClipper:
     def _record(self, norms: Tensor, limits: Tensor | None = None) -> None:
         if not self._is_fixed:
             norms = norms.reshape(-1)
-            norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
+            limits = self._limits(norms) if limits is None else limits.to(norms)
+            norms = torch.cat((norms, limits))
         self._log.add(norms)
 
     def _histories(self) -> tuple[int, list[History]]:

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from . import _fused
 from ._arguments import Threshold, positive_order, resolved, threshold
+from ._coef import spared_coef
 from ._grads import read
-from ._mesh import local_of, value_of
 from ._ops import clip_coef
-from ._reference import spared_coef
-from ._wrapped import as_list, layers_of, parameters_of, steps_as_torch
+from ._wrapped import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
 
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -71,11 +71,11 @@ def unscale_and_clip_(
     found = _measure(grads, max_norm, p, inv_scale)
     if inv_scale is None:
         grads.scale_(found.coef)
-        return found.total_norm
-    coef = spared_coef(found.coef, value_of(found.total_norm), "skip")
+        return grads.result(found.norm)
+    coef = spared_coef(found.coef, found.norm, "skip")
     grads.scale_(coef * inv_scale.to(coef))
     _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
-    return found.total_norm
+    return grads.result(found.norm)
 
 
 @torch.no_grad()
@@ -92,7 +92,8 @@ def clipped_step(
     Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
     `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
     once to be measured; the optimizer divides what it reads by the inverse coefficient and leaves
-    them clipped. No wait for the device: a norm that is not finite skips the step there.
+    them clipped; float64 ones are scaled before it. No wait for the device: a norm that is not
+    finite skips the step there.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
@@ -124,18 +125,21 @@ def clipped_step(
     given = as_list(optimizer)
     optimizers = [one for outer in given for one in layers_of(outer)]
     for outer in given:
-        _check_fused(outer)
+        _fused.check(outer)
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = parameters_of(given)
     _refuse_float16(items, inv_scale)
-    found = _measure(_read(items, p, process_group, measured), max_norm, p, inv_scale)
+    grads = _read(items, p, process_group, measured)
+    found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
+    before, divisor = _fused.split(spared_coef(coef, found.norm, "skip"), grads.is_wide())
+    grads.scale_(before)
     for outer in given:
-        _step(outer, _inverse(coef.float()), found.is_bad)
+        _fused.step(outer, divisor, found.is_bad)
         if inv_scale is not None:
             _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
-    return found.total_norm
+    return grads.result(found.norm)
 
 
 def _read(
@@ -151,74 +155,17 @@ def _read(
 
 
 class _Found(NamedTuple):
-    total_norm: Tensor
+    norm: Tensor  # of the unscaled gradients
     coef: Tensor
     is_bad: Tensor  # 0-d, float32, as scalers and optimizers have it
 
 
 def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
-    total_norm = grads.norm(p)
-    value = value_of(total_norm)
-    is_bad = (~value.isfinite()).float()
+    norm = grads.norm(p)
+    is_bad = (~norm.isfinite()).float()
     if inv_scale is not None:
-        value.mul_(inv_scale.to(value))
-    return _Found(total_norm, clip_coef(value, resolved(max_norm, value)), is_bad)
-
-
-def _step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
-    """A step with these two set, and as they were after it, even None, which breaks a scaler."""
-    inner = layers_of(outer)[-1]
-    held = vars(inner)
-    fresh = [p for p in parameters_of([inner]) if not inner.state.get(p)]
-    before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
-    held.update(grad_scale=grad_scale, found_inf=found_inf)
-
-    def check(*_: object) -> None:
-        # A wrapper may step through a scaler of its own, which sets these otherwise.
-        if held.get("grad_scale") is not grad_scale or held.get("found_inf") is not found_inf:
-            raise RuntimeError(
-                f"optimizer: {type(outer).__name__} steps through a scaler of its own; pass the "
-                f"{type(inner).__name__} in it, and that scaler as scaler"
-            )
-
-    checking = inner.register_step_pre_hook(check)
-    try:
-        with torch.enable_grad():
-            outer.step()
-        # A first step of SGD that is skipped leaves its buffers as the memory was (torch 2.13).
-        for buffer in (inner.state.get(p, {}).get("momentum_buffer") for p in fresh):
-            if buffer is not None:
-                local = local_of(buffer)
-                local.copy_(local.where(found_inf.to(local.device) == 0, 0))
-    finally:
-        checking.remove()
-        for name in ("grad_scale", "found_inf"):
-            held.pop(name, None)
-        held.update(before)
-
-
-def _inverse(coef: Tensor) -> Tensor:
-    """What the optimizer divides by, as large as float32 has it; but for 0, which gives zeros."""
-    inverse = coef.reciprocal()
-    return inverse.clamp(max=torch.finfo(inverse.dtype).max).where(coef != 0, inverse)
-
-
-def _check_fused(outer: Optimizer) -> None:
-    inner = layers_of(outer)[-1]
-    takes = getattr(inner, "_step_supports_amp_scaling", False) and steps_as_torch(inner)
-    if takes and all(group.get("fused") for group in inner.param_groups):
-        return
-    name = type(inner).__name__
-    name = name if inner is outer else f"{name} in {type(outer).__name__}"
-    why = "as it is " if steps_as_torch(inner) else "has a step of its own, and "
-    since = " and torch 2.12 or newer" if isinstance(inner, torch.optim.Adagrad) else ""
-    can = steps_as_torch(inner) and "fused" in inner.defaults
-    way = f"make it with fused=True{since}, or " if can else ""
-    raise ValueError(
-        f"optimizer: {name} {why}cannot divide gradients in its step; {way}call "
-        "unscale_and_clip_(scaler, optimizer, max_norm), or without a scaler clip_grad_norm_, and "
-        "then step"
-    )
+        norm = norm * inv_scale.to(norm)
+    return _Found(norm, clip_coef(norm, resolved(max_norm, norm), grads.is_wide()), is_bad)
 
 
 def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:

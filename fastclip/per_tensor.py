@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ._arguments import at_least_zero, fixed_threshold, order
 from ._grads import aligned, as_list, read, take_weights
-from ._mesh import value_of
 from ._ops import clip_coef
 from ._plan import Kind
 
@@ -46,8 +45,8 @@ def clip_grad_norms_(
     items = as_list(parameters, "parameters")
     grads = read(items, kind=Kind.EACH)
     norms = grads.each_norms(p)
-    grads.scale_each_(clip_coef(norms, threshold))
-    return aligned(norms, items)
+    grads.scale_each_(clip_coef(norms, threshold, grads.is_wide()))
+    return aligned(grads.result(norms), items)
 
 
 def clip_grad_agc_(
@@ -82,7 +81,7 @@ def clip_grad_agc_(
     items = as_list(parameters, "parameters")
     grads = read(items, kind=Kind.ROWS)
     norms = grads.each_norms(2.0, rows=True)
-    weights = take_weights(items, Kind.ROWS).each_norms(2.0, rows=True).to(norms.dtype)
+    weights = take_weights(items, Kind.ROWS).each_norms(2.0, rows=True)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
     # A norm that is infinite or NaN is no reason to leave a gradient as it is.
@@ -117,8 +116,8 @@ def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) ->
         raise ValueError("norm: expected a finite number, got inf")
     grads = read(parameters)
     total_norm = grads.norm(2.0)
-    value = value_of(total_norm)
     # Subnormal norms ask for more than the dtype holds.
-    coef = (wanted / value).clamp(max=torch.finfo(value.dtype).max)
-    grads.scale_(coef.masked_fill(value == 0, 1))
-    return total_norm
+    most = torch.finfo(torch.float64 if grads.is_wide() else torch.float32).max
+    coef = (wanted / total_norm).clamp(max=most)
+    grads.scale_(coef.masked_fill(total_norm == 0, 1))
+    return grads.result(total_norm)

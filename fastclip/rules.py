@@ -1,8 +1,9 @@
 """Rules: thresholds that follow the norms of a run. Pass one as `max_norm`.
 
-A rule is called with the total norm, 0-d, and returns the threshold on the same device; its state
-lives there too, in a few tensors, and no call waits for it. A norm that is not finite never enters
-the state. Call a rule once before a CUDA graph captures it: that call makes the tensors.
+A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device;
+its state lives there too, in a few tensors, and no call waits for it. A norm that is not finite
+never enters the state. Call a rule once before a CUDA graph captures it: that call makes the
+tensors.
 """
 
 import math

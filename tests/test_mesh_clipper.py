@@ -51,6 +51,29 @@ def test_each_tensor_of_any_layout_is_clipped_by_its_own_norm(world):
     world(4).run(each_tensor, range(40), seconds=120)
 
 
+def beyond_float32() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    clips = [
+        lambda some: fastclip.clip_grad_norm_(some, 1.0),
+        lambda some: fastclip.clip_grad_norm_(some, 1.0, nonfinite="skip"),
+        lambda some: fastclip.clip_grad_norm_(some, lambda norm: norm / norm),
+        lambda some: fastclip.clip_grad_norm_(some, 1.0, error_if_nonfinite=True),
+        lambda some: GradClipper(groups=[{"params": some, "max_norm": 1.0}]).clip_()[0],
+        lambda some: fastclip.clip_grad_norms_(some, 1.0)[0],
+    ]
+    for clip in clips:
+        parameter = spread((6,), mesh, Shard(0))
+        local_of(parameter.grad).fill_(2e38)
+        norm = local_of(clip([parameter]))
+        assert (norm.dtype, norm.item()) == (torch.float32, math.inf)
+        after = full(parameter.grad)
+        torch.testing.assert_close(after, torch.full_like(after, 6**-0.5), rtol=1e-5, atol=0)
+
+
+def test_a_norm_that_only_all_ranks_bring_beyond_float32_clips_by_its_coefficient(world):
+    world(2).run(beyond_float32)
+
+
 def each_unit(seeds: range) -> None:
     for _, parameters in any_lists(seeds):
         for q in parameters:

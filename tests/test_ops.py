@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ORDERS, awkward, name_of, oracle, ulps
 
-from fastclip import _ops, _reference
+from fastclip import _coef, _ops, _reference
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -255,7 +255,7 @@ def test_clip_norm_is_measure_then_scale(ops, device, dtype, p, share, as_tensor
     apart = [t.clone() for t in tensors]
     norm = ops.norm(apart, p)
     max_norm = float(norm) * share
-    ops.scale_(apart, _reference.clip_coef(norm, max_norm))
+    ops.scale_(apart, _coef.clip_coef(norm, max_norm))
     threshold = torch.tensor(max_norm, dtype=norm.dtype, device=device) if as_tensor else max_norm
     assert torch.equal(ops.clip_norm_(tensors, threshold, p), norm)
     assert all(torch.equal(a, b) for a, b in zip(tensors, apart, strict=True))
@@ -277,7 +277,7 @@ def test_a_clip_by_known_norms_reads_nothing_else(ops, device, dtype, p, share, 
     norm = ops.clip_norm_(tensors, threshold, p, norms)
     assert ulps(norm, expected) <= 2
     assert norm.dtype == _reference.result_dtype(tensors)
-    ops.scale_(before, _reference.clip_coef(norm, threshold))
+    ops.scale_(before, _coef.clip_coef(norm, threshold))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 

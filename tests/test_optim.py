@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import Reads, parameters
+from conftest import Reads, oracle, parameters
 from torch import nn
 from torch.nn import utils
 
@@ -406,6 +406,40 @@ def test_a_first_step_that_is_skipped_leaves_no_memory_of_it():
         weight.grad = torch.ones(2)
         fastclip.clipped_step([optimizer, optimizer], 1e9)
         assert weight.tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float64", "mixed"])
+@pytest.mark.parametrize("on", [True, False], ids=["scaled", "plain"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_step_of_float64_parameters_is_as_precise_as_they_are(place, kind, on, mixed):
+    if why := missing(kind, place, divides=True):
+        pytest.skip(why)
+    dtypes = [torch.float64, torch.float32 if mixed else torch.float64]
+    values = [torch.randn(50, dtype=torch.float64).to(dtype) for dtype in dtypes]
+    made, others = ([nn.Parameter(v.to(place)) for v in values] for _ in range(2))
+    # Not so small that a step would not depend on the coefficient.
+    how = {} if kind == "sgd" else {"eps": 1.0}
+    optimizer, reference = (KINDS[kind](some, fused=True, **how) for some in (made, others))
+    scaler = torch.amp.GradScaler(place, init_scale=4.0, enabled=on)
+    scaler.scale(torch.ones((), device=place))
+    for step in range(4):
+        grads = [torch.randn(50, dtype=torch.float64).to(d).to(place) for d in dtypes]
+        coef = 0.1 / (oracle(grads, 2.0) + 1e-6)
+        for ours, theirs, grad in zip(made, others, grads, strict=True):
+            ours.grad = grad * (4 if on else 1)
+            theirs.grad = grad * coef
+        before = [p.detach().clone() for p in made]
+        if step == 1:
+            made[1].grad[0] = math.inf
+        fastclip.clipped_step(optimizer, 0.1, scaler if on else None)
+        if step == 1:
+            assert all(torch.equal(p, b) for p, b in zip(made, before, strict=True))
+        else:
+            reference.step()
+        scaler.update(4.0)
+        rtol = 1e-6 if mixed else 1e-13
+        torch.testing.assert_close(made[0], others[0], rtol=rtol, atol=rtol)
+        torch.testing.assert_close(made[1], others[1])
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3])

@@ -13,10 +13,9 @@ namespace {
 at::Tensor clip(at::TensorList tensors, ClipLists lists, double max_norm, double p) {
   bump_versions(tensors);
   const cpu::Spans spans(lists.measured());
-  const double norm = cpu::total_norm(cpu::norm_phase(lists.measured(), spans, p), p);
+  const double norm = cpu::total_norm(lists.measured(), spans, p);
   const at::ScalarType dtype = lists.scaled.result_dtype();
-  const double coef =
-      dtype == at::kDouble ? clip_coef<double>(norm, max_norm) : clip_coef<float>(norm, max_norm);
+  const double coef = clip_coef_as(dtype == at::kDouble, norm, max_norm);
   const auto scale = [&](const cpu::Spans& all) {
     lists.scaled.unshare(tensors, [](size_t) { return true; });
     cpu::scale_phase(lists.scaled, all, [=](size_t) { return coef; });

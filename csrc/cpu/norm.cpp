@@ -3,17 +3,20 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "phases.h"
 
 namespace fastclip {
 namespace {
 
-at::Tensor norm_cpu(at::TensorList tensors, double p) {
+at::Tensor norm_cpu(at::TensorList tensors, double p, bool wide) {
   const auto list = FlatList::look(tensors, p);
-  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p);
+  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
   const cpu::Spans spans(*list);
-  return cpu::scalar_result(cpu::total_norm(cpu::norm_phase(*list, spans, p), p),
-                            list->result_dtype());
+  return cpu::scalar_result(cpu::total_norm(*list, spans, p),
+                            wide ? at::kDouble : list->result_dtype());
 }
 
 at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
@@ -23,15 +26,20 @@ at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef g
     return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
   const int64_t groups = count_groups(*list, group);
   const cpu::Spans spans = cpu::Spans::by_group(*list, group);
-  const std::vector<double> partials = cpu::norm_phase(*list, spans, p);
-  std::vector<cpu::Accumulator> totals(groups, cpu::Accumulator(norm_kind(p), p));
-  for (int64_t k = 0; k < spans.size(); ++k) {
-    const size_t i = spans.first_tensor(k);
-    totals[group ? (*group)[i] : i].add(partials[k]);
-  }
+  const auto measure = [&](Norm kind) {
+    const std::vector<double> partials = cpu::norm_phase(*list, spans, kind, p);
+    std::vector<cpu::Accumulator> totals(groups, cpu::Accumulator(kind, p));
+    for (int64_t k = 0; k < spans.size(); ++k) {
+      const size_t i = spans.first_tensor(k);
+      totals[group ? (*group)[i] : i].add(partials[k]);
+    }
+    std::vector<double> norms(groups);
+    std::ranges::transform(totals, norms.begin(), &cpu::Accumulator::norm);
+    return norms;
+  };
+  const std::vector<double> norms = cpu::without_overflow(*list, p, measure);
   at::Tensor result = at::empty({groups}, at::TensorOptions().dtype(at::kDouble));
-  double* out = result.mutable_data_ptr<double>();
-  for (int64_t g = 0; g < groups; ++g) out[g] = totals[g].norm();
+  std::ranges::copy(norms, result.mutable_data_ptr<double>());
   return result.to(wide ? at::kDouble : list->result_dtype());
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -51,8 +52,8 @@ class Accumulator {
 };
 
 // One partial result for each span.
-inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& spans, double p) {
-  const Norm kind = norm_kind(p);
+inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& spans, Norm kind,
+                                      double p) {
   std::vector<double> partials(spans.size());
   spans.parallel([&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
@@ -66,11 +67,28 @@ inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& span
   return partials;
 }
 
+// Calls measure(kind), which gives norms, and where squares of float64 elements may have overflowed
+// measures again as other orders are, relative to the largest.
+template <class Measure>
+std::vector<double> without_overflow(const FlatList& tensors, double p, Measure&& measure) {
+  std::vector<double> norms = measure(norm_kind(p));
+  const auto is_inf = [](double norm) { return std::isinf(norm); };
+  if (norm_kind(p) != Norm::kSquares || tensors.result_dtype() != at::kDouble ||
+      std::ranges::none_of(norms, is_inf))
+    return norms;
+  const std::vector<double> others = measure(Norm::kPower);
+  for (size_t i = 0; i < norms.size(); ++i)
+    if (is_inf(norms[i])) norms[i] = others[i];
+  return norms;
+}
+
 // The norm of all tensors, from one group of spans.
-inline double total_norm(const std::vector<double>& partials, double p) {
-  Accumulator total(norm_kind(p), p);
-  for (const double partial : partials) total.add(partial);
-  return total.norm();
+inline double total_norm(const FlatList& tensors, const Spans& spans, double p) {
+  return without_overflow(tensors, p, [&](Norm kind) -> std::vector<double> {
+    Accumulator total(kind, p);
+    for (const double partial : norm_phase(tensors, spans, kind, p)) total.add(partial);
+    return {total.norm()};
+  })[0];
 }
 
 // Multiplies tensor i by coef(i) in place unless that is 1. Spans go from last to first:

@@ -7,7 +7,7 @@ namespace fastclip::cpu {
 
 // The partial result of n elements: their sum, sum of squares or maximum (NaN wins), and for any
 // other p their norm, since powers of it may not fit a float64. Finite for finite elements, but
-// for float64 ones, which overflow as torch's do.
+// for squares of float64 ones, see without_overflow.
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p);
 
 // data *= coef, in float32 with one rounding (float64 elements in float64); below 0, see Note

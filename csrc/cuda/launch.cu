@@ -65,11 +65,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kind>)
   // Every block adds up the same partial results: a barrier less than one block telling the others.
   const double norm = finish<kind>(work.partials, work.spans, work.p);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
-  // See Note [coef]; the decision is taken in the precision of the result.
-  const double max_norm = number(work, 0);
-  const double coef = work.norms.is_double
-                          ? clip_coef(norm, max_norm)
-                          : clip_coef(static_cast<float>(norm), static_cast<float>(max_norm));
+  const double coef = clip_coef_as(work.norms.is_double, norm, number(work, 0));
   if (coef != 1) change_phase<Multiply>(table, [=](int) { return coef; });
 }
 

@@ -66,10 +66,11 @@ at::Tensor measure_slots(const at::Tensor& first, const cuda::Partition& partiti
                  [&](const auto& all, auto stream) { cuda::launch_norms(partition, all, stream); });
 }
 
-at::Tensor norm_cuda(at::TensorList tensors, double p) {
+at::Tensor norm_cuda(at::TensorList tensors, double p, bool wide) {
   const auto list = look(tensors, p);
-  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p);
-  return measure_slots(tensors[0], {parts_of(*list), false}, {}, list->result_dtype(), {.p = p});
+  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
+  return measure_slots(tensors[0], {parts_of(*list), false}, {},
+                       wide ? at::kDouble : list->result_dtype(), {.p = p});
 }
 
 at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,

@@ -1,0 +1,77 @@
+"""`DistributedDataParallel`: the buckets in which it averages gradients, while backward runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._ranks import Step, all_reduce, device_of
+
+
+def is_data_parallel(module: object) -> bool:
+    """Whether it averages in buckets, as all do but for the reducer in Python that is compiled."""
+    ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+    return ddp and not module._use_python_reducer
+
+
+def on_reduced_buckets(
+    module: Any,
+    measure: Callable[[int, list[Tensor], Tensor], None],
+    finish: Callable[[], None],
+    forget: Callable[[], None],
+) -> None:
+    """Have a `DistributedDataParallel` average as it does, and say so.
+
+    `measure(number, parameters, bucket)` for each averaged bucket, and `finish()` at the end of
+    backward, when the gradients are in their places. `forget()` where a rank that has joined takes
+    part without a backward of its own.
+
+    Raises:
+        ValueError: it has a communication hook, and cannot have two.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+
+    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        number, parameters = bucket.index(), bucket.parameters()
+        has_joined = torch._C._current_graph_task_id() == -1
+
+        def measured(done: Any) -> Tensor:
+            (average,) = done.value()
+            if not has_joined:
+                measure(number, parameters, average)
+            return average
+
+        if has_joined:
+            forget()
+        elif bucket.is_last():
+            # After what the module itself has queued, which is later than this.
+            queue(lambda: queue(finish))
+        count = _sharers(module, group, has_joined)
+        # To the bit what the module does without a hook.
+        buffer = bucket.buffer()
+        buffer = buffer.div_(count) if buffer.is_sparse else buffer.mul_(1 / count)
+        return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(measured)
+
+    try:
+        module.register_comm_hook(module.process_group, hook)
+    except RuntimeError as error:
+        raise ValueError(
+            "parameters: this DistributedDataParallel has a communication hook already, and takes "
+            f"no other; clip with clip_grad_norm_ ({error})"
+        ) from error
+
+
+def _sharers(module: Any, group: Any, has_joined: bool) -> int:
+    """By how many ranks a `DistributedDataParallel` divides: only those with a batch, if asked to.
+
+    It knows them from a collective of its own, of which it tells no hook.
+    """
+    join = module._join_config
+    asked = join.enable and join.is_first_joinable and not module._divide_by_initial_world_size
+    if not asked:
+        return group.size()
+    device = device_of(group)
+    mine = torch.tensor([not has_joined], dtype=torch.float64, device=device)
+    return int(all_reduce(Step(group, device, [0]), mine, "SUM"))

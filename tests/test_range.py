@@ -1,0 +1,177 @@
+"""Finite gradients whose norm float32 does not hold, or its square float64: clipped all the same.
+
+What is right is computed in float64, relative to the largest element.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import ORDERS, oracle, parameters
+from torch import nn
+
+import fastclip
+from fastclip import AutoClip, GradClipper, NormAccumulator, _ops, _reference
+
+LARGEST = torch.finfo(torch.float32).max
+# Four elements whose norm is 4e38.
+HUGE = [2e38, -2e38, 2e38, 2e38]
+
+
+def assert_scaled(found, before, coef: float) -> None:
+    """Within the rounding of the elements and of a float32 coefficient, which may be subnormal."""
+    rounding = 2 * max(torch.finfo(found.dtype).eps, 2.0**-24) + 2.0**-149 / coef
+    torch.testing.assert_close(found.double(), before.double() * coef, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_norm", [1.0, 3e38, 1e39, 1e300])
+def test_a_norm_beyond_float32_clips_by_its_coefficient(ops, device, dtype, p, max_norm):
+    values = torch.linspace(2e38, 3e38, 50).to(dtype)
+    tensors = [values.clone().to(device), torch.ones(5, dtype=dtype, device=device)]
+    norm = oracle(tensors, p)
+    assert norm > LARGEST
+    assert ops.clip_norm_(tensors, max_norm, p).item() == math.inf
+    assert_scaled(tensors[0].cpu(), values, min(1, max_norm / norm))
+    if max_norm >= LARGEST:
+        return
+    tensors[0].copy_(values)
+    ops.clip_norm_(tensors, torch.tensor(max_norm, device=device), p)
+    assert_scaled(tensors[0].cpu(), values, max_norm / norm)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_a_coefficient_is_float32s_where_float32_holds_the_norm(ops, as_tensor):
+    norms = torch.cat([torch.rand(1000) * 3, torch.tensor([LARGEST, math.inf, math.nan, -1.0])])
+    limit = torch.tensor(0.75) if as_tensor else 0.75
+    near = norms.double() * (1 + 2.0**-30)
+    found = ops.clip_coef(near, limit, False)
+    assert found.dtype == torch.float64
+    expected = ops.clip_coef(norms, limit).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    beyond = torch.tensor([1e39, 1e300], dtype=torch.float64)
+    assert torch.equal(ops.clip_coef(beyond, limit, False), beyond.new_tensor(0.75) / beyond)
+
+
+def groups_of(items):
+    return GradClipper(groups=[{"params": items, "max_norm": 1.0}])
+
+
+CLIPS = {
+    "clip": lambda items: fastclip.clip_grad_norm_(items, 1.0),
+    "rule": lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / norm),
+    "skip": lambda items: fastclip.clip_grad_norm_(items, 1.0, nonfinite="skip"),
+    "zero": lambda items: fastclip.clip_grad_norm_(items, 1.0, nonfinite="zero"),
+    "error": lambda items: fastclip.clip_grad_norm_(items, 1.0, error_if_nonfinite=True),
+    "clipper": lambda items: GradClipper(items, 1.0).clip_(),
+    "clipper-skip": lambda items: GradClipper(items, 1.0, nonfinite="skip").clip_(),
+    "groups": lambda items: groups_of(items).clip_()[0],
+    "accumulator": lambda items: NormAccumulator(items).clip_(1.0),
+    "accumulator-rule": lambda items: NormAccumulator(items).clip_(lambda norm: norm / norm),
+    "each": lambda items: fastclip.clip_grad_norms_(items, 1.0)[0],
+    "normalize": lambda items: fastclip.normalize_grad_(items, 1.0),
+    "step": lambda items: fastclip.clipped_step(torch.optim.SGD(items, lr=1.0, fused=True), 1.0),
+}
+
+
+@pytest.mark.parametrize("walks", [True, False], ids=["walk", "python"])
+@pytest.mark.parametrize("call", CLIPS)
+def test_every_clip_takes_a_norm_beyond_float32(monkeypatch, call, walks):
+    if not walks:
+        monkeypatch.setattr(_ops, "extension", None)
+    (made,) = parameters([torch.tensor(HUGE)])
+    norm = CLIPS[call]([made])
+    assert norm.dtype == torch.float32
+    assert norm.item() == math.inf
+    assert_scaled(made.grad, torch.tensor(HUGE), 1 / 4e38)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
+def test_a_factor_brings_a_norm_back_into_range(nonfinite):
+    (made,) = parameters([torch.tensor(HUGE)])
+    norm = fastclip.clip_grad_norm_([made], 1.0, nonfinite=nonfinite, grad_scale=1e-20)
+    assert norm.item() == pytest.approx(4e18, rel=1e-6)
+    assert_scaled(made.grad, torch.tensor(HUGE), 1 / 4e38)
+
+
+def test_a_norm_beyond_float32_enters_a_rule():
+    (made,) = parameters([torch.tensor(HUGE)])
+    rule = AutoClip(percentile=0)
+    for value in ([1.0, 0.0, 0.0, 0.0], HUGE):
+        made.grad.copy_(torch.tensor(value))
+        fastclip.clip_grad_norm_([made], rule)
+    assert_scaled(made.grad, torch.tensor(HUGE), 1 / 4e38)
+    assert rule.state_dict()["norms"][:2].tolist() == pytest.approx([1.0, 4e38], rel=1e-6)
+
+
+def test_units_with_norms_beyond_float32_are_clipped_adaptively():
+    (made,) = parameters([torch.tensor([HUGE, [1.0, 0, 0, 0]])])
+    made.data.copy_(torch.tensor([[1.0, 0, 0, 0]] * 2))
+    fastclip.clip_grad_agc_([made], 0.5)
+    assert_scaled(made.grad[0], torch.tensor(HUGE), 0.5 / 4e38)
+    assert made.grad[1].tolist() == [0.5, 0, 0, 0]
+
+
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+@pytest.mark.parametrize("call", ["unscale", "step"])
+def test_a_scaler_takes_the_steps_that_torch_takes(call, max_norm):
+    scale, weights, scalers = 2.0**100, [], []
+    for ours in (True, False):
+        weight = nn.Parameter(torch.zeros(4))
+        weight.grad = torch.tensor(HUGE)
+        optimizer = torch.optim.SGD([weight], lr=1.0, fused=call == "step")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(()))
+        if ours and call == "step":
+            norm = fastclip.clipped_step(optimizer, max_norm, scaler)
+        elif ours:
+            norm = fastclip.unscale_and_clip_(scaler, optimizer, max_norm)
+        else:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([weight], min(max_norm, 1e38))
+        if not (ours and call == "step"):
+            scaler.step(optimizer)
+        scaler.update()
+        weights.append(weight.detach())
+        scalers.append(scaler.state_dict())
+    assert norm.item() == pytest.approx(4e38 / scale, rel=1e-6)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
+    assert weights[0].all()
+    assert scalers[0] == scalers[1]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("size", [(3,), (40_000,), (5, 9), (2, 20_000)])
+def test_squares_beyond_float64_have_a_norm_on_the_cpu(ops, device, p, size):
+    tensors = [torch.randn(size, dtype=torch.float64) * 1e200, torch.randn(7), torch.randn(9, 2)]
+    norm = oracle(tensors, p)
+    close = {"rel": 1e-13}
+    assert ops.norm(tensors, p).item() == pytest.approx(norm, **close)
+    each = [oracle([t], p) for t in tensors]
+    assert ops.norms(tensors, p, None, True).tolist() == pytest.approx(each, **close)
+    some = [oracle(tensors[:2], p), each[2]]
+    assert ops.norms(tensors, p, [0, 0, 1], True).tolist() == pytest.approx(some, **close)
+    rows = [r for t in tensors for r in (t.unbind() if t.dim() > 1 else [t])]
+    by_row = ops.norms(tensors, p, None, True, True).tolist()
+    assert by_row == pytest.approx([oracle([row], p) for row in rows], **close)
+    before = [t.clone() for t in tensors]
+    assert ops.clip_norm_(tensors, 3.0, p).item() == pytest.approx(norm, **close)
+    torch.testing.assert_close(tensors[0], before[0] * (3.0 / norm), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_squares_beyond_float64_hide_no_infinity(ops, bad):
+    tensors = [torch.full((40_000,), 1e200, dtype=torch.float64) for _ in range(2)]
+    tensors[0][[5, 20_000]] = bad
+    for norms in (ops.norm(tensors, 2.0), ops.norms(tensors, 2.0)[0]):
+        assert str(norms.item()) == str(bad)
+    assert ops.norms(tensors, 2.0)[1].item() == pytest.approx(2e202, rel=1e-13)
+
+
+def test_the_default_and_the_kernels_agree_on_what_they_return():
+    tensors = [torch.tensor(HUGE)]
+    for ops in (_ops, _reference):
+        assert ops.norm(tensors, 2.0).item() == math.inf
+        assert ops.norm(tensors, 2.0, True).dtype == torch.float64
+        assert ops.norm([], 2.0, True).dtype == torch.float64
