@@ -71,5 +71,9 @@ def _settle(inner: Optimizer, fresh: set[Tensor], found_inf: Tensor) -> None:
             buffer = inner.state.get(p, {}).get("momentum_buffer")
             if buffer is None:
                 continue
-            local = local_of(buffer)
-            local.copy_(local.where(found_inf.to(local.device) == 0, 0))
+            if not group["dampening"]:
+                local = local_of(buffer)
+                local.copy_(local.where(found_inf.to(local.device) == 0, 0))
+            elif found_inf:
+                # A first gradient is not dampened, and the host decides which step is the first.
+                del inner.state[p]

@@ -408,6 +408,25 @@ def test_a_first_step_that_is_skipped_leaves_no_memory_of_it():
         assert weight.tolist() == pytest.approx([expected] * 2)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("skipped", [0, 1, 3])
+def test_a_first_gradient_is_not_dampened_whatever_was_skipped_before(place, skipped, nesterov):
+    how = {"lr": 0.5, "momentum": 0.75, "dampening": 0 if nesterov else 0.25, "nesterov": nesterov}
+    weight, still = (nn.Parameter(torch.zeros(2, device=place)) for _ in range(2))
+    groups = [{"params": [weight]}, {"params": [still], "momentum": 0.0}]
+    optimizer = torch.optim.SGD(groups, fused=True, **how)
+    expected, buffer = 0.0, None
+    for grad in [math.inf] * skipped + [1.0, 2.0, math.inf, 4.0]:
+        weight.grad = torch.full((2,), grad, device=place)
+        still.grad = torch.zeros(2, device=place)
+        fastclip.clipped_step(optimizer, 1e9)
+        if grad < math.inf:
+            fresh = grad if buffer is None else how["momentum"] * buffer
+            buffer = fresh if buffer is None else fresh + (1 - how["dampening"]) * grad
+            expected -= 0.5 * (grad + 0.75 * buffer if nesterov else buffer)
+        assert weight.tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["float64", "mixed"])
 @pytest.mark.parametrize("on", [True, False], ids=["scaled", "plain"])
 @pytest.mark.parametrize("kind", FUSED)
