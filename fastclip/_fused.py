@@ -1,11 +1,13 @@
 """Fused optimizers of torch, whose step divides the gradients: which can, and such a step."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ._mesh import local_of
-from ._wrapped import layers_of, parameters_of, steps_as_torch
+from ._wrapped import layers_of, steps_as_torch
 
 
 def check(outer: Optimizer) -> None:
@@ -40,7 +42,10 @@ def step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
     """A step with these two set, and as they were after it, even None, which breaks a scaler."""
     inner = layers_of(outer)[-1]
     held = vars(inner)
-    fresh = {p for p in parameters_of([inner]) if not inner.state.get(p)}
+    with_buffers = (group for group in inner.param_groups if group.get("momentum"))
+    fresh = [
+        (p, group) for group in with_buffers for p in group["params"] if not inner.state.get(p)
+    ]
     before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
     held.update(grad_scale=grad_scale, found_inf=found_inf)
 
@@ -64,16 +69,15 @@ def step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
         held.update(before)
 
 
-def _settle(inner: Optimizer, fresh: set[Tensor], found_inf: Tensor) -> None:
+def _settle(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf: Tensor) -> None:
     """A first step of SGD that is skipped leaves its buffers as the memory was (torch 2.13)."""
-    for group in inner.param_groups:
-        for p in fresh.intersection(group["params"]):
-            buffer = inner.state.get(p, {}).get("momentum_buffer")
-            if buffer is None:
-                continue
-            if not group["dampening"]:
-                local = local_of(buffer)
-                local.copy_(local.where(found_inf.to(local.device) == 0, 0))
-            elif found_inf:
-                # A first gradient is not dampened, and the host decides which step is the first.
-                del inner.state[p]
+    for p, group in fresh:
+        buffer = inner.state.get(p, {}).get("momentum_buffer")
+        if buffer is None:
+            continue
+        if not group["dampening"]:
+            local = local_of(buffer)
+            local.copy_(local.where(found_inf.to(local.device) == 0, 0))
+        elif found_inf:
+            # A first gradient is not dampened, and the host decides which step is the first.
+            del inner.state[p]

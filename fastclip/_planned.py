@@ -27,6 +27,7 @@ class PlannedGrads:
         self, local: Any, plan: Plan, agree: bool = False, error: Exception | None = None
     ) -> None:
         self._local, self.plan, self.agree, self.error = local, plan, agree, error
+        self.wide = plan.wide or (error is None and local.is_wide())
 
     @property
     def local(self) -> Any:
@@ -37,13 +38,12 @@ class PlannedGrads:
     def __len__(self) -> int:
         return len(self.local)
 
-    @torch.compiler.disable
     def is_wide(self) -> bool:
-        return self.plan.wide or self.local.is_wide()
+        return self.wide
 
     @torch.compiler.disable
     def result(self, norms: Tensor) -> Tensor:
-        plan, dtype = self.plan, torch.float64 if self.is_wide() else torch.float32
+        plan, dtype = self.plan, torch.float64 if self.wide else torch.float32
         norms = norms.to(dtype)
         if plan.mesh is None or norms.dim():
             return norms
@@ -89,7 +89,7 @@ class PlannedGrads:
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
         total_norm = self._norms(p)[0]
-        self.local.scale_(clip_coef(total_norm, max_norm, self.is_wide()))
+        self.local.scale_(clip_coef(total_norm, max_norm, self.wide))
         return self.result(total_norm)
 
     @torch.compiler.disable

@@ -133,8 +133,10 @@ def clipped_step(
     grads = _read(items, p, process_group, measured)
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
-    before, divisor = _fused.split(spared_coef(coef, found.norm, "skip"), grads.is_wide())
-    grads.scale_(before)
+    before, divisor = _fused.split(coef, grads.is_wide())
+    # Most often by 1, which the host knows on the CPU; a device finds out for itself.
+    if before.device.type != "cpu" or before != 1:
+        grads.scale_(spared_coef(before, found.norm, "skip"))
     for outer in given:
         _fused.step(outer, divisor, found.is_bad)
         if inv_scale is not None:

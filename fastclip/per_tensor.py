@@ -116,8 +116,8 @@ def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) ->
         raise ValueError("norm: expected a finite number, got inf")
     grads = read(parameters)
     total_norm = grads.norm(2.0)
+    dtype = torch.float64 if grads.is_wide() else torch.float32
     # Subnormal norms ask for more than the dtype holds.
-    most = torch.finfo(torch.float64 if grads.is_wide() else torch.float32).max
-    coef = (wanted / total_norm).clamp(max=most)
+    coef = (wanted / total_norm).clamp(max=torch.finfo(dtype).max).to(dtype)
     grads.scale_(coef.masked_fill(total_norm == 0, 1))
     return grads.result(total_norm)

@@ -435,7 +435,7 @@ def test_a_step_of_float64_parameters_is_as_precise_as_they_are(place, kind, on,
         pytest.skip(why)
     dtypes = [torch.float64, torch.float32 if mixed else torch.float64]
     values = [torch.randn(50, dtype=torch.float64).to(dtype) for dtype in dtypes]
-    made, others = ([nn.Parameter(v.to(place)) for v in values] for _ in range(2))
+    made, others = ([nn.Parameter(v.clone().to(place)) for v in values] for _ in range(2))
     # Not so small that a step would not depend on the coefficient.
     how = {} if kind == "sgd" else {"eps": 1.0}
     optimizer, reference = (KINDS[kind](some, fused=True, **how) for some in (made, others))
