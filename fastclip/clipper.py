@@ -252,4 +252,6 @@ class GradClipper:
 
 
 def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+    # In float64 first, for a number may be beyond the dtype.
+    wide = value if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
+    return wide.to(like)

@@ -262,6 +262,29 @@ def test_numbers_are_those_of_the_steps(device):
     assert clipper.stats() == stats
 
 
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+def test_an_infinite_norm_of_a_group_is_recorded_as_it_is(policy):
+    made = parameters([torch.tensor([math.inf]), torch.tensor([math.nan]), torch.tensor([2.0])])
+    groups = [
+        {"params": [one], "max_norm": 1.0, "name": name}
+        for one, name in zip(made, "inl", strict=True)
+    ]
+    clipper = GradClipper(groups=groups, nonfinite=policy)
+    clipper.clip_()
+    found = [clipper.stats()[name]["total_norm"] for name in "inl"]
+    assert repr(found) == "[[inf], [nan], [2.0]]"
+
+
+@pytest.mark.parametrize("other", [2.0, torch.tensor(2.0), lambda norm: norm / 2])
+def test_a_threshold_beyond_the_dtype_of_the_norm_only_measures(other):
+    made = parameters([torch.tensor([3.0]), torch.tensor([4.0])])
+    limits = zip(made, (1e300, other), strict=True)
+    clipper = GradClipper(groups=[{"params": [one], "max_norm": limit} for one, limit in limits])
+    assert clipper.clip_().tolist() == [3.0, 4.0]
+    assert [float(one.grad) for one in made] == pytest.approx([3.0, 2.0])
+    assert clipper.stats()["0"]["clipped"] == 0
+
+
 def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
     monkeypatch.setattr(_log.Log, "CAPACITY", 4)
     (parameter,) = parameters([torch.zeros(1, device=device)])
