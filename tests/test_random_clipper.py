@@ -1,0 +1,365 @@
+"""Random lives of a GradClipper, against a reference that knows the formulas and float64 alone."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import DTYPES, oracle
+from torch import Tensor, nn
+
+from fastclip import AutoClip, GradClipper, ZClip, _ops
+
+NUMBERS = [0.0, 0.3, 1, 20.0, 1e4, 1e300, math.inf]
+ORDERS = [0.5, 1.0, 2.0, 3.0, math.inf]
+POLICIES = ["propagate", "skip", "zero", "error"]
+SHAPES = [(), (0,), (1,), (7,), (300,), (3, 5), (33, 9), (2, 0), (4, 3, 2)]
+HUGE = {torch.float16: 1e4, torch.float64: 1e30}
+
+
+class Percentile:
+    """What AutoClip promises."""
+
+    def __init__(self, percent: float, history: int) -> None:
+        self.percent, self.history, self.norms = percent, history, []
+
+    def __call__(self, norm: float) -> float:
+        if math.isfinite(norm):
+            self.norms = [*self.norms, norm][-self.history :]
+        return percentile(self.norms, self.percent) if self.norms else math.nan
+
+
+class Outliers:
+    """What ZClip promises."""
+
+    def __init__(self, alpha: float, most: float, warmup: int) -> None:
+        self.alpha, self.most, self.warmup = alpha, most, warmup
+        self.first, self.mean, self.variance = [], 0.0, 0.0
+
+    def __call__(self, norm: float) -> float:
+        if not math.isfinite(norm):
+            return 0.0
+        if len(self.first) < self.warmup:
+            self.first.append(norm)
+            self.mean = math.fsum(self.first) / len(self.first)
+            squares = [(n - self.mean) ** 2 for n in self.first]
+            self.variance = math.fsum(squares) / len(squares)
+            return math.inf
+        deviation = math.sqrt(self.variance)
+        z = (norm - self.mean) / (deviation + 1e-6)
+        limit = self.mean + self.most**2 * deviation / z if z > self.most else math.inf
+        clipped = limit if z > self.most else norm
+        self.mean = self.alpha * self.mean + (1 - self.alpha) * clipped
+        self.variance = self.alpha * self.variance + (1 - self.alpha) * (clipped - self.mean) ** 2
+        return limit
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))
+
+
+def coefficient(norm: float, limit: float, policy: str) -> float | None:
+    """None where the gradients become zeros, whatever they are."""
+    if not math.isfinite(norm) and policy != "propagate":
+        return 1.0 if policy == "skip" else None
+    coef = 1.0 if limit == math.inf else limit / (norm + 1e-6)
+    return 1.0 if coef > 1 else coef
+
+
+def dense(grad: Tensor) -> Tensor:
+    return grad.detach().to_dense().clone()
+
+
+def parts(grad: Tensor) -> Tensor:
+    """Real and imaginary, which no product mixes."""
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def is_scaled(now: Tensor, then: Tensor, coef: float | None, wide: bool) -> bool:
+    """`wide`: the coefficient is a float64 one."""
+    if coef is None:
+        return not now.count_nonzero()
+    info = torch.finfo(then.dtype)
+    close = 1e-14 if wide and then.dtype == torch.float64 else 4e-7
+    how = {"rtol": close + info.eps, "atol": info.smallest_normal * info.eps}
+    if coef == 1:
+        how = {"rtol": 0, "atol": 0}
+    exact = parts(then).double() * coef
+    return torch.allclose(parts(now).double(), exact, **how, equal_nan=True)
+
+
+def is_wide(grads: list[Tensor]) -> bool:
+    return any(g.dtype == torch.float64 for g in grads)
+
+
+def norm_of(grads: list[Tensor], p: float) -> float:
+    return oracle([g.to(torch.complex128).abs() if g.is_complex() else g for g in grads], p)
+
+
+def norm_is(found: float, grads: list[Tensor], p: float) -> bool:
+    # float64 where all of it is, else 2 float32 ulps.
+    precision = 1e-13 if all(g.dtype == torch.float64 for g in grads) else 2.4e-7
+    return found == pytest.approx(norm_of(grads, p), rel=precision, abs=0, nan_ok=True)
+
+
+def threshold(rng: random.Random) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """How to make one, and what it promises: the limit of a norm."""
+    number, percent, count = rng.choice(NUMBERS), rng.choice([0, 30, 50, 100]), rng.randint(1, 5)
+    tensor = torch.tensor(rng.random(), dtype=rng.choice(DTYPES))
+    half, constant = lambda norm: norm * 0.5, lambda norm: 0.7
+    return rng.choice(
+        [
+            (lambda: number, lambda: lambda norm: float(number)),
+            (lambda: tensor, lambda: lambda norm: float(tensor)),
+            (lambda: AutoClip(percent, count), lambda: Percentile(percent, count)),
+            (lambda: ZClip(0.9, 1.5, count), lambda: Outliers(0.9, 1.5, count)),
+            (lambda: half, lambda: half),
+            (lambda: constant, lambda: constant),
+        ]
+    )
+
+
+class Group:
+    """Parameters in whatever holds them, with a threshold, a leader, or neither."""
+
+    def __init__(self, rng: random.Random, name: str, leaders: list[str]) -> None:
+        self.name, self.items = name, []
+        placeholder = nn.Parameter(torch.zeros(1))
+        holders = [list, nn.Module, lambda: torch.optim.SGD([placeholder], lr=1.0)]
+        self.source = rng.choice(holders)()
+        self.make, promise = threshold(rng)
+        self.limit_of = promise()
+        kind = rng.choice(["own"] * 4 + ["led", "left out"]) if leaders else "own"
+        self.leader = rng.choice(leaders) if kind == "led" else name
+        self.is_measured = kind != "left out"
+
+    def arguments(self) -> dict[str, Any]:
+        if self.leader != self.name:
+            return {"params": self.source, "coef_of": self.leader, "name": self.name}
+        max_norm = self.make() if self.is_measured else None
+        return {"params": self.source, "max_norm": max_norm, "name": self.name}
+
+    def put(self, items: list[nn.Parameter]) -> None:
+        self.items = items
+        if isinstance(self.source, list):
+            self.source[:] = items
+        elif isinstance(self.source, nn.Module):
+            for name in list(self.source._parameters):
+                delattr(self.source, name)
+            for i, item in enumerate(items):
+                setattr(self.source, f"p{i}", item)
+        else:
+            self.source.param_groups[0]["params"] = list(items)
+
+    def once(self) -> dict[str, nn.Parameter]:
+        """Each parameter by the first of its names."""
+        holder = {list: "", nn.Module: "p"}.get(type(self.source), "0.")
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for i, item in enumerate(self.items):
+            found.setdefault(id(item), (f"{holder}{i}", item))
+        return dict(found.values())
+
+
+class Life:
+    """A clipper, the groups that it was made of, and what it should have recorded."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.p, self.policy = rng.choice(ORDERS), rng.choice(POLICIES)
+        self.is_one = rng.random() < 0.3
+        self.groups: list[Group] = []
+        for i in range(1 if self.is_one else rng.randint(1, 4)):
+            leaders = [g.name for g in self.groups if g.is_measured and g.leader == g.name]
+            self.groups.append(Group(rng, "total" if self.is_one else f"g{i}", leaders))
+        self.measured = [group for group in self.groups if group.is_measured]
+        self.dtypes = rng.sample([*DTYPES, torch.complex64], rng.randint(1, 3))
+        for group in self.groups:
+            group.put([self.parameter() for _ in range(rng.randint(0, 6))])
+        self.history: list[tuple[list[float], list[float | None]]] = []
+        self.clipper = self.fresh()
+
+    def fresh(self) -> GradClipper:
+        how = {"norm_type": self.p, "nonfinite": self.policy}
+        if self.is_one:
+            (group,) = self.groups
+            return GradClipper(group.source, group.make(), **how)
+        return GradClipper(groups=[group.arguments() for group in self.groups], **how)
+
+    def parameter(self) -> nn.Parameter:
+        shape, dtype = self.rng.choice(SHAPES), self.rng.choice(self.dtypes)
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = self.gradient(parameter)
+        return parameter
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        rng, dtype = self.rng, parameter.dtype
+        if rng.random() < 0.1:
+            return None
+        size = HUGE.get(dtype, 1e19) if rng.random() < 0.05 else 10 ** rng.uniform(-3, 3)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        values = (torch.randn(parameter.shape, dtype=wide) * size).to(dtype)
+        if values.numel() and rng.random() < 0.03:
+            values.view(-1)[-1] = rng.choice([math.inf, -math.inf, math.nan])
+        return self.stored(values)
+
+    def stored(self, values: Tensor) -> Tensor:
+        shape = values.shape
+        way = self.rng.choice(["dense"] * 3 + ["turned", "gaps", "off", "sparse"])
+        if way == "off":
+            return values.new_empty(values.numel() + 1)[1:].view(shape).copy_(values)
+        if way == "dense" or not shape:
+            return values
+        if way == "turned":
+            return values.transpose(0, -1).contiguous().transpose(0, -1)
+        if way == "gaps":
+            return values.new_empty(*shape[:-1], 2 * shape[-1])[..., ::2].copy_(values)
+        once = values.to_sparse()
+        places, halves = once.indices(), once.values() / 2
+        places, halves = torch.cat([places] * 2, 1), torch.cat([halves] * 2)
+        return torch.sparse_coo_tensor(places, halves, shape, check_invariants=True)
+
+    # What happens to it; each returns whether all was as promised.
+
+    def backward(self) -> bool:
+        for item in (item for group in self.groups for item in group.items):
+            item.grad = self.gradient(item)
+        return True
+
+    def others(self) -> bool:
+        """Parameters are added, replaced, moved, repeated, frozen, taken away."""
+        rng = self.rng
+        for group in rng.choices(self.groups, k=2):
+            items = list(group.items)
+            for _ in range(rng.randint(1, 2)):
+                at = rng.randrange(len(items) + 1)
+                items[at : at + rng.randint(0, 2)] = [self.parameter()] * rng.randint(0, 2)
+            for item in items:
+                item.requires_grad_(rng.random() < 0.8)
+            group.put(items)
+        a, b = rng.choices(self.groups, k=2)
+        if a is not b and a.items:
+            moved = a.items[-1]
+            a.put([item for item in a.items if item is not moved])
+            b.put([moved, *b.items])
+        return True
+
+    def change(self) -> bool:
+        """What a threshold or a gradient holds is changed in place."""
+        for group in self.groups:
+            if isinstance(value := group.make(), Tensor):
+                value.fill_(self.rng.random() * 3)
+            for item in group.items:
+                if item.grad is not None and not item.is_complex():
+                    item.grad.mul_(0.5)
+        return True
+
+    def clip(self) -> bool:
+        kept = [[item for item in group.once().values()] for group in self.groups]
+        before = [[None if i.grad is None else dense(i.grad) for i in some] for some in kept]
+        grads = {
+            group.name: [g for g in some if g is not None]
+            for group, some in zip(self.groups, before, strict=True)
+        }
+        norms = [norm_of(grads[group.name], self.p) for group in self.measured]
+        coefs: dict[str, float | None] = dict.fromkeys(grads, 1.0)
+        if self.policy == "error" and not all(map(math.isfinite, norms)):
+            with pytest.raises(RuntimeError, match="non-finite"):
+                self.clipper.clip_()
+        else:
+            found = self.clipper.clip_().reshape(-1)
+            if found.dtype != (torch.float64 if is_wide(self.all_of(grads)) else torch.float32):
+                return False
+            norms = found.tolist()
+            if not all(
+                norm_is(norm, grads[group.name], self.p)
+                for norm, group in zip(norms, self.measured, strict=True)
+            ):
+                return False
+            coefs |= self.coefficients(norms, torch.finfo(found.dtype).max)
+            self.history.append((norms, [coefs[group.name] for group in self.measured]))
+        wide = is_wide(self.all_of(grads))
+        return all(
+            item.grad is None if grad is None else is_scaled(dense(item.grad), grad, coef, wide)
+            for coef, some, then in zip(coefs.values(), kept, before, strict=True)
+            for item, grad in zip(some, then, strict=True)
+        )
+
+    def all_of(self, grads: dict[str, list[Tensor]]) -> list[Tensor]:
+        return [grad for group in self.measured for grad in grads[group.name]]
+
+    def coefficients(self, norms: list[float], most: float) -> dict[str, float | None]:
+        """A limit beyond the norm's dtype is infinite."""
+        coefs: dict[str, float | None] = {}
+        led = []
+        for group, norm in zip(self.measured, norms, strict=True):
+            if group.leader != group.name:
+                led.append((group, norm))
+                continue
+            limit = group.limit_of(norm)
+            coefs[group.name] = coefficient(norm, math.inf if limit > most else limit, self.policy)
+        for group, norm in led:
+            spared = self.policy != "propagate" and not math.isfinite(norm)
+            own = coefficient(norm, math.inf, self.policy)
+            coefs[group.name] = own if spared else coefs[group.leader]
+        return coefs
+
+    def stats(self) -> bool:
+        stats = self.clipper.stats()
+        for i, group in enumerate(self.measured):
+            one = stats if self.is_one else stats[group.name]
+            norms = [norms[i] for norms, _ in self.history]
+            coefs = [coefs[i] or 0.0 for _, coefs in self.history]
+            finite = list(filter(math.isfinite, norms))
+            ranks = {key: float(key[1:]) for key in one["percentiles"]}
+            expected = {
+                "steps": len(norms),
+                "clipped": sum(coef < 1 for coef in one["coef"]),
+                "nonfinite": len(norms) - len(finite),
+                "total_norm": pytest.approx(norms, rel=0, abs=0, nan_ok=True),
+                "coef": pytest.approx(coefs, rel=4e-7, nan_ok=True),
+                "percentiles": pytest.approx(
+                    {k: percentile(finite, r) if finite else math.nan for k, r in ranks.items()},
+                    nan_ok=True,
+                ),
+            }
+            if one != expected:
+                return False
+        return self.is_one or list(stats) == [group.name for group in self.measured]
+
+    def reload(self) -> bool:
+        state = self.clipper.state_dict()
+        self.clipper = self.fresh()
+        self.clipper.load_state_dict(state)
+        return self.stats()
+
+    def by_parameter(self) -> bool:
+        items = {
+            name if self.is_one else f"{group.name}.{name}": item
+            for group in self.measured
+            for name, item in group.once().items()
+        }
+        found = self.clipper.norms_by_parameter()
+        return list(found) == list(items) and all(
+            norm_is(found[name], [] if item.grad is None else [dense(item.grad)], self.p)
+            for name, item in items.items()
+        )
+
+
+EVENTS = ["backward"] * 3 + ["clip"] * 5 + ["others", "change", "stats", "reload", "by_parameter"]
+
+
+@pytest.mark.parametrize("reader", ["walk", "python"])
+@pytest.mark.parametrize("seed", range(120))
+def test_any_life_of_a_clipper_is_that_of_its_formulas(monkeypatch, reader, seed):
+    if reader == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    life, lived = Life(seed), []
+    for event in life.rng.choices(EVENTS, k=16):
+        lived.append(event)
+        assert getattr(life, event)(), f"seed {seed}: {lived}"
