@@ -7,61 +7,49 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 
-class Log:
-    """One row of numbers a step. No addition waits; reading is one copy.
+class Log(State):
+    """One row of float64 numbers a step. No addition waits.
 
-    Rows are float32, and float64 from the first one on that is. The counter is on the device too,
-    so that replays of a captured addition add rows as well.
+    A ring of the last steps, with a counter on the device, so that replays of a captured addition
+    add rows as well.
     """
 
-    # 10^5 steps and some; half a MiB for a number.
-    CAPACITY = 1 << 17
+    # 10^5 steps and some, of up to 16 numbers; of more numbers as many as the bytes hold.
+    STEPS, BYTES = 1 << 17, 1 << 24
 
     def __init__(self, width: int) -> None:
         self.width = width
-        # Each by its device and dtype: a captured addition goes on writing into the one it knew.
-        self._rings: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._use(torch.device("cpu"), torch.float32)
+        super().__init__()
+
+    def _start(self) -> dict[str, Tensor]:
+        size = max(1, min(self.STEPS, self.BYTES // (8 * max(1, self.width))))
+        # Memory that no step has come to is not touched.
+        rows = torch.empty((size, self.width), dtype=torch.float64, device=CPU)
+        return {"rows": rows, "steps": torch.zeros(1, dtype=torch.int64, device=CPU)}
 
     def add(self, row: Tensor) -> None:
-        device, dtype = self.rows.device, self.rows.dtype
-        if row.device != device or row.dtype == torch.float64 != dtype:
-            state = self.state_dict()
-            self._use(row.device, torch.promote_types(row.dtype, dtype))
-            self.load_state_dict(state)
-        _ops.record_(self.rows, self.steps, row)
+        _ops.record_(*self._on(row.device), row)
 
-    # What is made in inference mode could not be changed outside.
-    @torch.inference_mode(False)
-    def _use(self, device: torch.device, dtype: torch.dtype) -> None:
-        if (device, dtype) not in self._rings:
-            # Memory that no step has come to is not touched.
-            rows = torch.empty((self.CAPACITY, self.width), dtype=dtype, device=device)
-            steps = torch.zeros(1, dtype=torch.int64, device=device)
-            self._rings[device, dtype] = rows, steps
-        self.rows, self.steps = self._rings[device, dtype]
+    @property
+    def rows(self) -> Tensor:
+        """The ring as it lies there."""
+        return self._here["rows"]
 
     def read(self) -> tuple[int, Tensor]:
         """How many steps there were, and the rows of the last of them, oldest first."""
-        flat = torch.cat((self.rows.flatten().double(), self.steps.double())).cpu()
-        steps, rows = int(flat[-1]), flat[:-1].to(self.rows.dtype).view(self.rows.shape)
-        begin = steps % self.CAPACITY
-        return steps, rows[:begin] if steps < self.CAPACITY else rows.roll(-begin, 0)
+        steps = int(self._here["steps"])
+        last = self.rows[:steps].cpu()
+        return steps, last.roll(-(steps % len(last)), 0) if steps > len(last) else last
 
-    def state_dict(self) -> dict[str, Any]:
-        steps, rows = self.read()
-        return {"steps": steps, "rows": rows.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        steps, rows = state["steps"], state["rows"]
-        self._use(self.rows.device, torch.promote_types(rows.dtype, self.rows.dtype))
-        at = torch.arange(steps - len(rows), steps, device=self.rows.device) % self.CAPACITY
-        self.rows[at] = rows.to(self.rows)
-        self.steps.fill_(steps)
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        state["rows"][int(state["steps"]) :] = 0
+        return state
 
 
 def summary(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
@@ -69,9 +57,7 @@ def summary(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
     finite = norms.isfinite()
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64, device=norms.device) / 100
     # torch.quantile takes 16 Mi elements at most, more than a ring holds.
-    values = (
-        norms[finite].double().quantile(ranks).tolist() if finite.any() else [math.nan] * len(ranks)
-    )
+    values = norms[finite].quantile(ranks).tolist() if finite.any() else [math.nan] * len(ranks)
     return {
         "steps": steps,
         "clipped": int((coefs < 1).sum()),

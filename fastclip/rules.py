@@ -2,68 +2,20 @@
 
 A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device;
 its state lives there too, in a few tensors, and no call waits for it. A norm that is not finite
-never enters the state. Call a rule once before a CUDA graph captures it: that call makes the
-tensors.
+never enters the state. Call a rule once before a CUDA graph captures it: that call brings the state
+there.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _ops
+from ._state import CPU, State
 
 
-class _Rule:
-    """State in tensors, made by `_start` at the first norm."""
-
-    def __init__(self) -> None:
-        self._state: dict[str, Tensor] = {}
-
-    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def _on(self, total_norm: Tensor) -> list[Tensor]:
-        """The state, on the device of the norm, in the order of `_start`."""
-        values = list(self._state.values())
-        if not values or values[0].device != total_norm.device:
-            self._place(total_norm)
-            values = list(self._state.values())
-        return values
-
-    # What is made in inference mode could not be changed outside.
-    @torch.inference_mode(False)
-    def _place(self, total_norm: Tensor) -> None:
-        state = self._state or self._start(total_norm)
-        self._state = {name: value.to(total_norm.device) for name, value in state.items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the state; empty before the first call."""
-        return {name: value.clone() for name, value in self._state.items()}
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of a rule with the same arguments returned.
-
-        Raises:
-            ValueError: names or shapes that are not this rule's.
-        """
-        own = self._start(torch.zeros((), device="cpu"))
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        if state and shapes != {name: tuple(value.shape) for name, value in own.items()}:
-            raise ValueError(
-                f"state: expected what state_dict of this {type(self).__name__} returns, got "
-                f"{shapes}; make the rule with the arguments that the saved one had"
-            )
-        self._state = (
-            {name: state[name].to(value.dtype).clone() for name, value in own.items()}
-            if state
-            else {}
-        )
-
-
-class AutoClip(_Rule):
+class AutoClip(State):
     r"""The threshold is a percentile of the norms so far, this one included.
 
     $\text{max\_norm}_t = \text{percentile}_p(\lVert g_1 \rVert, \dots, \lVert g_t \rVert)$ over the
@@ -85,22 +37,22 @@ class AutoClip(_Rule):
     """
 
     def __init__(self, percentile: float = 10, history: int = 1000) -> None:
-        super().__init__()
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
         if not (isinstance(history, int) and history >= 1):
             raise ValueError(f"history: expected a whole number >= 1, got {history}")
         self.percentile, self.history = percentile, history
+        super().__init__()
 
-    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
-        norms = total_norm.new_full((self.history,), math.inf, dtype=torch.float64)
+    def _start(self) -> dict[str, Tensor]:
+        norms = torch.full((self.history,), math.inf, dtype=torch.float64, device=CPU)
         return {"norms": norms, "count": norms.new_zeros((), dtype=torch.int64)}
 
     def __call__(self, total_norm: Tensor) -> Tensor:
-        return _ops.autoclip_(*self._on(total_norm), total_norm, self.percentile)
+        return _ops.autoclip_(*self._on(total_norm.device), total_norm, self.percentile)
 
 
-class ZClip(_Rule):
+class ZClip(State):
     r"""Clip what stands out of a moving average of the norms, and the more the further.
 
     With mean m and standard deviation s of the norms so far, $z = (\lVert g \rVert - m) / (s +
@@ -128,7 +80,6 @@ class ZClip(_Rule):
     def __init__(
         self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25
     ) -> None:
-        super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
         if not z_threshold > 0:
@@ -136,12 +87,13 @@ class ZClip(_Rule):
         if not (isinstance(warmup_steps, int) and warmup_steps >= 1):
             raise ValueError(f"warmup_steps: expected a whole number >= 1, got {warmup_steps}")
         self.alpha, self.z_threshold, self.warmup_steps = alpha, z_threshold, warmup_steps
+        super().__init__()
 
-    def _start(self, total_norm: Tensor) -> dict[str, Tensor]:
-        zero = total_norm.new_zeros((), dtype=torch.float64)
+    def _start(self) -> dict[str, Tensor]:
+        zero = torch.zeros((), dtype=torch.float64, device=CPU)
         steps = zero.new_zeros((), dtype=torch.int64)
         return {"steps": steps, "mean": zero, "variance": zero.clone()}
 
     def __call__(self, total_norm: Tensor) -> Tensor:
         how = self.alpha, self.z_threshold, self.warmup_steps
-        return _ops.zclip_(*self._on(total_norm), total_norm, *how)
+        return _ops.zclip_(*self._on(total_norm.device), total_norm, *how)

@@ -3,6 +3,8 @@
 import copy
 import doctest
 import math
+import resource
+import sys
 
 import pytest
 import torch
@@ -286,7 +288,7 @@ def test_a_threshold_beyond_the_dtype_of_the_norm_only_measures(other):
 
 
 def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
-    monkeypatch.setattr(_log.Log, "CAPACITY", 4)
+    monkeypatch.setattr(_log.Log, "BYTES", 4 * 2 * 8)
     (parameter,) = parameters([torch.zeros(1, device=device)])
     clipper = GradClipper([parameter], AutoClip(100, 1))
     for step in range(1, 11):
@@ -295,6 +297,67 @@ def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
         stats = clipper.stats()
         assert stats["steps"] == step
         assert stats["total_norm"] == list(range(max(1, step - 3), step + 1))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_a_log_is_bounded_in_bytes_and_touches_those_of_its_steps():
+    one, many = _log.Log(1), _log.Log(2000)
+    assert len(one.rows) == 131_072
+    assert len(many.rows) == (16 << 20) // (8 * 2000) == 1048
+    assert _log.Log(3 << 20).rows.shape == (1, 3 << 20)
+    before = resident()
+    logs = [_log.Log(2000) for _ in range(40)]
+    for log in logs:
+        log.add(torch.full((2000,), 2.0))
+        assert log.read()[1].tolist() == [[2.0] * 2000]
+    # In all they may come to 640 MiB.
+    assert resident() - before < 64 << 20
+    for log in logs:
+        log.rows.fill_(1)
+    assert resident() - before > 600 << 20
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_of_many_groups_the_last_steps_are_kept():
+    made = parameters([torch.tensor([1.0 + i]) for i in range(500)])
+    clipper = GradClipper(groups=[{"params": p, "max_norm": 250.0} for p in made])
+    for _ in range(4200):
+        clipper._log.add(torch.zeros(500))
+    clipper.clip_()
+    stats = clipper.stats()
+    for i, one in enumerate(stats.values()):
+        assert one["steps"] == 4201
+        assert one["total_norm"] == [0.0] * 4193 + [1.0 + i]
+        assert one["clipped"] == (1.0 + i >= 250)
+
+
+def test_the_log_leaves_the_cpu_and_no_other_place():
+    log = _log.Log(1)
+    log.add(torch.ones(1))
+    # A device of its own to torch.Tensor.device, which every machine has.
+    accelerator = torch.device("meta")
+    before = log._places
+    log._on(accelerator)
+    assert list(log._places) == [accelerator]
+    assert all(value.device == accelerator for value in log._here.values())
+    log._places |= before
+    log._device = torch.device("cpu")
+    memory = log._places[accelerator]
+    log._on(accelerator)
+    assert log._places == {accelerator: memory}
+
+
+def test_a_step_that_is_not_recorded_yet_is_zero_in_the_state():
+    clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), 1.0)
+    clipper._log.rows.fill_(7)  # as memory may be found
+    clipper.clip_()
+    rows = clipper.state_dict()["log"]["rows"]
+    assert rows[0] == 5
+    assert not rows[1:].any()
 
 
 def test_a_returned_norm_may_be_changed():
@@ -362,11 +425,13 @@ def test_the_state_goes_on_where_it_was(device):
             other.clip_()
             assert same(made, twins)
     assert other.stats() == clipper.stats()
-    with pytest.raises(ValueError, match="state"):
+    with pytest.raises(ValueError, match="state: expected rules of"):
         GradClipper(made, 1.0).load_state_dict(clipper.state_dict())
-    fresh = GradClipper(made, 1.0)
-    fresh.load_state_dict(GradClipper(made, 1.0).state_dict())
-    assert fresh.stats()["steps"] == 0
+    two = GradClipper(groups=[{"params": some, "max_norm": 1.0} for some in (made, [])])
+    with pytest.raises(ValueError, match="state: expected what state_dict of this Log returns"):
+        two.load_state_dict(GradClipper(made, 1.0).state_dict())
+    other.load_state_dict(make()[1].state_dict())
+    assert [one["steps"] for one in other.stats().values()] == [0, 0]
 
 
 def test_a_long_run_takes_no_more_memory(tmp_path):
@@ -394,14 +459,15 @@ def test_plot_draws_any_number_of_steps(tmp_path, steps):
         clipper.plot(tmp_path / "none.png")
     norms = torch.rand(steps) * 3
     norms[steps // 2] = math.nan
-    clipper.load_state_dict({"rules": {}, "log": {"steps": steps, "rows": norms[:, None]}})
+    state = clipper.state_dict()
+    state["log"]["steps"].fill_(steps)
+    state["log"]["rows"][:steps, 0] = norms
+    clipper.load_state_dict(state)
     clipper.plot(tmp_path / "norms.png")
     assert (tmp_path / "norms.png").stat().st_size > 10_000
 
 
 def test_plot_without_matplotlib_says_what_is_missing(monkeypatch, tmp_path):
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="matplotlib"):
         GradClipper(parameters([torch.ones(2)]), 1.0).plot(tmp_path / "norms.png")

@@ -21,7 +21,7 @@ LAYERS = [
     {"_reference", "_thresholds", "_C"},
     {"_ops", "_ranks"},
     {"_mesh", "_ddp"},
-    {"_plan", "_local", "_arguments", "_named", "_wrapped"},
+    {"_plan", "_local", "_arguments", "_named", "_wrapped", "_state"},
     {"_planned", "_groups", "_look", "_fused"},
     {"_grads"},
     {"clip", "per_tensor", "rules", "nonfinite", "accumulator", "_log", "_picture"},

@@ -1,21 +1,24 @@
 """Norms of tensors, rows and groups over ranks: against one process that has the full gradients."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import ORDERS, oracle, ulps
 from ranks import World
 from test_mesh import any_lists, full, plain, spread
 from test_per_tensor import agc
+from test_rules import autoclip, zclip
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import fastclip
-from fastclip import AutoClip, GradClipper
+from fastclip import AutoClip, GradClipper, ZClip
 from fastclip._mesh import local_of
 
 
@@ -245,6 +248,60 @@ def stages() -> None:
 
 def test_pipeline_stages_share_a_clipper(world):
     world(2).run(stages)
+
+
+def grouped() -> tuple[GradClipper, list[nn.Parameter]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    made = [spread((8,), mesh, Shard(0)), spread((3, 6), mesh, Shard(1)), plain(4)]
+    rules = [1.0, AutoClip(50, 4), ZClip(0.5, 1.0, 2)]
+    groups = [
+        {"params": q, "max_norm": r, "name": f"{i}.of"}
+        for i, (q, r) in enumerate(zip(made, rules, strict=True))
+    ]
+    return GradClipper(groups=groups), made
+
+
+def norm_at(step: int) -> float:
+    return 1.0 + step * step % 7
+
+
+def run_steps(clipper: GradClipper, made: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for parameter in made:
+            value = norm_at(step) / math.sqrt(parameter.numel())
+            local_of(parameter.grad).fill_(value)
+        clipper.clip_()
+
+
+def saved(path: str) -> None:
+    for kind, last in (("fresh", 0), ("warm", 9)):
+        clipper, made = grouped()
+        run_steps(clipper, made, range(last))
+        dcp.save({"clipper": clipper, "rule": clipper.thresholds[1]}, checkpoint_id=path + kind)
+
+
+def restored(path: str) -> None:
+    norms = [norm_at(step) for step in range(12)]
+    limits = [[1.0] * 12, autoclip(norms, 50, 4), zclip(norms, 0.5, 1.0, 2)]
+    for kind, done in itertools.product(("fresh", "warm"), (0, 2)):
+        clipper, made = grouped()
+        run_steps(clipper, made, range(done))
+        rule = AutoClip(50, 4)
+        dcp.load({"clipper": clipper, "rule": rule}, checkpoint_id=path + kind)
+        first = 0 if kind == "fresh" else 9
+        run_steps(clipper, made, range(first, 12))
+        for one, limit in zip(clipper.stats().values(), limits, strict=True):
+            each = zip(norms, limit, strict=True)
+            assert one["total_norm"] == pytest.approx(norms, rel=1e-6)
+            assert one["coef"] == pytest.approx([min(1, m / (n + 1e-6)) for n, m in each], rel=1e-6)
+        found = [float(rule(torch.tensor(norm))) for norm in norms[first:]]
+        assert found == pytest.approx(limits[1][first:])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_checkpoint_is_restored_onto_any_number_of_ranks(world, size, tmp_path):
+    world(6 - size).run(saved, f"{tmp_path}/")
+    world(size).run(restored, f"{tmp_path}/")
 
 
 def steps(scaled: bool) -> None:

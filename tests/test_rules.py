@@ -103,18 +103,34 @@ def test_a_norm_that_is_not_finite_spoils_the_gradients_as_in_torch(rule, bad, s
 
 
 def test_state_makes_a_round_trip(rule):
-    ours, _ = rule
+    ours, formula = rule
     norms = norms_of_a_run(80)
+    fresh, before = copy.deepcopy(ours), ours.state_dict()
     called(ours, norms[:40])
-    fresh = copy.deepcopy(ours)
-    fresh.load_state_dict({})
-    assert fresh.state_dict() == {}
-    fresh.load_state_dict(pickle.loads(pickle.dumps(ours.state_dict())))
-    pickled = pickle.loads(pickle.dumps(ours))
-    expected = called(ours, norms[40:])
-    assert called(fresh, norms[40:]) == called(pickled, norms[40:]) == expected
-    with pytest.raises(ValueError, match="state: expected what state_dict"):
-        fresh.load_state_dict({"mean": torch.zeros(3)})
+    fresh.load_state_dict(ours.state_dict())
+    copies = [pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), copy.copy(ours)]
+    for one in (ours, fresh, *copies):
+        np.testing.assert_allclose(called(one, norms[40:]), formula(norms)[40:], rtol=3e-7)
+    ours.load_state_dict(before)
+    np.testing.assert_allclose(called(ours, norms), formula(norms), rtol=3e-7)
+    for bad in ({}, {"mean": torch.zeros(3)}, {**before, "more": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="state: expected what state_dict"):
+            ours.load_state_dict(bad)
+
+
+def test_a_state_has_its_names_shapes_and_place_from_the_beginning(rule, device):
+    ours, _ = rule
+
+    def kinds():
+        return {n: (v.shape, v.dtype, v.device.type) for n, v in ours.state_dict().items()}
+
+    before = kinds()
+    called(ours, [1.0, 2.0], device)
+    assert kinds() == before
+    memory = [value.data_ptr() for value in ours._here.values()]
+    ours.load_state_dict(ours.state_dict())
+    # What a captured graph writes into goes on being the state.
+    assert [value.data_ptr() for value in ours._here.values()] == memory
 
 
 def test_ten_thousand_steps_take_no_memory(rule):

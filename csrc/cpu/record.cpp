@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "../tensor_list.h"
@@ -17,13 +18,18 @@ void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tenso
                     "steps: expected one int64 number on the CPU");
   TORCH_CHECK_VALUE(row.numel() == rows.size(1), "row: expected ", rows.size(1),
                     " numbers, got shape ", row.sizes());
-  const at::Tensor numbers = row.to(rows.options()).contiguous();
   bump_versions({rows, steps});
   int64_t& count = *steps.mutable_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(count >= 0, "steps: expected a count >= 0, got ", count);
-  const size_t bytes = numbers.nbytes();
-  std::memcpy(static_cast<char*>(rows.mutable_data_ptr()) + (count++ % rows.size(0)) * bytes,
-              numbers.const_data_ptr(), bytes);
+  const int64_t place = count++ % rows.size(0) * row.numel();
+  if (rows.scalar_type() == at::kDouble && row.scalar_type() == at::kFloat && row.is_cpu() &&
+      row.is_contiguous()) {
+    std::copy_n(row.const_data_ptr<float>(), row.numel(), rows.mutable_data_ptr<double>() + place);
+  } else {
+    const at::Tensor numbers = row.to(rows.options()).contiguous();
+    std::memcpy(static_cast<char*>(rows.mutable_data_ptr()) + place * rows.element_size(),
+                numbers.const_data_ptr(), numbers.nbytes());
+  }
 }
 
 }  // namespace

@@ -1,0 +1,90 @@
+"""What rules and logs keep between steps, and how it is saved, loaded, copied and pickled."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+class State:
+    """Tensors whose names and shapes are final from the beginning, where the last norm was.
+
+    They begin on the CPU, and so does every copy. What is saved is there too: any process can load
+    it, and none writes into the memory of another.
+    """
+
+    # What is made in inference mode could not be changed outside.
+    @torch.inference_mode(False)
+    def __init__(self) -> None:
+        self._device = CPU
+        self._places = {CPU: self._start()}
+
+    @property
+    def _here(self) -> dict[str, Tensor]:
+        return self._places[self._device]
+
+    def _start(self) -> dict[str, Tensor]:
+        """The tensors before the first step, on the CPU."""
+        raise NotImplementedError
+
+    def _on(self, device: torch.device) -> Iterable[Tensor]:
+        """The tensors, there from now on, in the order of `_start`."""
+        if device != self._device:
+            self._move(device)
+        return self._here.values()
+
+    @torch.inference_mode(False)
+    def _move(self, device: torch.device) -> None:
+        before = self._here
+        # A captured graph goes on writing where it did, so an accelerator's memory stays.
+        self._places = {d: tensors for d, tensors in self._places.items() if d.type != "cpu"}
+        if device not in self._places:
+            made = {n: torch.empty_like(value, device=device) for n, value in before.items()}
+            self._places[device] = made
+        self._device = device
+        for name, value in self._here.items():
+            value.copy_(before[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies on the CPU, of final names and shapes at any time; waits for the device."""
+        return {name: value.to(CPU, copy=True) for name, value in self._here.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of one made with the same arguments returned.
+
+        Raises:
+            ValueError: names or shapes that are not its own.
+        """
+        if _shapes(state) != _shapes(self._here):
+            raise ValueError(
+                f"state: expected what state_dict of this {type(self).__name__} returns, of shapes "
+                f"{_shapes(self._here)}, got {_shapes(state)}; make it with the arguments that the "
+                "saved one had"
+            )
+        for name, value in self._here.items():
+            value.copy_(state[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_device": CPU, "_places": {CPU: self.state_dict()}}
+
+
+class Shared(tuple):
+    """Process groups: a copy has the same, and another process has none of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        return self
+
+    def __reduce__(self) -> Any:
+        if self:
+            raise TypeError(
+                "process_group: a process group cannot be pickled; make a GradClipper in the other "
+                "process and have it load state_dict() of this one"
+            )
+        return Shared, ()
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {n: tuple(v.shape) if isinstance(v, Tensor) else None for n, v in state.items()}
