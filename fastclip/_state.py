@@ -1,5 +1,6 @@
 """What rules and logs keep between steps, and how it is saved, loaded, copied and pickled."""
 
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,8 +68,16 @@ class State:
         for name, value in self._here.items():
             value.copy_(state[name])
 
+    # Bytes, because processes would share the memory of a tensor.
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_device": CPU, "_places": {CPU: self.state_dict()}}
+        file = io.BytesIO()
+        torch.save(self.state_dict(), file)
+        return {**vars(self), "_device": CPU, "_places": file.getvalue()}
+
+    @torch.inference_mode(False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._places = {CPU: torch.load(io.BytesIO(state["_places"]), weights_only=True)}
 
 
 class Shared(tuple):

@@ -1,5 +1,6 @@
 """The norm gathered during backward, so that the clip is a decision and at most one write."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,6 +42,7 @@ class NormAccumulator:
 
     Gradients that accumulate are measured after every backward, and the last one counts; inside
     `with norms.pause():` nothing is measured, which saves that for all micro-batches but the last.
+    A copy, also by `pickle`, has no hooks: its first `clip_` says so, and measures all gradients.
 
     Raises:
         TypeError, ValueError: bad arguments, named.
@@ -60,7 +62,7 @@ class NormAccumulator:
         self._items = list({id(item): item for _, item in named(parameters)}.values())
         self._measured: Any = None
         self._hooks: list[Any] = []
-        self._is_removed = False
+        self._is_removed = self._has_lost_hooks = False
         seen = is_data_parallel(parameters) or is_alone()
         if seen and _ops.extension is not None and not any(map(_is_odd, self._items)):
             self._measured = _ops.extension.Measured(self._items, self.p)
@@ -138,6 +140,11 @@ class NormAccumulator:
     ) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to hooks, of which the parameters of a copy have none."""
+        lost = self._has_lost_hooks or (bool(self._hooks) and not self._is_removed)
+        return {**vars(self), "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
+
     def _attach(self, parameters: Any) -> None:
         measured, items = self._measured, self._items
         hook = measured.see
@@ -149,6 +156,13 @@ class NormAccumulator:
         self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
 
     def _take(self) -> Any:
+        if self._has_lost_hooks:
+            self._has_lost_hooks = False
+            warnings.warn(
+                "this NormAccumulator is a copy and has no hooks: it measures all gradients when "
+                "it clips; make one of the copy's parameters",
+                stacklevel=3,
+            )
         grads = None if self._measured is None else self._measured.take(self._items)
         if grads is None:
             self.forget()

@@ -1,7 +1,9 @@
 """Norms of tensors, rows and groups over ranks: against one process that has the full gradients."""
 
+import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -248,6 +250,29 @@ def stages() -> None:
 
 def test_pipeline_stages_share_a_clipper(world):
     world(2).run(stages)
+
+
+def copied() -> None:
+    rank = dist.get_rank()
+    made = nn.ParameterList([torch.zeros(2)])
+    for group in (dist.group.WORLD, init_device_mesh("cpu", (2,)), [dist.group.WORLD]):
+        made.clipper = GradClipper(made, 1.0, process_group=group)
+        twin = copy.deepcopy(made)
+        for one in (copy.copy(made.clipper), twin.clipper):
+            for parameter in (made[0], twin[0]):
+                parameter.grad = torch.tensor([3.0, 0.0] if rank else [0.0, 4.0])
+            assert float(one.clip_()) == 5
+            clipped, other = (made, twin) if one is not twin.clipper else (twin, made)
+            assert oracle([clipped[0].grad], 2.0) == pytest.approx(0.6 if rank else 0.8, rel=1e-5)
+            assert oracle([other[0].grad], 2.0) == (3 if rank else 4)
+        with pytest.raises(TypeError, match="process_group: a process group cannot be pickled"):
+            pickle.dumps(made)
+    del made.clipper
+    assert pickle.loads(pickle.dumps(GradClipper(made, 1.0))).asked == ()
+
+
+def test_a_copy_shares_process_groups_which_cannot_be_pickled(world):
+    world(2).run(copied)
 
 
 def grouped() -> tuple[GradClipper, list[nn.Parameter]]:

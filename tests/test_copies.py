@@ -1,0 +1,234 @@
+"""Copies and pickles of clippers, accumulators and what holds one: each goes on by itself."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import Reads, oracle
+from torch import nn
+
+import fastclip
+from fastclip import AutoClip, GradClipper, NormAccumulator, _ops
+
+
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), saved_and_loaded]
+
+
+@pytest.fixture(params=COPIES, ids=["deepcopy", "pickle", "save"])
+def copied(request):
+    return request.param
+
+
+class Trainer:
+    """What frameworks copy whole."""
+
+    def __init__(self, kind: str) -> None:
+        self.model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.model.clipper = {
+            "module": lambda: GradClipper(self.model, 2.0),
+            "optimizer": lambda: GradClipper(self.optimizer, 2.0),
+            "list": lambda: GradClipper(list(self.model.parameters()), 2.0),
+            "names": lambda: GradClipper(self.model.named_parameters(), torch.tensor(2.0)),
+            "rule": lambda: GradClipper(self.model, AutoClip(0, 2)),
+            "groups": lambda: GradClipper(
+                groups=[
+                    {"params": self.model[0], "max_norm": AutoClip(0, 2)},
+                    {"params": [self.model[1]], "coef_of": 0},
+                ]
+            ),
+        }[kind]()
+        self.norms: list[float] = []
+
+    def step(self, value: float) -> float:
+        """Clip gradients of this norm, in groups those of the first layer; their norm after it."""
+        first = list(self.model[0].parameters())
+        counted = first if len(self.model.clipper.names) > 1 else list(self.model.parameters())
+        size = sum(parameter.numel() for parameter in counted)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, value / math.sqrt(size))
+        self.model.clipper.clip_()
+        self.norms.append(value)
+        return oracle([parameter.grad for parameter in counted], 2.0)
+
+    def expected(self) -> float:
+        is_rule = isinstance(self.model.clipper.thresholds[0], AutoClip)
+        return min(self.norms[-1], min(self.norms[-2:]) if is_rule else 2.0)
+
+    def check(self) -> None:
+        stats = self.model.clipper.stats()
+        stats = stats.get("0", stats)
+        assert stats["total_norm"] == pytest.approx(self.norms)
+        assert stats["steps"] == len(self.norms)
+
+
+@pytest.mark.parametrize("kind", ["module", "optimizer", "list", "names", "rule", "groups"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_copy_clips_what_it_holds_and_the_original_its_own(copied, kind, steps):
+    ours = Trainer(kind)
+    for step in range(steps):
+        ours.step(3.0 + step)
+    twin = copied(ours)
+    for one, value in ((ours, 5.0), (twin, 70.0), (twin, 8.0), (ours, 1.0), (ours, 6.0)):
+        other = twin if one is ours else ours
+        before = grads_of(other.model)
+        assert one.step(value) == pytest.approx(one.expected(), rel=1e-5)
+        assert all(map(torch.equal, grads_of(other.model), before))
+    ours.check()
+    twin.check()
+
+
+def grads_of(module: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def test_a_shallow_copy_clips_the_same_parameters():
+    ours = Trainer("module")
+    ours.step(3.0)
+    twin = copy.copy(ours.model.clipper)
+    ours.model[0].weight.grad = torch.tensor([[6.0, 8.0]])
+    for parameter in list(ours.model.parameters())[1:]:
+        parameter.grad = None
+    assert float(twin.clip_()) == 10
+    torch.testing.assert_close(ours.model[0].weight.grad, torch.tensor([[1.2, 1.6]]))
+
+
+def test_a_copy_looks_again_when_its_module_changes(copied):
+    twin = copied(Trainer("module"))
+    twin.step(3.0)
+    twin.model[0].weight = nn.Parameter(torch.zeros(3))
+    twin.step(4.0)
+    twin.check()
+
+
+@pytest.mark.parametrize(
+    "average",
+    [{}, {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)}],
+    ids=["swa", "ema"],
+)
+def test_an_average_of_a_module_with_a_clipper_is_that_of_its_parameters(average):
+    ours = Trainer("rule")
+    ours.step(3.0)
+    averaged = torch.optim.swa_utils.AveragedModel(ours.model, **average)
+    averaged.update_parameters(ours.model)
+    with torch.no_grad():
+        before = [parameter.clone() for parameter in ours.model.parameters()]
+        for parameter in ours.model.parameters():
+            parameter += 2
+    averaged.update_parameters(ours.model)
+    for parameter, old in zip(averaged.module.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old + 1)
+        parameter.grad = torch.zeros_like(parameter)
+    averaged.module[0].weight.grad = torch.tensor([[30.0, 40.0]])
+    assert float(averaged.module.clipper.clip_()) == 50
+    assert averaged.module.clipper.stats()["total_norm"] == pytest.approx([3, 50])
+    ours.check()
+
+
+def spawned(trainer: Trainer, value: float, answers) -> None:
+    for step in range(3):
+        trainer.step(value + step)
+    stats = trainer.model.clipper.stats()
+    answers.put((value, stats["total_norm"], stats["steps"]))
+
+
+def test_spawned_processes_go_on_from_one_state_each_in_its_own_memory():
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ours = Trainer("rule")
+    ours.step(3.0)
+    children = [context.Process(target=spawned, args=(ours, v, answers)) for v in (10.0, 20.0)]
+    for child in children:
+        child.start()
+    found = sorted(answers.get(timeout=120) for _ in children)
+    for child in children:
+        child.join(60)
+    for value, (first, norms, steps) in zip((10.0, 20.0), found, strict=True):
+        assert first == value
+        assert norms == pytest.approx([3.0, value, value + 1, value + 2])
+        assert steps == 4
+    ours.step(5.0)
+    ours.check()
+
+
+def test_what_is_pickled_has_memory_of_its_own():
+    ours = Trainer("rule")
+    ours.step(3.0)
+    state = ours.model.clipper.state_dict()
+    ours.step(4.0)
+    assert int(state["log"]["steps"]) == 1
+    assert int(state["rules"]["total"]["count"]) == 1
+
+
+# NormAccumulator
+
+
+def backward(module: nn.Module) -> None:
+    module.zero_grad()
+    module(torch.tensor([[3.0, 4.0]])).square().sum().backward()
+
+
+def check(norms: NormAccumulator, module: nn.Module) -> int:
+    """That it clips to half the norm of what the gradients are; how many it reads for that."""
+    backward(module)
+    before = grads_of(module)
+    expected = oracle(before, 2.0)
+    with Reads() as reads:
+        assert float(norms.clip_(expected / 2)) == pytest.approx(expected, rel=1e-6)
+    for grad, old in zip(grads_of(module), before, strict=True):
+        torch.testing.assert_close(grad, old / 2)
+    return reads.count
+
+
+@pytest.mark.parametrize("is_held", [True, False], ids=["in the module", "beside it"])
+def test_the_copy_of_an_accumulator_measures_in_the_clip_and_says_so(copied, is_held):
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    norms = NormAccumulator(module)
+    if is_held:
+        module.norms = norms
+    backward(module)
+    twin, copy_ = copied((module, norms))
+    again = copied(copy_)
+    if _ops.extension is not None:
+        with pytest.warns(UserWarning, match="is a copy and has no hooks"):
+            check(copy_, twin)
+        with pytest.warns(UserWarning, match="is a copy and has no hooks"):
+            again.clip_(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(copy_, twin)
+        read = check(norms, module)
+        assert read == 0 or _ops.extension is None
+        made = NormAccumulator(twin)
+        assert check(made, twin) == read
+        norms.remove()
+        twin, removed = copied((module, norms))
+        check(removed, twin)
+        with copy_.pause():
+            copy_.forget()
+        copy_.remove()
+
+
+def test_a_copy_as_measured_is_right():
+    module = nn.Linear(2, 1)
+    module, norms = copy.deepcopy((module, NormAccumulator(module)))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
+    parameters = list(module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[0].grad, parameters[1].grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert float(fastclip.clipped_step(optimizer, 1.0, measured=norms)) == 5
+    torch.testing.assert_close(parameters[0], before[0] - torch.tensor([[0.6, 0.0]]))
+    torch.testing.assert_close(parameters[1], before[1] - 0.8)
