@@ -73,14 +73,13 @@ class GradClipper:
         one = {"params": parameters, "max_norm": max_norm, "name": "total"}
         groups = checked([one] if groups is None else groups)
         self.names = [group["name"] for group in groups]
-        # The process groups of each.
         own = [group.get("process_group", process_group) for group in groups]
         self.asked = [Shared(as_groups(some)) for some in own]
         self.thresholds = [group.get("max_norm", math.inf) for group in groups]
         self.leaders = [self.names.index(group.get("coef_of", group["name"])) for group in groups]
         self._has_followers = self.leaders != list(range(len(groups)))
         self._is_fixed = all(isinstance(t, float) for t in self.thresholds)
-        self._fixed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._fixed: dict[torch.device, Tensor] = {}
         self._walks = [Walk(group["params"]) for group in groups]
         self._items: list[Tensor] = []
         self._labels: list[int] = []
@@ -105,8 +104,7 @@ class GradClipper:
             total_norm = grads.clip_norm_(self.thresholds[0], self.p)
             self._record(value_of(total_norm))
             return total_norm
-        total_norm = grads.norm(self.p) if self.is_one else grads.norms(self.p)
-        norms = total_norm.reshape(-1)
+        norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
         if self.nonfinite == "error":
             raise_if_nonfinite(norms, self.p)
         limits = self._limits(norms)
@@ -116,8 +114,8 @@ class GradClipper:
             coefs = torch.stack([each[leader] for leader in self.leaders])
             coefs = spared_coef(coefs, norms, self.nonfinite)
         grads.scale_(coefs[0] if self.is_one else coefs)
-        total_norm = grads.result(total_norm)
-        self._record(norms.to(total_norm.dtype), limits)
+        total_norm = grads.result(norms[0] if self.is_one else norms)
+        self._record(value_of(total_norm), limits)
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
@@ -229,21 +227,20 @@ class GradClipper:
         return grads
 
     def _limits(self, norms: Tensor) -> Tensor:
-        """The thresholds, one for each norm."""
+        """The thresholds, one for each norm, float64 as those."""
         if self._is_fixed:
-            key = norms.device, norms.dtype
-            if key not in self._fixed:
-                self._fixed[key] = norms.new_tensor(self.thresholds)
-            return self._fixed[key]
-        each = zip(self.thresholds, norms.unbind(), strict=True)
-        found = [resolved(t, norm) for t, norm in each]
-        return torch.stack([_as_tensor(t, norms) for t in found])
+            if norms.device not in self._fixed:
+                self._fixed[norms.device] = norms.new_tensor(self.thresholds)
+            return self._fixed[norms.device]
+        each = map(resolved, self.thresholds, norms.unbind())
+        return torch.stack(
+            [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
+        )
 
     def _record(self, norms: Tensor, limits: Tensor | None = None) -> None:
         if not self._is_fixed:
-            norms = norms.reshape(-1)
-            limits = self._limits(norms) if limits is None else limits.to(norms)
-            norms = torch.cat((norms, limits))
+            norms = norms.reshape(-1).double()
+            norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
         self._log.add(norms)
 
     def _histories(self) -> tuple[int, list[History]]:
@@ -253,14 +250,11 @@ class GradClipper:
         limits = rows[:, count:]
         if self._is_fixed:
             limits = rows.new_tensor(self.thresholds)
-        coefs = spared_coef(clip_coef(norms, limits.expand(norms.shape)), norms, self.nonfinite)
-        coefs = spared_coef(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
         limits = limits.expand(norms.shape)
+        # As they were: of norms that are float32, in float32.
+        coefs, wide = clip_coef(norms, limits, False), clip_coef(norms, limits)
+        coefs = coefs.where(norms == norms.float(), wide)
+        coefs = spared_coef(coefs, norms, self.nonfinite)
+        coefs = spared_coef(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
         each = zip(self.names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
         return steps, [History(*one) for one in each]
-
-
-def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    # In float64 first, for a number may be beyond the dtype.
-    wide = value if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
-    return wide.to(like)

@@ -182,6 +182,8 @@ class Life:
         for group in self.groups:
             group.put([self.parameter() for _ in range(rng.randint(0, 6))])
         self.history: list[tuple[list[float], list[float | None]]] = []
+        # Rules know norms as they were before they were rounded and returned.
+        self.has_rounded = False
         self.clipper = self.fresh()
 
     def fresh(self) -> GradClipper:
@@ -283,7 +285,8 @@ class Life:
                 return False
             coefs |= self.coefficients(norms, torch.finfo(found.dtype).max)
             self.history.append((norms, [coefs[group.name] for group in self.measured]))
-        wide = is_wide(self.all_of(grads))
+            self.has_rounded |= found.dtype == torch.float32
+        wide = is_wide(self.all_of(grads)) and not self.has_rounded
         return all(
             item.grad is None if grad is None else is_scaled(dense(item.grad), grad, coef, wide)
             for coef, some, then in zip(coefs.values(), kept, before, strict=True)
