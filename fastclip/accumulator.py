@@ -14,7 +14,7 @@ from ._arguments import Threshold, positive_order, resolved, threshold
 from ._ddp import is_data_parallel, on_reduced_buckets
 from ._grads import read
 from ._mesh import is_dtensor
-from ._named import named
+from ._named import Walk
 from ._ops import clip_coef
 from ._ranks import is_alone
 
@@ -37,7 +37,7 @@ class NormAccumulator:
 
     Args:
         parameters: a module, also `DistributedDataParallel`, an optimizer, tensors, or several
-            modules or optimizers; what they hold now.
+            modules or optimizers; when one holds others, those are measured from the next `clip_`.
         norm_type: order p > 0 of the norm, or `'inf'`.
 
     Gradients that accumulate are measured after every backward, and the last one counts; inside
@@ -59,14 +59,13 @@ class NormAccumulator:
 
     def __init__(self, parameters: Any, norm_type: float = 2.0) -> None:
         self.p = positive_order(norm_type)
-        self._items = list({id(item): item for _, item in named(parameters)}.values())
+        self._is_averaged = is_data_parallel(parameters)
+        self._walk = Walk(parameters.module if self._is_averaged else parameters)
+        self._items = self._walked()
         self._measured: Any = None
         self._hooks: list[Any] = []
         self._is_removed = self._has_lost_hooks = False
-        seen = is_data_parallel(parameters) or is_alone()
-        if seen and _ops.extension is not None and not any(map(_is_odd, self._items)):
-            self._measured = _ops.extension.Measured(self._items, self.p)
-            self._attach(parameters)
+        self._attach(parameters if self._is_averaged else None)
 
     def clip_(self, max_norm: Threshold) -> Tensor:
         """Clip the gradients in place by the norm of all, as `clip_grad_norm_` does.
@@ -80,6 +79,7 @@ class NormAccumulator:
         Raises:
             TypeError, ValueError: bad input, named; gradients untouched.
         """
+        self._look_again()
         total_norm = None if self._measured is None else self._measured.clip_(self._items, max_norm)
         if total_norm is not None:
             return total_norm
@@ -108,6 +108,7 @@ class NormAccumulator:
         Raises:
             ValueError: they are not those that were measured, or it was another norm.
         """
+        self._look_again()
         ours, theirs = (
             {id(i) for i in some if i.grad is not None} for some in (self._items, parameters)
         )
@@ -126,8 +127,7 @@ class NormAccumulator:
 
     def remove(self) -> None:
         """Take the hooks away; that of `DistributedDataParallel`, for good, then only averages."""
-        for hook in self._hooks:
-            hook.remove()
+        self._detach()
         self._is_removed = True
         self._pause(True)
         self.forget()
@@ -143,17 +143,44 @@ class NormAccumulator:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to hooks, of which the parameters of a copy have none."""
         lost = self._has_lost_hooks or (bool(self._hooks) and not self._is_removed)
-        return {**vars(self), "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
+        walk = Walk(self._walk.source)
+        found = {"_walk": walk, "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
+        return {**vars(self), **found}
 
-    def _attach(self, parameters: Any) -> None:
-        measured, items = self._measured, self._items
+    def _walked(self) -> list[Tensor]:
+        return list({id(item): item for _, item in self._walk.start()}.values())
+
+    def _look_again(self) -> None:
+        """What was measured counts of the same parameters, where no other rank changes them."""
+        if not self._walk.is_unchanged():
+            before, self._items = self._items, self._walked()
+            if list(map(id, before)) != list(map(id, self._items)):
+                self._detach()
+                self._measured = None
+                if not (self._is_averaged or self._is_removed or self._has_lost_hooks):
+                    self._attach(None)
+        if self._measured is not None and not (self._is_averaged or is_alone()):
+            self._detach()
+            self._measured = None
+
+    def _attach(self, averaged: Any) -> None:
+        """Measure from now on, if that can be; what is `averaged`, in buckets."""
+        seen = averaged is not None or is_alone()
+        if not seen or _ops.extension is None or any(map(_is_odd, self._items)):
+            return
+        self._measured = measured = _ops.extension.Measured(self._items, self.p)
         hook = measured.see
-        if is_data_parallel(parameters):
+        if averaged is not None:
             hook = measured.touch
-            settle = partial(measured.settle, items)
-            on_reduced_buckets(parameters, measured.see_bucket, settle, measured.forget)
+            settle = partial(measured.settle, self._items)
+            on_reduced_buckets(averaged, measured.see_bucket, settle, measured.forget)
         leaves = [item for item in self._items if item.requires_grad]
         self._hooks = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _take(self) -> Any:
         if self._has_lost_hooks:

@@ -1,9 +1,11 @@
 """The norm gathered during backward: never another than that of the gradients as they are."""
 
+import concurrent.futures
 import copy
 import doctest
 import gc
 import math
+import multiprocessing
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -176,6 +178,49 @@ def test_a_rule_and_float64():
     assert norm.dtype == torch.float64
     assert float(norm) == pytest.approx(expected, rel=1e-14)
     assert oracle(grads_of(module), 2.0) == pytest.approx(expected / 4)
+
+
+@pytest.mark.parametrize("source", ["module", "list", "optimizer"])
+def test_parameters_that_are_replaced_are_measured(source):
+    module = net()
+    other = {key: value.clone() + 1 for key, value in module.state_dict().items()}
+    listed = list(module.parameters())
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    norms = NormAccumulator({"module": module, "list": listed, "optimizer": optimizer}[source])
+    run(module, 0)
+    check(norms, module)
+    module.load_state_dict(other, assign=True)
+    listed[:] = module.parameters()
+    optimizer.param_groups[0]["params"] = list(module.parameters())
+    for seed in (1, 2):
+        module.zero_grad()
+        run(module, seed)
+        check(norms, module)
+    norms.remove()
+    assert not any(q._post_accumulate_grad_hooks for q in module.parameters())
+
+
+def become_ranks(rank: int, folder: str) -> float:
+    """Made before there are other ranks, whose gradients are then added by hand."""
+    torch.manual_seed(0)
+    module = nn.Linear(4, 2)
+    norms = NormAccumulator(module)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    module(torch.ones(1, 4) * (1 + rank)).sum().backward()
+    for q in module.parameters():
+        dist.all_reduce(q.grad)
+    norm = float(norms.clip_(1e9))
+    dist.destroy_process_group()
+    return norm
+
+
+def test_ranks_that_come_later_change_gradients_unseen(tmp_path):
+    """d loss / d weight is 1 + rank in 4 columns of 2 rows, d loss / d bias 1 in 2."""
+    with concurrent.futures.ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn")
+    ) as processes:
+        found = list(processes.map(become_ranks, range(2), [str(tmp_path)] * 2))
+    assert found == pytest.approx([math.sqrt(8 * 9 + 2 * 4)] * 2, rel=1e-6)
 
 
 @needs_hooks
