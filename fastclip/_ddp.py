@@ -32,8 +32,10 @@ def on_reduced_buckets(
         ValueError: it has a communication hook, and cannot have two.
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback
+    # The module keeps the first argument of its hook, and could not be copied with a group there.
+    group = module.process_group
 
-    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         number, parameters = bucket.index(), bucket.parameters()
         has_joined = torch._C._current_graph_task_id() == -1
 
@@ -55,7 +57,7 @@ def on_reduced_buckets(
         return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(measured)
 
     try:
-        module.register_comm_hook(module.process_group, hook)
+        module.register_comm_hook(None, hook)
     except RuntimeError as error:
         raise ValueError(
             "parameters: this DistributedDataParallel has a communication hook already, and takes "

@@ -603,3 +603,21 @@ def test_it_is_the_clip_of_the_function():
     torch.testing.assert_close(norms.clip_(0.1), fastclip.clip_grad_norm_(theirs.parameters(), 0.1))
     for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def copied_while_attached() -> None:
+    """A copy averages on, an average of weights is made; neither is measured."""
+    torch.manual_seed(0)
+    module = DistributedDataParallel(net())
+    norms = NormAccumulator(module)
+    other, averages = copy.deepcopy(module), torch.optim.swa_utils.AveragedModel(module)
+    for each in (module, other):
+        run(each, dist.get_rank())
+    averages.update_parameters(module)
+    check(norms, module)
+    for now, then in zip(grads_of(module), grads_of(other), strict=True):
+        torch.testing.assert_close(2 * now, then)
+
+
+def test_what_averages_over_ranks_is_copied_with_its_accumulator(world):
+    world(2).run(copied_while_attached)
