@@ -37,7 +37,7 @@ def positive(name: str, value: float | Tensor) -> float | Tensor | None:
 
 def order(norm_type: float) -> float:
     p = number("norm_type", norm_type)
-    if math.isnan(p):
+    if p != p:
         raise ValueError("norm_type: expected a number or 'inf', got nan")
     return p
 

@@ -55,6 +55,31 @@ def test_compiled_clip_is_the_eager_clip(backend):
         assert [fastclip_nodes(g) for g in recorder.graphs] == [["fastclip.clip_norm_.default"]]
 
 
+@pytest.mark.parametrize("call", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"])
+def test_dynamic_graphs_are_whole(call):
+    module = torch.nn.Linear(4, 3)
+    clip = torch.compile(
+        lambda: (
+            getattr(fastclip, call)(list(module.parameters()), 0.1)
+            if call != "get_total_norm"
+            else fastclip.get_total_norm([p.grad for p in module.parameters()])
+        ),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    for size in (4, 5, 6):
+        module.zero_grad()
+        module(torch.randn(size, 4)).square().sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in module.parameters()]).double()
+        norm = clip()
+        now = torch.cat([p.grad.flatten() for p in module.parameters()]).double()
+        if call == "clip_grad_value_":
+            torch.testing.assert_close(now, grads.clamp(-0.1, 0.1))
+        else:
+            assert float(norm) == pytest.approx(float(grads.norm()), rel=1e-6)
+
+
 def test_compiled_clip_is_reinplaced():
     # Without reinplacing, functionalisation would copy every gradient around the op.
     made = parameters([torch.zeros(1000), torch.zeros(1000)])
