@@ -1,5 +1,8 @@
 """Fused optimizers of torch, whose step divides the gradients: which can, and such a step."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +12,14 @@ from torch.optim import Optimizer
 from ._mesh import local_of
 from ._wrapped import layers_of, steps_as_torch
 
+# What a scaler sets for a step, and what makes it do so, which copies of an optimizer have lost.
+FLAGS = ("grad_scale", "found_inf", "_step_supports_amp_scaling")
+
 
 def check(outer: Optimizer) -> None:
     inner = layers_of(outer)[-1]
-    takes = getattr(inner, "_step_supports_amp_scaling", False) and steps_as_torch(inner)
-    if takes and all(group.get("fused") for group in inner.param_groups):
+    is_fused = all(group.get("fused") for group in inner.param_groups)
+    if is_fused and steps_as_torch(inner) and _divides(type(inner)):
         return
     name = type(inner).__name__
     name = name if inner is outer else f"{name} in {type(outer).__name__}"
@@ -28,6 +34,16 @@ def check(outer: Optimizer) -> None:
     )
 
 
+@functools.cache
+def _divides(kind: type[Optimizer]) -> bool:
+    """Whether its fused step does: a new one says so, a copy has forgotten."""
+    kind = next(one for one in kind.__mro__ if one.__module__.startswith("torch.optim."))
+    if "fused" not in inspect.signature(kind).parameters:
+        return False
+    made = kind([torch.zeros(1, device="cpu")], fused=True)
+    return getattr(made, "_step_supports_amp_scaling", False)
+
+
 def split(coef: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     """What gradients are multiplied by before the step, and what the step divides them by.
 
@@ -38,33 +54,40 @@ def split(coef: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     return coef.masked_fill(fits, 1), divisor.masked_fill(~fits, 1)
 
 
-def step(outer: Optimizer, grad_scale: Tensor, found_inf: Tensor) -> None:
-    """A step with these two set, and as they were after it, even None, which breaks a scaler."""
+def step(
+    outer: Optimizer, grad_scale: Tensor, found_inf: Tensor, prepare: Callable[[], None]
+) -> None:
+    """A step with these two set, and as they were after it, even None, which breaks a scaler.
+
+    Once nothing can refuse the step any more, `prepare` is called.
+    """
     inner = layers_of(outer)[-1]
     held = vars(inner)
     with_buffers = (group for group in inner.param_groups if group.get("momentum"))
     fresh = [
         (p, group) for group in with_buffers for p in group["params"] if not inner.state.get(p)
     ]
-    before = {name: held[name] for name in ("grad_scale", "found_inf") if name in held}
-    held.update(grad_scale=grad_scale, found_inf=found_inf)
+    before = {name: held[name] for name in FLAGS if name in held}
+    held.update(zip(FLAGS, (grad_scale, found_inf, True), strict=True))
 
-    def check_flags(*_: object) -> None:
+    @torch.no_grad()
+    def begin(*_: object) -> None:
         # A wrapper may step through a scaler of its own, which sets these otherwise.
         if held.get("grad_scale") is not grad_scale or held.get("found_inf") is not found_inf:
             raise RuntimeError(
                 f"optimizer: {type(outer).__name__} steps through a scaler of its own; pass the "
                 f"{type(inner).__name__} in it, and that scaler as scaler"
             )
+        prepare()
 
-    checking = inner.register_step_pre_hook(check_flags)
+    hook = inner.register_step_pre_hook(begin)
     try:
         with torch.enable_grad():
             outer.step()
         _settle(inner, fresh, found_inf)
     finally:
-        checking.remove()
-        for name in ("grad_scale", "found_inf"):
+        hook.remove()
+        for name in FLAGS:
             held.pop(name, None)
         held.update(before)
 

@@ -134,11 +134,17 @@ def clipped_step(
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     before, divisor = _fused.split(coef, grads.is_wide())
+    todo = [spared_coef(before, found.norm, "skip")]
     # Most often by 1, which the host knows on the CPU; a device finds out for itself.
-    if before.device.type != "cpu" or before != 1:
-        grads.scale_(spared_coef(before, found.norm, "skip"))
+    if before.device.type == "cpu" and before == 1:
+        todo.clear()
+
+    def prepare() -> None:
+        while todo:
+            grads.scale_(todo.pop())
+
     for outer in given:
-        _fused.step(outer, divisor, found.is_bad)
+        _fused.step(outer, divisor, found.is_bad, prepare)
         if inv_scale is not None:
             _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
     return grads.result(found.norm)

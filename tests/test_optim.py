@@ -594,3 +594,37 @@ def test_a_wrapper_that_cannot_is_refused_by_name(kind):
     if kind == "scaling":
         fastclip.clipped_step(optimizer.optimizer, 1e-3, scaler)
         assert [w.item() for w in weights] == pytest.approx([-6e-4, -8e-4], rel=1e-3)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_copy_of_a_fused_optimizer_steps_as_it_does(kind, way):
+    if why := missing(kind, "cpu", divides=True):
+        pytest.skip(why)
+    optimizer = KINDS[kind]([nn.Parameter(torch.zeros(2))], fused=True)
+    weights = []
+    for one in (optimizer, way(optimizer)):
+        flags = {"grad_scale", "found_inf", "_step_supports_amp_scaling"}
+        before = flags & set(vars(one))
+        weights += one.param_groups[0]["params"]
+        weights[-1].grad = torch.tensor([3.0, 4.0])
+        assert fastclip.clipped_step(one, 1.0) == 5
+        assert flags & set(vars(one)) == before
+    assert torch.equal(*weights)
+    assert weights[1].any()
+    torch.testing.assert_close(weights[1].grad, torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_wrapper_with_its_own_scaler_is_refused_before_anything_changes(dtype, copied):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2, dtype=dtype))], lr=1.0, fused=True)
+    optimizer = copy.deepcopy(optimizer) if copied else optimizer
+    weight = optimizer.param_groups[0]["params"][0]
+    scaler, _ = scalers("cpu", True)
+    scaler.scale(torch.ones(()))
+    weight.grad = torch.tensor([3.0, 4.0], dtype=dtype)
+    for given in (None, scaler):
+        with pytest.raises(RuntimeError, match="Holding steps through a scaler of its own"):
+            fastclip.clipped_step(Holding(optimizer, scaler), 1.0, given)
+        assert (weight.tolist(), weight.grad.tolist()) == ([0, 0], [3, 4])
