@@ -126,7 +126,7 @@ def _planned(plan: Plan, grads: Any, agree: bool, read_all: Callable[[], Grads])
             raise ValueError(plan.crossing)
         return PlannedGrads(read_all() if grads is None else grads, plan, agree)
     except (TypeError, ValueError, RuntimeError) as error:
-        if not (plan.steps or plan.beyond):
+        if not plan.sends:
             raise
         return PlannedGrads(None, plan, agree, error)
 

@@ -70,6 +70,7 @@ class Plan:
             self.counts[label] += 1
             self.members[label] += [i] * slot.mine
         self.beyond = _ranks.steps_beyond(self.groups)
+        self.sends = bool(self.steps or self.beyond)
         # Every label has one slot, and that is all there is to its norm.
         flat = [[i] for i in range(len(asked))]
         self.is_flat = kind is not Kind.COUNT and self.members == flat

@@ -130,18 +130,20 @@ class PlannedGrads:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:
             raise self.error
-        if plan.steps or plan.beyond:
+        if plan.sends:
             _ranks.raise_if_told(parts)
         return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:
         """What is added up, of all slots."""
+        plan = self.plan
         if self.error is None:
             try:
                 return _ranks.as_parts(self._local_norms(p), p)
             except (TypeError, ValueError, RuntimeError) as error:
+                if not plan.sends:
+                    raise
                 self.error = error
-        plan = self.plan
         count = len(plan.slots) if plan.sizes is None else sum(plan.sizes)
         return _ranks.told(self.error, count, plan.device)
 

@@ -610,3 +610,12 @@ def test_a_led_group_has_its_own_policy(policy):
     assert float(made[0].grad) == pytest.approx(0.5)
     assert float(made[1].grad) == (0 if policy == "zero" else math.inf)
     assert clipper.stats()["1"]["coef"] == [0 if policy == "zero" else 1]
+
+
+def test_a_gradient_that_cannot_be_measured_is_named_without_ranks():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad_dtype = None
+    weight.grad = torch.ones(3, dtype=torch.int32)
+    clipper = GradClipper(groups=[{"params": [weight], "max_norm": 1.0}])
+    with pytest.raises(TypeError, match=r"parameters\[0\]: dtype torch.int32"):
+        clipper.clip_()
