@@ -94,17 +94,13 @@ class Plan:
         self.warned = False
 
     def _watch(self, layouts: list[Any]) -> None:
-        # Addresses tell layouts apart as long as all are alive, and the plan is `valid` so long.
+        # Addresses tell layouts apart as long as all are alive, and the plan is for them so long.
         self.addresses = list(map(id, layouts))
         # What watches them may not know the plan, which would then wait for the cycle collector.
         self._alive = alive = [True]
         self._watched = {
             id(layout): weakref.ref(layout, lambda _: alive.clear()) for layout in layouts if layout
         }
-
-    @property
-    def valid(self) -> bool:
-        return bool(self._alive)
 
     def _lay(self, layouts: list[Any], labels: Sequence[int], reaches: list[set[int]]) -> None:
         """The slots, of each its label, for each item the index of its own, and the steps."""

@@ -50,6 +50,7 @@ CALLS = [
     "fastclip.normalize_grad_(weights)",
     "fastclip.NormAccumulator(model).clip_(1.0)",
     "fastclip.GradClipper(model, 1.0).clip_()",
+    "fastclip.GradClipper(groups=[dict(params=w, max_norm=1.0) for w in weights]).clip_()",
 ]
 
 THREADS = """
