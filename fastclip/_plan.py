@@ -71,9 +71,10 @@ class Plan:
             self.members[label] += [i] * slot.mine
         self.beyond = _ranks.steps_beyond(self.groups)
         self.sends = bool(self.steps or self.beyond)
-        # Every label has one slot, and that is all there is to its norm.
+        # Every label has one slot, that counts beyond its mesh: all there is to its norm.
         flat = [[i] for i in range(len(asked))]
-        self.is_flat = kind is not Kind.COUNT and self.members == flat
+        one_each = self.members == flat and len(self.slots) == len(flat)
+        self.is_flat = kind is not Kind.COUNT and one_each
         # Of ROWS, how many each item has here.
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]

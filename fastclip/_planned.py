@@ -3,6 +3,7 @@
 They have the verbs of the local ones. The compiler stays out.
 """
 
+import math
 import zlib
 from typing import Any
 
@@ -126,6 +127,9 @@ class PlannedGrads:
                 parts = _ranks.over(step, parts, order, plan.sizes)
         if not plan.is_flat:
             parts = _ranks.combined(parts, plan.members, order)
+            if self.error is not None:
+                # Also for a label of which this rank has nothing to add.
+                parts = torch.full_like(parts, -math.inf)
         for step in plan.beyond:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:

@@ -171,8 +171,12 @@ def spoiled(parts: Tensor, counts: list[int], step: Step | None) -> Tensor:
     sums = torch.stack([some.sum() for some in parts.split(counts)])
     bad = sums.masked_fill(sums.isfinite(), 0)
     if step is not None:
-        theirs = all_reduce(step, (~sums.isfinite()).double(), "MAX")
-        bad = bad.masked_fill((theirs > 0) & (bad == 0), math.nan)
+        odd = (~sums.isfinite()).double().masked_fill(sums.isneginf(), 2)
+        theirs = all_reduce(step, odd, "MAX")
+        # What a rank has `told` goes on as that.
+        bad = bad.masked_fill((theirs > 0) & (bad == 0), math.nan).masked_fill(
+            theirs > 1, -math.inf
+        )
     each = zip(parts.split(counts), bad.unbind(), strict=True)
     return torch.cat([some + one for some, one in each])
 

@@ -431,6 +431,27 @@ def test_a_group_that_shares_ranks_with_a_mesh_counts_once(world):
     world(4).run(group_beside_its_mesh)
 
 
+def twins_beside_a_group() -> None:
+    # Rank 0 speaks for what all have, so that the others add one thing of the two that they hold.
+    mesh, world = init_device_mesh("cpu", (4,)), dist.group.WORLD
+    twin, own = torch.full((5,), 2.0), torch.full((3,), 1.0 + dist.get_rank())
+    parameters = [nn.Parameter(distribute_tensor(torch.zeros(5), mesh, [Replicate()])), plain(3)]
+    parameters[0].grad = distribute_tensor(twin, mesh, [Replicate()])
+    parameters[1].grad = own
+    for p in (1.0, 2.0, 3.0, math.inf):
+        expected = oracle([twin, *(torch.full((3,), 1.0 + rank) for rank in range(4))], p)
+        norm = fastclip.clip_grad_norm_(parameters, 1e9, p, process_group=world)
+        assert ulps(norm, expected) <= 2
+        groups = [{"params": parameters, "max_norm": 1e9}]
+        norms = fastclip.GradClipper(groups=groups, norm_type=p, process_group=world).clip_()
+        assert norms.shape == (1,)
+        assert ulps(norms[0], expected) <= 2
+
+
+def test_all_ranks_of_a_group_add_as_many_numbers(world):
+    world(4).run(twins_beside_a_group, seconds=30)
+
+
 def same_on_all_ranks() -> None:
     world = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))

@@ -1,5 +1,6 @@
 """Ranks that do not agree on what is finite, on input, on meshes: none waits, none is misled."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -211,6 +212,50 @@ def one_of_many_cannot() -> None:
 
 def test_a_rank_that_cannot_tells_the_others_for_many_norms(world):
     world(2).run(one_of_many_cannot)
+
+
+def one_adds_nothing(nonfinite: str) -> None:
+    """What is wrong on rank 1 is of a tensor for which rank 0 speaks, or of a group of its own."""
+    mesh, world = init_device_mesh("cpu", (2,)), dist.group.WORLD
+    twin, mine = spread((3,), mesh, Replicate()), plain(3)
+    groups = [{"params": [twin], "max_norm": 1.0}]
+    groups += [{"params": [mine], "max_norm": 1.0, "process_group": world}]
+    for parameters in ([twin], [twin, mine]):
+        twin.grad = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+        if dist.get_rank():
+            twin.grad = DTensor.from_local(torch.ones(1).expand(3), mesh, [Replicate()])
+        calls = [
+            lambda own=parameters: fastclip.clip_grad_norm_(
+                own, 1e-3, process_group=world, nonfinite=nonfinite
+            ),
+            lambda: GradClipper(groups=groups, nonfinite=nonfinite).clip_(),
+        ]
+        for call in calls:
+            before = here(twin.grad).clone()
+            with pytest.raises(RuntimeError, match="single memory location"):
+                call()
+            assert torch.equal(here(twin.grad), before)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_rank_that_adds_nothing_tells_the_others_too(world, nonfinite):
+    world(2).run(one_adds_nothing, nonfinite, seconds=30)
+
+
+def one_of_a_grid_cannot() -> None:
+    """The rank across adds up with ranks that are told, and is not told itself."""
+    mesh = grid()
+    rows, columns = spread((2, 4), mesh["tp"], Shard(1)), spread((2, 4), mesh["dp"], Shard(1))
+    mine = plain(3)
+    if dist.get_rank() == 0:
+        integer(mine)
+    told = pytest.raises((TypeError, RuntimeError), match=r"dtype torch\.int32")
+    with told if dist.get_rank() < 3 else contextlib.nullcontext():
+        fastclip.clip_grad_agc_([rows, columns, mine])
+
+
+def test_no_rank_of_a_grid_waits_for_one_that_raised(world):
+    world(4).run(one_of_a_grid_cannot, seconds=20)
 
 
 def others_are_placed_all_the_same() -> None:
