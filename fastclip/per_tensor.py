@@ -79,9 +79,9 @@ def clip_grad_agc_(
     """
     clip_factor, eps = at_least_zero("clip_factor", clip_factor), at_least_zero("eps", eps)
     items = as_list(parameters, "parameters")
+    grads = read(items, kind=Kind.ROWS)
     # First, for a rank whose gradients cannot be clipped tells only those that it adds up with.
     weights = take_weights(items, Kind.ROWS).each_norms(2.0, rows=True)
-    grads = read(items, kind=Kind.ROWS)
     norms = grads.each_norms(2.0, rows=True)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
