@@ -143,7 +143,8 @@ def clipped_step(
         while todo:
             grads.scale_(todo.pop())
 
-    for outer in given:
+    # Only a wrapper can still be refused: before another has stepped.
+    for outer in sorted(given, key=lambda one: len(layers_of(one)), reverse=True):
         _fused.step(outer, divisor, found.is_bad, prepare)
         if inv_scale is not None:
             _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)

@@ -628,3 +628,18 @@ def test_a_wrapper_with_its_own_scaler_is_refused_before_anything_changes(dtype,
         with pytest.raises(RuntimeError, match="Holding steps through a scaler of its own"):
             fastclip.clipped_step(Holding(optimizer, scaler), 1.0, given)
         assert (weight.tolist(), weight.grad.tolist()) == ([0, 0], [3, 4])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_no_other_optimizer_steps_before_a_wrapper_is_refused(wide):
+    dtypes = [torch.float32, torch.float64 if wide else torch.float32]
+    weights = parameters([torch.full((2,), 3.0, dtype=dtype) for dtype in dtypes])
+    plain, inner = (torch.optim.SGD([w], lr=1.0, fused=True) for w in weights)
+    scaler, _ = scalers("cpu", True)
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match="Holding steps through a scaler of its own"):
+        fastclip.clipped_step([plain, Holding(inner, scaler)], 1.0, scaler)
+    for weight in weights:
+        assert (weight.tolist(), weight.grad.tolist()) == ([0, 0], [3, 3])
+    fastclip.clipped_step([plain, inner], 1.0, scaler)
+    assert all(weight.all() for weight in weights)
