@@ -71,6 +71,9 @@ class Plan:
             self.members[label] += [i] * slot.mine
         self.beyond = _ranks.steps_beyond(self.groups)
         self.sends = bool(self.steps or self.beyond)
+        # The steps to which some label adds nothing.
+        labels = set(range(len(asked)))
+        self.open = [{self.label_of[i] for i in step.members} != labels for step in self.steps]
         # Every label has one slot, that counts beyond its mesh: all there is to its norm.
         flat = [[i] for i in range(len(asked))]
         one_each = self.members == flat and len(self.slots) == len(flat)

@@ -120,9 +120,9 @@ class PlannedGrads:
     def _norms(self, p: float) -> Tensor:
         plan, order = self.plan, abs(p)
         parts = self._parts(p)
-        for step in plan.steps:
+        for step, is_open in zip(plan.steps, plan.open, strict=True):
             if self.agree:
-                parts = _ranks.spoiled(parts, plan.counts, None if step.members else step)
+                parts = _ranks.spoiled(parts, plan.counts, step if is_open else None)
             if step.members:
                 parts = _ranks.over(step, parts, order, plan.sizes)
         if not plan.is_flat:

@@ -118,6 +118,25 @@ def test_a_rank_that_overflows_has_all_skip_the_step(world, size):
     world(size).run(steps_together, size)
 
 
+def groups_agree_alike() -> None:
+    """Of two groups only one adds up over ranks; the other is replicated, and bad on one rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    cut, same, own = spread((4,), mesh, Shard(0)), spread((3,), mesh, Replicate()), plain(3)
+    if dist.get_rank():
+        own.grad[0] = math.nan
+    before = [here(q.grad).clone() for q in (same, own)]
+    groups = [{"params": [cut], "max_norm": 1e-3}, {"params": [same, own], "max_norm": 1e-3}]
+    norms = GradClipper(groups=groups, nonfinite="skip").clip_()
+    assert norms.isfinite().tolist() == [True, False]
+    assert oracle([full(cut.grad)], 2) == pytest.approx(1e-3, rel=2e-3)
+    for q, then in zip((same, own), before, strict=True):
+        torch.testing.assert_close(here(q.grad), then, rtol=0, atol=0, equal_nan=True)
+
+
+def test_groups_agree_whether_or_not_they_add_up(world):
+    world(2).run(groups_agree_alike)
+
+
 def agreement_is_free() -> None:
     mesh = grid()
     parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), spread((4,), mesh, Shard(0), Shard(0))]
