@@ -306,17 +306,12 @@ class Case:
         return norm_of([value for values in each for value in values], self.p)
 
     def links(self, label: int | None) -> list[set[int]]:
-        """Ranks that hold something together, or ask for each other; of a label, or of any.
-
-        Of one of several labels only those that add up: a step of theirs may carry others alone.
-        """
+        """Ranks that hold something together, or ask for each other; of a label, or of any."""
         some = range(len(self.asked)) if label is None else [label]
         shown = [q for q in self.pieces if q.is_given or self.call != "measure"]
         shown = [q for q in shown if q.label in some]
         asked = [set(ranks) for i in some for ranks in ASKED[self.asked[i]][0]]
-        if label is None or len(self.asked) == 1:
-            return [q.ranks for q in shown] + asked
-        return [q.senders(rank, False) for q in shown for rank in q.ranks] + asked
+        return [q.ranks for q in shown] + asked
 
     def told(self) -> set[int]:
         """The ranks that share a sum with the one whose gradient cannot be clipped."""
