@@ -154,13 +154,16 @@ class PlannedGrads:
     def _local_norms(self, p: float) -> Tensor:
         """The norms of all slots; what adds nothing for those that hold nothing here."""
         plan, count = self.plan, len(self.plan.slots)
-        if plan.kind is Kind.ROWS:
-            norms = self.local.each_norms(p, True)
+        rows = plan.kind is Kind.ROWS
+        # Slots of order 0 count tensors, and here are the elements of each.
+        if rows or (plan.kind is Kind.EACH and p == 0):
+            norms = self.local.each_norms(p, rows)
             if len(self.local) == count:
                 return norms
-            each = [norms.new_zeros(size) for size in plan.sizes]
+            sizes = plan.sizes or [1] * count
+            each = [norms.new_zeros(size) for size in sizes]
             slots = self.local.slots()
-            present = norms.split([plan.sizes[slot] for slot in slots])
+            present = norms.split([sizes[slot] for slot in slots])
             for slot, some in zip(slots, present, strict=True):
                 each[slot] = some
             return self._here(torch.cat(each) if each else norms)

@@ -61,6 +61,19 @@ def test_orders_of_zero_and_less_are_those_of_the_full_gradients(world):
     world(4).run(unusual_orders, range(12))
 
 
+def counts_of_each() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((5,), mesh, Shard(0)), plain(4), spread((3,), mesh, Replicate()), plain(2)]
+    parameters[1].grad[0] = 0
+    parameters[3].grad = None
+    norms = fastclip.clip_grad_norms_(parameters, math.inf, 0)
+    assert norms.tolist() == [5, 3, 3, 0]
+
+
+def test_each_tensor_of_order_zero_counts_its_elements(world):
+    world(2).run(counts_of_each)
+
+
 def unusual_orders_of_stages() -> None:
     """Each rank has other tensors, the last one none."""
     rank, world = dist.get_rank(), dist.group.WORLD
