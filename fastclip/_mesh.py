@@ -87,8 +87,8 @@ def steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
     return [Step(groups[key], devices[key], members[key]) for key in sorted(groups)]
 
 
-def crossing(meshes: Collection[Mesh], reaches: Sequence[set[int]]) -> str | None:
-    """What is wrong with meshes of which only this rank is in both, and that are no grid's.
+def crossing(meshes: Collection[Mesh], reach: set[int]) -> str | None:
+    """What is wrong with meshes of one norm of which only this rank is in both, and no grid's.
 
     Each rank would then take the norm of other gradients, and shards of one gradient be scaled
     differently. Two lines of a grid share no distance; meshes cut from one root are a grid's.
@@ -97,7 +97,7 @@ def crossing(meshes: Collection[Mesh], reaches: Sequence[set[int]]) -> str | Non
     for one, other in itertools.combinations(even, 2):
         for (_, ranks), (_, others) in itertools.product(one.groups, other.groups):
             both = {*ranks, *others}
-            if one.root == other.root or any(both <= reach for reach in reaches):
+            if one.root == other.root or both <= reach:
                 continue
             here, there = ({r - some[0] for r in some[1:]} for some in (ranks, others))
             if len(both) == len(ranks) + len(others) - 1 and here & there:

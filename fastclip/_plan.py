@@ -109,6 +109,7 @@ class Plan:
     def _lay(self, layouts: list[Any], labels: Sequence[int], reaches: list[set[int]]) -> None:
         """The slots, of each its label, for each item the index of its own, and the steps."""
         meshes: dict[int, _mesh.Mesh] = {}
+        together: dict[int, dict[int, _mesh.Mesh]] = {}
         plain = _mesh.Slot(frozenset(), (), True)
         # By label, or item, and layout.
         found: dict[tuple[int, int], _mesh.Slot] = {}
@@ -123,6 +124,7 @@ class Plan:
             if id(layout.mesh) not in meshes:
                 meshes[id(layout.mesh)] = _mesh.Mesh(layout.mesh)
             mesh = meshes[id(layout.mesh)]
+            together.setdefault(label, {})[id(mesh)] = mesh
             rows = self.kind is Kind.ROWS and len(layout.shape) > 1
             found[owner, id(layout)] = slot = mesh.slot(layout.placements, rows, reaches[label])
             places[slot] = min(mesh.place, places.get(slot, mesh.place))
@@ -140,7 +142,8 @@ class Plan:
         label_of = dict(zip(owners, labels, strict=True))
         self.label_of = [label_of[owner] for owner, _ in slots]
         self.steps = _mesh.steps(meshes.values(), self.slots)
-        self.crossing = _mesh.crossing(meshes.values(), reaches)
+        each = (_mesh.crossing(some.values(), reaches[label]) for label, some in together.items())
+        self.crossing = next(filter(None, each), None)
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
         """What the extension reads at once; None where each item has to be looked at.

@@ -345,6 +345,9 @@ def crossing() -> None:
         with pytest.raises((ValueError, RuntimeError), match=r"ranks \[0, 1\].*ranks \[1, 2\]"):
             fastclip.clip_grad_norm_(parameters, 1e-3)
     assert all(torch.equal(here(q.grad), b) for q, b in zip(parameters, before, strict=True))
+    # Norms of their own do not cross.
+    own = fastclip.clip_grad_norms_(parameters, math.inf)
+    assert own.tolist() == [6.0 if q.device_mesh == one else 8.0 for q in parameters]
     # Over all ranks there is one norm again.
     norm = fastclip.clip_grad_norm_(parameters, 1e9, process_group=dist.group.WORLD)
     assert float(norm) == 10
