@@ -14,6 +14,7 @@ from . import _mesh, _ranks
 from ._ops import clip_coef
 from ._plan import Kind, Plan
 from ._reference import empty_norm
+from ._transforms import is_known
 
 
 class PlannedGrads:
@@ -130,12 +131,18 @@ class PlannedGrads:
             if self.error is not None:
                 # Also for a label of which this rank has nothing to add.
                 parts = torch.full_like(parts, -math.inf)
+        if plan.beyond:
+            # With the norms goes whether a gradient is float64, for all to return the same dtype.
+            parts = torch.cat([parts, parts.new_full((1,), self.wide)])
         for step in plan.beyond:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:
             raise self.error
         if plan.sends:
             _ranks.raise_if_told(parts)
+        if plan.beyond:
+            parts, wide = parts[:-1], parts[-1]
+            self.wide |= is_known(wide) and bool(wide)
         return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:

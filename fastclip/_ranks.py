@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 # A mesh keeps its ranks in a tensor, of which a mode, as FakeTensorMode, would make what it likes.
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from ._reference import norm_of
+from ._transforms import is_known
 
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
@@ -97,6 +97,8 @@ def by_key(groups: Iterable[Any]) -> Groups:
 def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
     """The collectives over the groups that each label has asked for, in their order.
 
+    Each of them takes what comes after the labels, too.
+
     Raises:
         ValueError: two groups of a label share more than this rank.
     """
@@ -106,7 +108,8 @@ def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
         for key, group in by_key(some).items():
             found.setdefault(key, group)
             labels.setdefault(key, []).append(label)
-    return [Step(group, device_of(group), labels[key]) for key, group in found.items()]
+    last = len(groups)
+    return [Step(group, device_of(group), [*labels[key], last]) for key, group in found.items()]
 
 
 def ranks_of(group: Any) -> Ranks:
@@ -234,7 +237,7 @@ def told(error: Exception, count: int, device: torch.device | None) -> Tensor:
 
 def raise_if_told(parts: Tensor) -> None:
     """Raises what another rank `told`, if that is known without a wait; else parts become NaN."""
-    if parts.device.type != "cpu" or isinstance(parts, FakeTensor) or not len(parts):
+    if not (is_known(parts) and len(parts)):
         return
     # A minimum may be NaN.
     if not float(parts.min()) >= 0 and bool(parts.isneginf().any()):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def is_transformed() -> bool:
@@ -21,8 +22,9 @@ def is_differentiated() -> bool:
 
 
 def is_known(value: Tensor) -> bool:
-    """Whether the host has it already: it is on the CPU, and not one for many under `vmap`."""
-    return value.device.type == "cpu" and not is_transformed()
+    """Whether the host has it already: it is on the CPU, no fake, and not one of many in `vmap`."""
+    is_here = value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    return is_here and not is_transformed()
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

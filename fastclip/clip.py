@@ -62,9 +62,9 @@ def clip_grad_norm_(
             the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
 
     Returns:
-        The norm before clipping, 0-d: float32, float64 if any gradient is; of DTensors if any
-        parameter is, on all ranks, and over a `process_group` if any on this rank is. A replicated
-        DTensor if all parameters are DTensors of one mesh.
+        The norm before clipping, 0-d: float32, float64 if any gradient is, or any DTensor among the
+        parameters; on all ranks alike, but on a GPU no gradient of another rank of a
+        `process_group` counts for that. A replicated DTensor if all are DTensors of one mesh.
 
     A gradient that is not placed as its parameter, such as a `Partial` one, is redistributed and
     kept so: a collective of its size, for which every rank of its mesh must have it.

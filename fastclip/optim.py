@@ -13,6 +13,7 @@ from ._arguments import Threshold, positive_order, resolved, threshold
 from ._coef import spared_coef
 from ._grads import read
 from ._ops import clip_coef
+from ._transforms import is_known
 from ._wrapped import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
 
@@ -136,7 +137,7 @@ def clipped_step(
     before, divisor = _fused.split(coef, grads.is_wide())
     todo = [spared_coef(before, found.norm, "skip")]
     # Most often by 1, which the host knows on the CPU; a device finds out for itself.
-    if before.device.type == "cpu" and before == 1:
+    if is_known(before) and before == 1:
         todo.clear()
 
     def prepare() -> None:

@@ -805,6 +805,27 @@ def test_a_wide_parameter_makes_the_norm_float64_on_every_rank(world, dtype):
     world(2).run(wide_on_one_rank, dtype, seconds=30)
 
 
+def wide_beyond(dtype: torch.dtype) -> None:
+    rank, pair = dist.get_rank(), init_device_mesh("cpu", (2, 2))
+    # Only the last rank has a wide one, and the first has no gradient at all.
+    parameter = nn.Parameter(torch.zeros(3, dtype=dtype if rank == 3 else torch.bfloat16))
+    parameter.grad = torch.full_like(parameter, rank) if rank else None
+    for p in ORDERS:
+        values = [torch.full((3,), float(r), dtype=torch.float64) for r in (1, 2, 3)]
+        expected = torch.linalg.vector_norm(torch.cat(values), p)
+        for group in (dist.group.WORLD, pair):
+            norm = fastclip.clip_grad_norm_([parameter], 1e9, p, process_group=group)
+            torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+            groups = [{"params": [parameter], "max_norm": 1e9}, {"params": [], "max_norm": 1.0}]
+            norms = fastclip.GradClipper(groups=groups, norm_type=p, process_group=group).clip_()
+            assert norms.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=name_of)
+def test_a_wide_gradient_makes_the_norm_float64_on_every_rank_of_a_process_group(world, dtype):
+    world(4).run(wide_beyond, dtype, seconds=30)
+
+
 def conversions() -> None:
     mesh = init_device_mesh("cpu", (2,))
     model = Block()

@@ -19,6 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
 mesh = dist.init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
+
+def scaled(weights):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    return scaler
 """
 
 EACH = """
@@ -50,6 +55,9 @@ CALLS = [
     "fastclip.normalize_grad_(weights)",
     "fastclip.NormAccumulator(model).clip_(1.0)",
     "fastclip.GradClipper(model, 1.0).clip_()",
+    "fastclip.clipped_step(torch.optim.AdamW(weights, fused=True), 1.0)",
+    "fastclip.clipped_step(torch.optim.AdamW(weights, fused=True), 1.0, scaled(weights))",
+    "fastclip.unscale_and_clip_(scaled(weights), torch.optim.AdamW(weights), 1.0)",
     "fastclip.GradClipper(groups=[dict(params=w, max_norm=1.0) for w in weights]).clip_()",
 ]
 
