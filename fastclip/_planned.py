@@ -131,18 +131,19 @@ class PlannedGrads:
             if self.error is not None:
                 # Also for a label of which this rank has nothing to add.
                 parts = torch.full_like(parts, -math.inf)
-        if plan.beyond:
+        tells_wide = any(step.device.type == "cpu" for step in plan.beyond)
+        if tells_wide:
             # With the norms goes whether a gradient is float64, for all to return the same dtype.
-            parts = torch.cat([parts, parts.new_full((1,), self.wide)])
+            parts = torch.constant_pad_nd(parts, (0, 1), self.wide)
         for step in plan.beyond:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:
             raise self.error
         if plan.sends:
             _ranks.raise_if_told(parts)
-        if plan.beyond:
+        if tells_wide:
             parts, wide = parts[:-1], parts[-1]
-            self.wide |= is_known(wide) and bool(wide)
+            self.wide = bool(wide) if is_known(wide) else self.wide
         return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:

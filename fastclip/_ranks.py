@@ -97,7 +97,7 @@ def by_key(groups: Iterable[Any]) -> Groups:
 def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
     """The collectives over the groups that each label has asked for, in their order.
 
-    Each of them takes what comes after the labels, too.
+    Those on the CPU, where it can be read, also take what comes after the labels.
 
     Raises:
         ValueError: two groups of a label share more than this rank.
@@ -108,8 +108,10 @@ def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
         for key, group in by_key(some).items():
             found.setdefault(key, group)
             labels.setdefault(key, []).append(label)
-    last = len(groups)
-    return [Step(group, device_of(group), [*labels[key], last]) for key, group in found.items()]
+    steps = [Step(group, device_of(group), labels[key]) for key, group in found.items()]
+    for step in steps:
+        step.members.extend([len(groups)] * (step.device.type == "cpu"))
+    return steps
 
 
 def ranks_of(group: Any) -> Ranks:
