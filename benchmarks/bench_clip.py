@@ -10,14 +10,15 @@ from models import parameters
 from torch.nn import utils
 
 import fastclip
-from fastclip import _ops, _reference
+from fastclip import _ops
+from fastclip._ops import reference
 
 
 def contestants(made, threshold):
     """Each takes the list of parameters, as a training loop passes it."""
     return {
         "fastclip": lambda: fastclip.clip_grad_norm_(made, threshold()),
-        "default": lambda: _reference.clip_norm_([p.grad for p in made], threshold(), 2.0),
+        "default": lambda: reference.clip_norm_([p.grad for p in made], threshold(), 2.0),
         "foreach": lambda: utils.clip_grad_norm_(made, threshold(), foreach=True),
         "loop": lambda: utils.clip_grad_norm_(made, threshold(), foreach=False),
     }
@@ -28,7 +29,7 @@ def bench_clip(race, name, shapes, dtype, clips, device):
     made = parameters(shapes, dtype, device)
     grads = [p.grad for p in made]
     originals = [g.clone() for g in grads]
-    norm = float(_reference.norm(grads, 2.0))
+    norm = float(reference.norm(grads, 2.0))
     calls = itertools.count()
 
     def restore() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn import utils
 
 import fastclip
-from fastclip import _grads
+from fastclip import _gradients
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -84,7 +84,7 @@ def in_fake_group(rank: int, folder: str, counts: list[int], rounds: int) -> dic
         check(made, 1)
         found[str(count)] = race(made, rounds)
         read = [
-            1e6 * seconds(lambda made=made: _grads.read(made, None)) for _ in range(50 * rounds)
+            1e6 * seconds(lambda made=made: _gradients.read(made, None)) for _ in range(50 * rounds)
         ]
         found[str(count)]["extraction"] = statistics.median(read)
     return found

@@ -4,14 +4,14 @@ from models import parameters
 from torch.nn import utils
 
 import fastclip
-from fastclip import _reference
+from fastclip._ops import reference
 
 
 def bench_norm(race, name, shapes, dtype, device):
     grads = [p.grad for p in parameters(shapes, dtype, device)]
     contestants = {
         "fastclip": lambda: fastclip.get_total_norm(grads),
-        "default": lambda: _reference.norm(grads, 2.0),
+        "default": lambda: reference.norm(grads, 2.0),
         "foreach": lambda: utils.get_total_norm(grads, foreach=True),
         "loop": lambda: utils.get_total_norm(grads, foreach=False),
     }

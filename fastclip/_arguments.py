@@ -1,13 +1,12 @@
-"""The door: what the public functions take, checked once, with what it got and the way out."""
+"""Checks of what the public functions take: each once, with what it got and the way out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._mesh import value_of
+from ._ranks import value_of
 
 Threshold = float | Tensor | Callable[[Tensor], float | Tensor]
 
@@ -72,11 +71,6 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
     return value
 
 
-def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
-    """What a rule makes of the norm; a number or a tensor as it is."""
-    return fixed_threshold(max_norm(total_norm)) if callable(max_norm) else max_norm
-
-
 def policy(nonfinite: str, error_if_nonfinite: bool = False) -> str:
     if nonfinite not in ("propagate", "error", "zero", "skip"):
         raise ValueError(
@@ -89,15 +83,35 @@ def policy(nonfinite: str, error_if_nonfinite: bool = False) -> str:
     return "error" if error_if_nonfinite else nonfinite
 
 
-def raise_if_nonfinite(norms: Tensor, p: float) -> None:
-    if norms.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
-            "the call without it and look at the norm it returns after a replay"
-        )
-    if not norms.isfinite().all():
-        raise RuntimeError(
-            f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "
-            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
-            "norm anyway, set `error_if_nonfinite=False`"
-        )
+def checked_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups that are measured, with names and thresholds."""
+    found: list[dict[str, Any]] = []
+    for i, group in enumerate(groups):
+        name = str(group.get("name", i))
+        known_keys = {"params", "max_norm", "coef_of", "name", "process_group"}
+        if unknown := set(group) - known_keys:
+            raise ValueError(
+                f"groups[{i}]: expected only {', '.join(sorted(known_keys))}, got {unknown}"
+            )
+        if "params" not in group or ("max_norm" in group) == ("coef_of" in group):
+            raise ValueError(
+                f"groups[{i}]: expected params and one of max_norm and coef_of, got {list(group)}"
+            )
+        if any(name == other["name"] for other in found):
+            raise ValueError(f"groups[{i}]: a group before it is named {name!r} too")
+        if group.get("max_norm", math.inf) is None:
+            continue
+        known = {**group, "name": name}
+        if "coef_of" in group:
+            known["coef_of"] = str(group["coef_of"])
+        if "max_norm" in group:
+            known["max_norm"] = threshold(group["max_norm"])
+        found.append(known)
+    own = [group["name"] for group in found if "max_norm" in group]
+    for group in found:
+        if group.get("coef_of", own[0] if own else None) not in own:
+            raise ValueError(
+                f"groups: {group['name']!r} has coef_of {group['coef_of']!r}, which is no group "
+                f"with a max_norm; those are {own}"
+            )
+    return found

@@ -10,13 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from . import _ops
-from ._arguments import Threshold, positive_order, resolved, threshold
-from ._ddp import is_data_parallel, on_reduced_buckets
-from ._grads import read
-from ._mesh import is_dtensor
-from ._named import Walk
-from ._ops import clip_coef
-from ._ranks import is_alone
+from ._arguments import Threshold, positive_order, threshold
+from ._decide import decide
+from ._gradients import NamedParameters, read
+from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
 
 
 class NormAccumulator:
@@ -60,8 +57,8 @@ class NormAccumulator:
     def __init__(self, parameters: Any, norm_type: float = 2.0) -> None:
         self.p = positive_order(norm_type)
         self._is_averaged = is_data_parallel(parameters)
-        self._walk = Walk(parameters.module if self._is_averaged else parameters)
-        self._items = self._walked()
+        self._source = NamedParameters(parameters.module if self._is_averaged else parameters)
+        self._items = self._found()
         self._measured: Any = None
         self._hooks: list[Any] = []
         self._is_removed = self._has_lost_hooks = False
@@ -87,7 +84,7 @@ class NormAccumulator:
         grads = self._take()
         if callable(max_norm):
             norm = grads.norm(self.p)
-            grads.scale_(clip_coef(norm, resolved(max_norm, norm), grads.is_wide()))
+            grads.scale_(decide(norm, max_norm, grads.is_wide()))
             return grads.result(norm)
         return grads.clip_norm_(max_norm, self.p)
 
@@ -143,17 +140,17 @@ class NormAccumulator:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to hooks, of which the parameters of a copy have none."""
         lost = self._has_lost_hooks or (bool(self._hooks) and not self._is_removed)
-        walk = Walk(self._walk.source)
-        found = {"_walk": walk, "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
+        source = NamedParameters(self._source.source)
+        found = {"_source": source, "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
         return {**vars(self), **found}
 
-    def _walked(self) -> list[Tensor]:
-        return list({id(item): item for _, item in self._walk.start()}.values())
+    def _found(self) -> list[Tensor]:
+        return list({id(item): item for _, item in self._source.find()}.values())
 
     def _look_again(self) -> None:
         """What was measured counts of the same parameters, where no other rank changes them."""
-        if not self._walk.is_unchanged():
-            before, self._items = self._items, self._walked()
+        if not self._source.is_unchanged():
+            before, self._items = self._items, self._found()
             if list(map(id, before)) != list(map(id, self._items)):
                 self._detach()
                 self._measured = None

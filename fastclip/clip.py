@@ -1,6 +1,5 @@
 """The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
 
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -15,16 +14,13 @@ from ._arguments import (
     order,
     policy,
     positive,
-    raise_if_nonfinite,
-    resolved,
     scalar,
     threshold,
 )
-from ._coef import spared_coef
-from ._grads import as_list, read, take
-from ._ops import clip_coef
-from ._plan import Kind
-from ._transforms import is_differentiated
+from ._decide import decide, raise_if_nonfinite
+from ._gradients import as_list, read, take
+from ._ops import clip_coef, is_differentiated
+from ._ranks import Kind
 
 
 def clip_grad_norm_(
@@ -93,11 +89,7 @@ def clip_grad_norm_(
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
     if nonfinite == "error":
         raise_if_nonfinite(norm, p)
-    coef = clip_coef(norm, resolved(max_norm, norm), grads.is_wide())
-    if factor is not None:
-        # A tensor may be anything; below 0 it would reverse the step.
-        coef = (coef * factor).masked_fill(norm < 0, math.nan)
-    grads.scale_(spared_coef(coef, norm, nonfinite))
+    grads.scale_(decide(norm, max_norm, grads.is_wide(), nonfinite, factor))
     return grads.result(norm)
 
 

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._arguments import Threshold, order, policy, raise_if_nonfinite, resolved
-from ._coef import spared_coef
-from ._grads import aligned, read, read_by
-from ._groups import checked
-from ._log import Log, summary
-from ._mesh import value_of
-from ._named import Walk
+from ._arguments import Threshold, checked_groups, order, policy
+from ._decide import decide, raise_if_nonfinite, resolved, spared
+from ._gradients import NamedParameters, aligned, read, read_by
+from ._history import History, Ring, draw, summary
 from ._ops import clip_coef
-from ._picture import History, draw
-from ._plan import Kind
-from ._ranks import as_groups
+from ._ranks import Kind, as_groups, value_of
 from ._state import Shared
 
 Source = nn.Module | Optimizer | Iterable[Any] | Tensor
@@ -71,7 +66,7 @@ class GradClipper:
         self.p, self.nonfinite = order(norm_type), policy(nonfinite)
         self.is_one = groups is None
         one = {"params": parameters, "max_norm": max_norm, "name": "total"}
-        groups = checked([one] if groups is None else groups)
+        groups = checked_groups([one] if groups is None else groups)
         self.names = [group["name"] for group in groups]
         own = [group.get("process_group", process_group) for group in groups]
         self.asked = [Shared(as_groups(some)) for some in own]
@@ -80,13 +75,13 @@ class GradClipper:
         self._has_followers = self.leaders != list(range(len(groups)))
         self._is_fixed = all(isinstance(t, float) for t in self.thresholds)
         self._fixed: dict[torch.device, Tensor] = {}
-        self._walks = [Walk(group["params"]) for group in groups]
+        self._sources = [NamedParameters(group["params"]) for group in groups]
         self._items: list[Tensor] = []
         self._labels: list[int] = []
         self._plan: Any = None
         self._is_checked = False
-        self._log = Log(len(groups) * (1 if self._is_fixed else 2))
-        self._walk()
+        self._ring = Ring(len(groups) * (1 if self._is_fixed else 2))
+        self._find()
 
     def clip_(self) -> Tensor:
         """Clip the gradients in place.
@@ -108,11 +103,11 @@ class GradClipper:
         if self.nonfinite == "error":
             raise_if_nonfinite(norms, self.p)
         limits = self._limits(norms)
-        coefs = spared_coef(clip_coef(norms, limits, grads.is_wide()), norms, self.nonfinite)
+        coefs = decide(norms, limits, grads.is_wide(), self.nonfinite)
         if self._has_followers:
             each = coefs.unbind()
             coefs = torch.stack([each[leader] for leader in self.leaders])
-            coefs = spared_coef(coefs, norms, self.nonfinite)
+            coefs = spared(coefs, norms, self.nonfinite)
         grads.scale_(coefs[0] if self.is_one else coefs)
         total_norm = grads.result(norms[0] if self.is_one else norms)
         self._record(value_of(total_norm), limits)
@@ -160,7 +155,7 @@ class GradClipper:
         `torch.distributed.checkpoint` restores them into any clipper made with the same.
         """
         rules = {name: rule.state_dict() for name, rule in self._stateful().items()}
-        return {"rules": rules, "log": self._log.state_dict()}
+        return {"rules": rules, "log": self._ring.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a clipper with the same arguments returned.
@@ -174,35 +169,35 @@ class GradClipper:
                 f"state: expected rules of {list(own)}, got rules of {list(state['rules'])}; make "
                 "the clipper with the arguments the saved one had"
             )
-        self._log.load_state_dict(state["log"])
+        self._ring.load_state_dict(state["log"])
         for name, rule in own.items():
             rule.load_state_dict(state["rules"][name])
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what the next step finds again, and which no other clipper could use."""
-        walks = [Walk(walk.source) for walk in self._walks]
+        sources = [NamedParameters(source.source) for source in self._sources]
         found = {"_fixed": {}, "_items": [], "_labels": [], "_plan": None}
-        return {**vars(self), "_walks": walks, **found}
+        return {**vars(self), "_sources": sources, **found}
 
     def _stateful(self) -> dict[str, Any]:
         rules = zip(self.names, self.thresholds, strict=True)
         return {name: rule for name, rule in rules if hasattr(rule, "load_state_dict")}
 
     def _look_again(self) -> None:
-        for walk in self._walks:
-            if not walk.is_unchanged():
-                return self._walk()
+        for source in self._sources:
+            if not source.is_unchanged():
+                return self._find()
 
-    def _walk(self) -> None:
+    def _find(self) -> None:
         owners: dict[int, tuple[str, int]] = {}
         items, labels, names = [], [], []
-        for label, walk in enumerate(self._walks):
-            for name, parameter in walk.start():
+        for label, source in enumerate(self._sources):
+            for name, parameter in source.find():
                 name = name if self.is_one else f"{self.names[label]}.{name}"
                 other, owner = owners.setdefault(id(parameter), (name, label))
                 if owner != label:
-                    for each in self._walks:
-                        each.stop()
+                    for each in self._sources:
+                        each.forget()
                     raise ValueError(
                         f"groups: {other} and {name} are one parameter; leave it out of one group"
                     )
@@ -241,10 +236,10 @@ class GradClipper:
         if not self._is_fixed:
             norms = norms.reshape(-1).double()
             norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
-        self._log.add(norms)
+        self._ring.add(norms)
 
     def _histories(self) -> tuple[int, list[History]]:
-        steps, rows = self._log.read()
+        steps, rows = self._ring.read()
         count = len(self.names)
         norms = rows[:, :count]
         limits = rows[:, count:]
@@ -254,7 +249,7 @@ class GradClipper:
         # As they were: of norms that are float32, in float32.
         coefs, wide = clip_coef(norms, limits, False), clip_coef(norms, limits)
         coefs = coefs.where(norms == norms.float(), wide)
-        coefs = spared_coef(coefs, norms, self.nonfinite)
-        coefs = spared_coef(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
+        coefs = spared(coefs, norms, self.nonfinite)
+        coefs = spared(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
         each = zip(self.names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
         return steps, [History(*one) for one in each]

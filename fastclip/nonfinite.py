@@ -5,12 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._grads import aligned, read
-from ._local import held
-from ._mesh import local_of
-from ._named import named
-from ._plan import Kind
-from ._planned import PlannedGrads
+from ._gradients import SpreadGrads, aligned, held, named, read
+from ._ranks import Kind, local_of
 
 
 @torch.no_grad()
@@ -44,7 +40,7 @@ def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
     for i in (~norms.isfinite()).nonzero().flatten().tolist():
         if items[i].grad is not None:
             counts[i] = _count(local_of(items[i].grad))
-    if isinstance(grads, PlannedGrads):
+    if isinstance(grads, SpreadGrads):
         counts = grads.added(counts)
     each = zip(pairs, counts.tolist(), strict=True)
     return {name: int(count) for (name, _), count in each if count}

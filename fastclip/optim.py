@@ -8,13 +8,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from . import _fused
-from ._arguments import Threshold, positive_order, resolved, threshold
-from ._coef import spared_coef
-from ._grads import read
-from ._ops import clip_coef
-from ._transforms import is_known
-from ._wrapped import as_list, layers_of, parameters_of
+from . import _optimizers
+from ._arguments import Threshold, positive_order, threshold
+from ._decide import decide, spared
+from ._gradients import read
+from ._ops import is_known
+from ._optimizers import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
 
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -73,7 +72,7 @@ def unscale_and_clip_(
     if inv_scale is None:
         grads.scale_(found.coef)
         return grads.result(found.norm)
-    coef = spared_coef(found.coef, found.norm, "skip")
+    coef = spared(found.coef, found.norm, "skip")
     grads.scale_(coef * inv_scale.to(coef))
     _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
     return grads.result(found.norm)
@@ -126,7 +125,7 @@ def clipped_step(
     given = as_list(optimizer)
     optimizers = [one for outer in given for one in layers_of(outer)]
     for outer in given:
-        _fused.check(outer)
+        _optimizers.check(outer)
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = parameters_of(given)
@@ -134,8 +133,8 @@ def clipped_step(
     grads = _read(items, p, process_group, measured)
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
-    before, divisor = _fused.split(coef, grads.is_wide())
-    todo = [spared_coef(before, found.norm, "skip")]
+    before, divisor = _optimizers.split(coef, grads.is_wide())
+    todo = [spared(before, found.norm, "skip")]
     # Most often by 1, which the host knows on the CPU; a device finds out for itself.
     if is_known(before) and before == 1:
         todo.clear()
@@ -146,7 +145,7 @@ def clipped_step(
 
     # Only a wrapper can still be refused: before another has stepped.
     for outer in sorted(given, key=lambda one: len(layers_of(one)), reverse=True):
-        _fused.step(outer, divisor, found.is_bad, prepare)
+        _optimizers.step(outer, divisor, found.is_bad, prepare)
         if inv_scale is not None:
             _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
     return grads.result(found.norm)
@@ -175,7 +174,7 @@ def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None
     is_bad = (~norm.isfinite()).float()
     if inv_scale is not None:
         norm = norm * inv_scale.to(norm)
-    return _Found(norm, clip_coef(norm, resolved(max_norm, norm), grads.is_wide()), is_bad)
+    return _Found(norm, decide(norm, max_norm, grads.is_wide()), is_bad)
 
 
 def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ._arguments import at_least_zero, fixed_threshold, order
-from ._grads import aligned, as_list, read, take_weights
+from ._gradients import aligned, as_list, read, take_weights
 from ._ops import clip_coef
-from ._plan import Kind
+from ._ranks import Kind
 
 
 def clip_grad_norms_(

@@ -4,6 +4,10 @@ A rule is called with the total norm, a 0-d float64, and returns the threshold o
 its state lives there too, in a few tensors, and no call waits for it. A norm that is not finite
 never enters the state. Call a rule once before a CUDA graph captures it: that call brings the state
 there.
+
+Each is a class, a formula in plain PyTorch, and an op that makes one call of it. The formula takes
+the norm and the state, which it changes in place, and returns the threshold, all on one device;
+csrc/cpu/rules.cpp has it again, as one call of C++ for some twenty of torch.
 """
 
 import math
@@ -13,6 +17,30 @@ from torch import Tensor
 
 from . import _ops
 from ._state import CPU, State
+
+
+def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: float) -> Tensor:
+    """A percentile of the last norms: `norms` is a ring of float64, `count` how many there were."""
+    history = len(norms)
+    finite = total_norm.isfinite()
+    # Where the norm is not finite its place keeps what it holds.
+    place = (count % history).reshape(1)
+    norms.index_copy_(0, place, torch.where(finite, total_norm.double(), norms[place]))
+    count += finite
+    # Places not taken yet are infinite and come last.
+    rank = (count.clamp(max=history) - 1).clamp_(min=0).double() * (percentile / 100)
+    below = rank.floor()
+    around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
+    return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
+
+
+_autoclip = _ops.define(
+    "autoclip_",
+    "(Tensor(a!) norms, Tensor(b!) count, Tensor total_norm, float percentile) -> Tensor",
+    lambda norms, count, total_norm, percentile: torch.empty_like(total_norm),
+    _autoclip_of,
+    _ops.refused("AutoClip"),
+)
 
 
 class AutoClip(State):
@@ -49,7 +77,47 @@ class AutoClip(State):
         return {"norms": norms, "count": norms.new_zeros((), dtype=torch.int64)}
 
     def __call__(self, total_norm: Tensor) -> Tensor:
-        return _ops.autoclip_(*self._on(total_norm.device), total_norm, self.percentile)
+        return _autoclip(*self._on(total_norm.device), total_norm, self.percentile)
+
+
+def _zclip_of(
+    steps: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    total_norm: Tensor,
+    alpha: float,
+    z_threshold: float,
+    warmup_steps: int,
+) -> Tensor:
+    """What stands out of the averages; in the warm-up those of all norms so far (Welford 1962)."""
+    warm = steps >= warmup_steps
+    n = steps.double()
+    old = (n / (n + 1)).masked_fill(warm, alpha)
+    new = n.clamp(min=1).reciprocal().masked_fill(warm, 1 - alpha)
+    norm = total_norm.double()
+    deviation = variance.sqrt()
+    z = (norm - mean) / (deviation + 1e-6)
+    threshold = mean + deviation * z_threshold**2 / z
+    # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
+    finite = norm.isfinite()
+    quiet = finite & (~warm | (z <= z_threshold))
+    clipped = norm.where(quiet, threshold)
+    following = torch.lerp(clipped, mean, old)
+    spread = variance * old + (clipped - following).square() * new
+    mean.copy_(following.where(finite, mean))
+    variance.copy_(spread.where(finite, variance))
+    steps.add_(finite).clamp_(max=warmup_steps)
+    return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)
+
+
+_zclip = _ops.define(
+    "zclip_",
+    "(Tensor(a!) steps, Tensor(b!) mean, Tensor(c!) variance, Tensor total_norm, float alpha, "
+    "float z_threshold, int warmup_steps) -> Tensor",
+    lambda steps, mean, variance, total_norm, *how: torch.empty_like(total_norm),
+    _zclip_of,
+    _ops.refused("ZClip"),
+)
 
 
 class ZClip(State):
@@ -96,4 +164,4 @@ class ZClip(State):
 
     def __call__(self, total_norm: Tensor) -> Tensor:
         how = self.alpha, self.z_threshold, self.warmup_steps
-        return _ops.zclip_(*self._on(total_norm.device), total_norm, *how)
+        return _zclip(*self._on(total_norm.device), total_norm, *how)

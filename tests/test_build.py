@@ -73,11 +73,11 @@ def test_the_walk_serves_ordinary_gradients(monkeypatch):
             calls.append(read_grads(items))
             return calls[-1]
 
-    monkeypatch.setattr(_ops, "extension", Spy())
+    monkeypatch.setattr(_ops.loading, "extension", Spy())
     w = torch.nn.Parameter(torch.zeros(2))
     w.grad = torch.ones(2)
     fastclip.clip_grad_norm_([w], 1.0)
-    assert isinstance(calls[0], sys.modules["fastclip._C"].Grads)
+    assert isinstance(calls[0], sys.modules["fastclip._C"].PlainGrads)
     w.grad = torch.ones(2).to_sparse()
     fastclip.clip_grad_norm_([w], 1.0)
     assert calls[1] is None
@@ -137,9 +137,9 @@ def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
             assert device == 1
             return refusal
 
-    monkeypatch.setattr(_ops, "extension", Extension())
+    monkeypatch.setattr(_ops.loading, "extension", Extension())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    default = _ops._announced(lambda tensors: len(tensors))
+    default = _ops.schemas._announced(lambda tensors: len(tensors))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert default([Cuda()]) == 1
@@ -150,8 +150,8 @@ def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
 
 
 def test_without_an_extension_the_kernels_are_not_built(monkeypatch):
-    monkeypatch.setattr(_ops, "extension", None)
-    assert "not built" in _ops._refusal(torch.device("cuda:0"))
+    monkeypatch.setattr(_ops.loading, "extension", None)
+    assert "not built" in _ops.loading.refusal(torch.device("cuda:0"))
 
 
 def dry_run(missing: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from conftest import oracle, parameters
 from torch import nn
 
 import fastclip
-from fastclip import AutoClip, GradClipper, ZClip, _log, _ops, clipper, nonfinite
+from fastclip import AutoClip, GradClipper, ZClip, _history, _ops, clipper, nonfinite
 
 
 @pytest.fixture(params=["walk", "python"], autouse=True)
@@ -288,7 +288,7 @@ def test_a_threshold_beyond_the_dtype_of_the_norm_only_measures(other):
 
 
 def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
-    monkeypatch.setattr(_log.Log, "BYTES", 4 * 2 * 8)
+    monkeypatch.setattr(_history.Ring, "BYTES", 4 * 2 * 8)
     (parameter,) = parameters([torch.zeros(1, device=device)])
     clipper = GradClipper([parameter], AutoClip(100, 1))
     for step in range(1, 11):
@@ -301,12 +301,12 @@ def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_a_log_is_bounded_in_bytes_and_touches_those_of_its_steps():
-    one, many = _log.Log(1), _log.Log(2000)
+    one, many = _history.Ring(1), _history.Ring(2000)
     assert len(one.rows) == 131_072
     assert len(many.rows) == (16 << 20) // (8 * 2000) == 1048
-    assert _log.Log(3 << 20).rows.shape == (1, 3 << 20)
+    assert _history.Ring(3 << 20).rows.shape == (1, 3 << 20)
     before = resident()
-    logs = [_log.Log(2000) for _ in range(40)]
+    logs = [_history.Ring(2000) for _ in range(40)]
     for log in logs:
         log.add(torch.full((2000,), 2.0))
         assert log.read()[1].tolist() == [[2.0] * 2000]
@@ -326,7 +326,7 @@ def test_of_many_groups_the_last_steps_are_kept():
     made = parameters([torch.tensor([1.0 + i]) for i in range(500)])
     clipper = GradClipper(groups=[{"params": p, "max_norm": 250.0} for p in made])
     for _ in range(4200):
-        clipper._log.add(torch.zeros(500))
+        clipper._ring.add(torch.zeros(500))
     clipper.clip_()
     stats = clipper.stats()
     for i, one in enumerate(stats.values()):
@@ -336,7 +336,7 @@ def test_of_many_groups_the_last_steps_are_kept():
 
 
 def test_the_log_leaves_the_cpu_and_no_other_place():
-    log = _log.Log(1)
+    log = _history.Ring(1)
     log.add(torch.ones(1))
     # A device of its own to torch.Tensor.device, which every machine has.
     accelerator = torch.device("meta")
@@ -353,7 +353,7 @@ def test_the_log_leaves_the_cpu_and_no_other_place():
 
 def test_a_step_that_is_not_recorded_yet_is_zero_in_the_state():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), 1.0)
-    clipper._log.rows.fill_(7)  # as memory may be found
+    clipper._ring.rows.fill_(7)  # as memory may be found
     clipper.clip_()
     rows = clipper.state_dict()["log"]["rows"]
     assert rows[0] == 5
@@ -428,7 +428,7 @@ def test_the_state_goes_on_where_it_was(device):
     with pytest.raises(ValueError, match="state: expected rules of"):
         GradClipper(made, 1.0).load_state_dict(clipper.state_dict())
     two = GradClipper(groups=[{"params": some, "max_norm": 1.0} for some in (made, [])])
-    with pytest.raises(ValueError, match="state: expected what state_dict of this Log returns"):
+    with pytest.raises(ValueError, match="state: expected what state_dict of this Ring returns"):
         two.load_state_dict(GradClipper(made, 1.0).state_dict())
     other.load_state_dict(make()[1].state_dict())
     assert [one["steps"] for one in other.stats().values()] == [0, 0]

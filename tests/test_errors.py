@@ -7,7 +7,7 @@ import torch
 from conftest import parameters
 
 import fastclip
-from fastclip import _arguments, _ops
+from fastclip import _decide, _ops
 
 
 @pytest.fixture(params=["walk", "python"], autouse=True)
@@ -146,7 +146,7 @@ def test_error_if_nonfinite_is_refused_while_a_graph_is_captured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="error_if_nonfinite: waits"):
-        _arguments.raise_if_nonfinite(Norm(), 2.0)
+        _decide.raise_if_nonfinite(Norm(), 2.0)
 
 
 def test_sparse_values_that_share_memory_raise_before_anything_changes():

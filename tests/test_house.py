@@ -15,65 +15,82 @@ SOURCES = sorted(
 TESTED = sorted(p for d in ("tests", "benchmarks") for p in (ROOT / d).glob("**/*.py"))
 EVERY = PYTHON + BUILD + SOURCES + TESTED
 
-# Each module may import those in rows above its own.
-LAYERS = [
-    {"_transforms", "_coef"},
-    {"_reference", "_thresholds", "_C"},
-    {"_ops", "_ranks"},
-    {"_mesh", "_ddp"},
-    {"_plan", "_local", "_arguments", "_named", "_wrapped", "_state"},
-    {"_planned", "_groups", "_look", "_fused"},
-    {"_grads"},
-    {"clip", "per_tensor", "rules", "nonfinite", "accumulator", "_log", "_picture"},
-    {"clipper", "optim"},
-    {"__init__"},
-    {"_demo"},
-    {"__main__"},
-]
+ROOMS = sorted(p.parent for p in (ROOT / "fastclip").glob("*/__init__.py"))
 TOP_LEVEL = {"csrc", "fastclip", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md"}
 
 
-def layer(module: str) -> int:
-    return next(i for i, row in enumerate(LAYERS) if module in row)
-
-
-def imported(path: Path) -> list[str]:
-    """The modules of this package that a file imports."""
-    found = []
+def imported(path: Path) -> set[str]:
+    """The rooms and files of this package that a file imports, by their paths below it."""
+    above = path.relative_to(ROOT / "fastclip").parts[:-1]
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            found += [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
-    return [name for name in found if not name.startswith("__")]
+            start = above[: len(above) + 1 - node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"/".join((*start, *name.split("."))) for name in names}
+    return {name for name in found if not name.split("/")[-1].startswith("__")}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "fastclip").with_suffix("")).removesuffix("/__init__")
+
+
+def cycle(graph: dict[str, set[str]]) -> set[str]:
+    """What imports each other, directly or through others."""
+    left = dict(graph)
+    while done := [name for name, others in left.items() if not others & left.keys()]:
+        for name in done:
+            del left[name]
+    return set(left)
 
 
 def says(text: str, *words: str) -> list[str]:
     return [word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}\b", text)]
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
-def test_imports_go_down(path):
+def test_no_imports_go_round():
+    assert not cycle({name_of(path): imported(path) for path in PYTHON})
+
+
+def test_imports_that_go_round_are_seen():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda p: p.name)
+def test_a_room_imports_the_rooms_that_it_names(room):
+    named = re.findall(
+        r"`(_\w+)`", ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    )
+    for path in room.glob("*.py"):
+        others = {name for name in imported(path) if not name.startswith(room.name)}
+        assert others <= set(named), path.name
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_a_room_is_entered_by_its_door(path):
+    room = "" if path.parent.name == "fastclip" else path.parent.name
     for name in imported(path):
-        assert layer(name) < layer(path.stem), f"{path.stem} imports {name}"
+        assert "/" not in name or name.split("/")[0] == room, f"{name_of(path)} imports {name}"
 
 
-def test_imports_that_go_up_are_seen(tmp_path):
-    (tmp_path / "_ops.py").write_text("from .clip import clip_grad_norm_\nfrom . import _grads")
-    assert imported(tmp_path / "_ops.py") == ["clip", "_grads"]
-    assert layer("clip") > layer("_ops")
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_nothing_imports_what_users_start(path):
+    above = {"__main__": set(), "_demo": {"__main__"}}
+    for name, by in above.items():
+        assert name not in imported(path) or path.stem in by
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_only_ops_says_torch_ops(path):
     found = says(path.read_text(), "torch.ops", "_C", "fastclip._C")
-    assert not found or path.stem == "_ops"
+    assert not found or path.parent.name == "_ops"
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
-def test_only_mesh_knows_dtensors_and_only_ranks_collectives(path):
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_only_ranks_knows_dtensors_and_collectives(path):
     code = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)
-    assert path.stem == "_mesh" or not says(code, "DTensor", "torch.distributed.tensor")
-    assert path.stem in ("_mesh", "_ranks", "_ddp") or not says(code, "torch.distributed")
-    assert path.stem in ("_ranks", "_ddp", "_planned") or "all_reduce(" not in code
+    assert path.parent.name == "_ranks" or not says(code, "DTensor", "torch.distributed")
+    assert path.parent.name == "_ranks" or "all_reduce(" not in code
 
 
 def test_words_that_are_forbidden_are_seen():
@@ -86,7 +103,7 @@ def test_the_host_asks_a_tensor_once():
     """`.item()` and truth of a tensor: under `error_if_nonfinite`, and where no device waits."""
     for path in PYTHON:
         assert ".item()" not in path.read_text() or path.stem == "__main__"
-    assert (ROOT / "fastclip/_arguments.py").read_text().count(".isfinite()") == 1
+    assert (ROOT / "fastclip/_decide.py").read_text().count("not norms.isfinite()") == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -135,7 +152,7 @@ def unplaced(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_tensors_are_made_on_a_named_device(path):
     assert not unplaced(path.read_text())
 
@@ -155,7 +172,7 @@ def test_no_mutable_module_state():
 
 def test_every_public_name_is_typed_and_documented():
     for path in PYTHON:
-        if path.stem.startswith("_"):
+        if path.parent.name != "fastclip" or path.stem.startswith("_"):
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):

@@ -21,7 +21,7 @@ from ranks import World
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import _ops, _plan, _ranks
+from fastclip import _ops, _ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 if dist.is_available():
@@ -139,18 +139,18 @@ def plain(*shape: int) -> nn.Parameter:
 def steps_of(call: Callable[[], Any]) -> int:
     """How many collectives a call takes part in."""
     count = 0
-    real = _ranks.all_reduce
+    real = _ranks.groups.all_reduce
 
     def counted(*args: Any) -> Tensor:
         nonlocal count
         count += 1
         return real(*args)
 
-    _ranks.all_reduce = counted
+    _ranks.groups.all_reduce = counted
     try:
         call()
     finally:
-        _ranks.all_reduce = real
+        _ranks.groups.all_reduce = real
     return count
 
 
@@ -736,14 +736,14 @@ def test_torch_agrees_where_it_is_right(world):
 
 def plans() -> None:
     made = 0
-    real = _plan.Plan.__init__
+    real = _ranks.Plan.__init__
 
     def counted(self: Any, *args: Any) -> None:
         nonlocal made
         made += 1
         real(self, *args)
 
-    _plan.Plan.__init__ = counted
+    _ranks.Plan.__init__ = counted
     try:
         mesh = init_device_mesh("cpu", (2,))
         parameters = [spread((6,), mesh, Shard(0)), plain(3), spread((6, 2), mesh, Shard(1))]
@@ -768,23 +768,23 @@ def plans() -> None:
             fastclip.clip_grad_norm_(parameters, 1e9, process_group=root["pp"])
         assert made == 5
         gc.disable()
-        replaced = weakref.ref(_plan._plans[0][parameters[0]._spec])
+        replaced = weakref.ref(_ranks.plan._plans[0][parameters[0]._spec])
         check(parameters)
         assert made == 6
         assert replaced() is None
     finally:
         gc.enable()
-        _plan.Plan.__init__ = real
+        _ranks.Plan.__init__ = real
     # Of layouts that torch itself keeps nowhere.
     layout = copy.copy(parameters[0]._spec)
     lone = nn.Parameter(DTensor(torch.zeros(3), layout, requires_grad=False))
     lone._spec = layout
     lone.grad = DTensor(torch.ones(3), layout, requires_grad=False)
     fastclip.clip_grad_norm_(lone, 1e9)
-    held, plan = len(_plan._plans[0]), weakref.ref(_plan._plans[0][layout])
+    held, plan = len(_ranks.plan._plans[0]), weakref.ref(_ranks.plan._plans[0][layout])
     del lone, layout
     gc.collect()
-    assert len(_plan._plans[0]) < held
+    assert len(_ranks.plan._plans[0]) < held
     assert plan() is None
 
 

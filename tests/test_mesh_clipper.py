@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard
 
 import fastclip
 from fastclip import AutoClip, GradClipper, ZClip
-from fastclip._mesh import local_of
+from fastclip._ranks import local_of
 
 
 @pytest.fixture(scope="module")

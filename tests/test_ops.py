@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import ORDERS, awkward, name_of, oracle, ulps
 
-from fastclip import _coef, _ops, _reference
+from fastclip import _ops
+from fastclip._ops import reference
+from fastclip._ops.coef import clip_coef
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -255,7 +257,7 @@ def test_clip_norm_is_measure_then_scale(ops, device, dtype, p, share, as_tensor
     apart = [t.clone() for t in tensors]
     norm = ops.norm(apart, p)
     max_norm = float(norm) * share
-    ops.scale_(apart, _coef.clip_coef(norm, max_norm))
+    ops.scale_(apart, clip_coef(norm, max_norm))
     threshold = torch.tensor(max_norm, dtype=norm.dtype, device=device) if as_tensor else max_norm
     assert torch.equal(ops.clip_norm_(tensors, threshold, p), norm)
     assert all(torch.equal(a, b) for a, b in zip(tensors, apart, strict=True))
@@ -276,8 +278,8 @@ def test_a_clip_by_known_norms_reads_nothing_else(ops, device, dtype, p, share, 
     threshold = torch.tensor(max_norm, device=device) if as_tensor else max_norm
     norm = ops.clip_norm_(tensors, threshold, p, norms)
     assert ulps(norm, expected) <= 2
-    assert norm.dtype == _reference.result_dtype(tensors)
-    ops.scale_(before, _coef.clip_coef(norm, threshold))
+    assert norm.dtype == reference.result_dtype(tensors)
+    ops.scale_(before, clip_coef(norm, threshold))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
@@ -407,13 +409,13 @@ def test_in_place_ops_bump_every_version(ops, device, op, strength):
 
 def test_the_defaults_split_large_tensors(device, monkeypatch):
     tensors = [*awkward(torch.float32, device), *_layouts(torch.float16, device).values()]
-    whole = [_reference.norm(tensors, p) for p in ORDERS]
-    monkeypatch.setattr(_reference, "BLOCK", 100)
-    monkeypatch.setattr(_reference, "CPU_BLOCK", 100)
+    whole = [reference.norm(tensors, p) for p in ORDERS]
+    monkeypatch.setattr(reference, "BLOCK", 100)
+    monkeypatch.setattr(reference, "CPU_BLOCK", 100)
     for p, norm in zip(ORDERS, whole, strict=True):
-        assert ulps(_reference.norm(tensors, p), float(norm)) <= 1
+        assert ulps(reference.norm(tensors, p), float(norm)) <= 1
     halves = [t.clone() for t in tensors]
-    _reference.scale_(halves, torch.tensor(0.5, device=device))
+    reference.scale_(halves, torch.tensor(0.5, device=device))
     assert all(torch.equal(h, t * 0.5) for h, t in zip(halves, tensors, strict=True))
 
 

@@ -225,11 +225,11 @@ def test_bad_input_is_named_and_changes_nothing(call, error, match):
 
 def test_several_devices_have_their_own_norms(monkeypatch):
     # One CPU stands for two devices.
-    from fastclip import _local
+    from fastclip._gradients import local
 
     monkeypatch.setattr(_ops, "extension", None)
     monkeypatch.setattr(
-        _local,
+        local,
         "_by_device",
         lambda tensors: {"cpu": [*range(len(tensors))][::2], "cpu:0": [*range(len(tensors))][1::2]},
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._mesh import local_of
-from ._wrapped import layers_of, steps_as_torch
+from .._ranks import local_of
+from .wrapped import layers_of, steps_as_torch
 
 # What a scaler sets for a step, and what makes it do so, which copies of an optimizer have lost.
 FLAGS = ("grad_scale", "found_inf", "_step_supports_amp_scaling")

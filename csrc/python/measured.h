@@ -69,7 +69,7 @@ class [[gnu::visibility("hidden")]] Measured {
 
   // All gradients; what is known of those that are as they were seen goes with them, and the others
   // are measured now. Nothing if any of them is not plain and Python has to look.
-  std::optional<Grads> take(const py::list& items) {
+  std::optional<PlainGrads> take(const py::list& items) {
     const size_t count = seen_.size();
     std::vector<const at::Tensor*> found(count);
     std::vector<bool> is_live(count), is_stale(count);
@@ -84,7 +84,7 @@ class [[gnu::visibility("hidden")]] Measured {
     const auto is_known = [&](size_t part) {
       return part != kNone && norms_[part].defined() && is_live[part] && !is_stale[part];
     };
-    Grads grads, rest;
+    PlainGrads grads, rest;
     grads.reserve(count);
     for (size_t i = 0; i < count; ++i) {
       if (!found[i]->defined()) continue;
@@ -163,7 +163,7 @@ class [[gnu::visibility("hidden")]] Measured {
 
   // A float64 of one element; undefined if there is nothing to measure, or Python has to.
   at::Tensor norm_of(const at::Tensor& grad) const {
-    Grads one;
+    PlainGrads one;
     const bool can = !is_paused && grad.defined() && one.add(grad);
     return can ? one.each_norms(p_, false) : at::Tensor();
   }

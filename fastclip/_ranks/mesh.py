@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ranks import Groups, Key, Ranks, Step, device_of, ranks_of, without_modes
+from .groups import Groups, Key, Ranks, Step, device_of, ranks_of, without_modes
 
 # Where a DTensor keeps its layout (mesh, placements) and what is on this rank.
 LAYOUT = "_spec"

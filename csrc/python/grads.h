@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_list.h"
+#include "../tensor_list.h"
 
 namespace fastclip {
 
@@ -23,7 +23,7 @@ inline bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& ot
 // Plain gradients of one device, or the plain tensors inside gradients that wrap one. The ops run
 // below autograd: nothing here is differentiated, and the kernels themselves bump the version
 // counters, but for those of the wrappers.
-class Grads {
+class PlainGrads {
  private:
   // The verbs keep the handles of their ops: finding one is a look at a locked table, and cold.
   template <class Op, class... Args>

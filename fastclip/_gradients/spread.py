@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _mesh, _ranks
-from ._ops import clip_coef
-from ._plan import Kind, Plan
-from ._reference import empty_norm
-from ._transforms import is_known
+from .. import _ranks
+from .._ops import clip_coef, empty_norm, is_known
+from .._ranks import Kind, Plan
 
 
-class PlannedGrads:
+class SpreadGrads:
     """The gradients of all ranks. `norms` has one for each label, `norm` is that of the first.
 
     They are plain tensors; `result` may make a DTensor of one. If the ranks `agree`, a norm that is
@@ -50,8 +48,8 @@ class PlannedGrads:
         if plan.mesh is None or norms.dim():
             return norms
         if dtype not in plan.result_layouts:
-            plan.result_layouts[dtype] = _mesh.replicated(plan.mesh, dtype)
-        return _mesh.as_replicated(norms, plan.result_layouts[dtype])
+            plan.result_layouts[dtype] = _ranks.replicated(plan.mesh, dtype)
+        return _ranks.as_replicated(norms, plan.result_layouts[dtype])
 
     @torch.compiler.disable
     def norm(self, p: float) -> Tensor:
@@ -108,11 +106,7 @@ class PlannedGrads:
             ValueError: they have other names on another rank; on all ranks.
         """
         number = zlib.crc32("\0".join(names).encode())
-        with _ranks.without_modes():
-            both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
-            for step in (*self.plan.steps, *self.plan.beyond):
-                both = _ranks.all_reduce(step, both, "MAX")
-        if both.tolist() != [number, -number]:
+        if not _ranks.is_same(number, [*self.plan.steps, *self.plan.beyond]):
             raise ValueError(
                 f"groups: expected the same on all ranks, in the same order, got {names} here and "
                 "others elsewhere; a rank that holds nothing of a group gives it no params"

@@ -1,8 +1,8 @@
-"""Parameters in, local gradients out: plain strided tensors that the ops can take.
+"""Parameters in, gradients out.
 
-The C++ walk reads a list of ordinary gradients; what it hands back (sparse, complex, several
-devices, tensors with gaps, subclasses, bad input) is read here. What is spread over ranks, or in
-groups, has a plan, and is read by it the same two ways. All results have the same verbs.
+The extension reads a list of ordinary gradients in C++. What it leaves (sparse, complex, several
+devices, tensors with gaps, subclasses, bad input) is looked at here. What is spread over ranks, or
+in groups, has a plan, and is read by it in the same two ways.
 """
 
 import types
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._local import Grads
-from ._look import describe, look
-from ._plan import NONE, Asked, Kind, Plan, find, follow, is_spread, of_plain
-from ._planned import PlannedGrads
-from ._ranks import as_groups
+from .. import _ops
+from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
+from .local import LocalGrads
+from .look import describe, look
+from .spread import SpreadGrads
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -77,10 +76,10 @@ def read_by(
     labels: Sequence[int],
     p: float,
     agree: bool,
-) -> PlannedGrads:
+) -> SpreadGrads:
     """As `read`, in groups by their labels, by the plan of the last time if it still fits."""
-    walks = _walk(None) is not None
-    plan, grads = follow(plan, parameters, asked, walks, True, Kind.of_order(p), labels)
+    at_once = _reader(None) is not None
+    plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), labels)
     return _planned(plan, grads, agree, lambda: look(parameters, None, True, plan))
 
 
@@ -93,8 +92,8 @@ def _read(
     agree: bool,
     name_of: Callable[[int], str] | None = None,
 ) -> Any:
-    walk = _walk(foreach)
-    read_all = None if walk is None else walk.read_grads if write else walk.take_tensors
+    reader = _reader(foreach)
+    read_all = None if reader is None else reader.read_grads if write else reader.take_tensors
     grads = read_all(items) if read_all else None
     if asked is NONE and (grads is not None or not is_spread(items)):
         return look(items, foreach, write, None, name_of) if grads is None else grads
@@ -111,24 +110,26 @@ def _read_spread(
     kind: Kind,
     agree: bool,
     name_of: Callable[[int], str] | None,
-) -> PlannedGrads:
+) -> SpreadGrads:
     if grads is not None and kind is Kind.TOTAL:
         plan = of_plain(items, asked)
     else:
-        plan, grads = find(items, asked, _walk(foreach) is not None, write, kind)
+        plan, grads = find(items, asked, _reader(foreach) is not None, write, kind)
     return _planned(plan, grads, agree, lambda: look(items, foreach, write, plan, name_of))
 
 
-def _planned(plan: Plan, grads: Any, agree: bool, read_all: Callable[[], Grads]) -> PlannedGrads:
+def _planned(
+    plan: Plan, grads: Any, agree: bool, read_all: Callable[[], LocalGrads]
+) -> SpreadGrads:
     """An error is for all ranks that wait for this one."""
     try:
         if plan.crossing is not None:
             raise ValueError(plan.crossing)
-        return PlannedGrads(read_all() if grads is None else grads, plan, agree)
+        return SpreadGrads(read_all() if grads is None else grads, plan, agree)
     except (TypeError, ValueError, RuntimeError) as error:
         if not plan.sends:
             raise
-        return PlannedGrads(None, plan, agree, error)
+        return SpreadGrads(None, plan, agree, error)
 
 
 def _asked(process_group: Any) -> Asked:
@@ -147,7 +148,7 @@ def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def _walk(foreach: bool | None) -> Any:
+def _reader(foreach: bool | None) -> Any:
     """The extension, unless Python looks at `foreach` or the compiler at everything."""
     return None if foreach or torch.compiler.is_compiling() else _ops.extension
 

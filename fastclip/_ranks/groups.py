@@ -16,8 +16,7 @@ from torch import Tensor
 # A mesh keeps its ranks in a tensor, of which a mode, as FakeTensorMode, would make what it likes.
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-from ._reference import norm_of
-from ._transforms import is_known
+from .._ops import is_known, norm_of
 
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
@@ -229,6 +228,15 @@ def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     options.reduceOp = getattr(dist.ReduceOp, op)
     step.group.allreduce([moved], options).wait()
     return moved.to(values.device) if elsewhere else moved
+
+
+def is_same(number: int, steps: Iterable[Step]) -> bool:
+    """Whether it is the same on all ranks of the steps; waits for the device."""
+    with without_modes():
+        both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
+        for step in steps:
+            both = all_reduce(step, both, "MAX")
+        return both.tolist() == [number, -number]
 
 
 def told(error: Exception, count: int, device: torch.device | None) -> Tensor:

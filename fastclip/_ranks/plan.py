@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _mesh, _ops, _ranks
-from ._reference import count_rows
+from .. import _ops
+from .groups import groups_of, reached, steps_beyond
+from .mesh import (
+    INNER,
+    LAYOUT,
+    Mesh,
+    Slot,
+    crossing,
+    is_dtensor,
+    layout_of,
+    local_of,
+    placed,
+    steps,
+)
 
 
 class Kind(enum.IntEnum):
@@ -57,11 +69,11 @@ class Plan:
         labels: Sequence[int] | None = None,
     ) -> None:
         self.kind, self.asked = kind, asked
-        self.groups = list(map(_ranks.groups_of, asked))
+        self.groups = list(map(groups_of, asked))
         if kind in (Kind.EACH, Kind.ROWS):
             labels, asked = range(len(items)), [()] * len(items)
         self.device = getattr(items[0], "device", None) if items else None
-        reaches = list(map(_ranks.reached, asked))
+        reaches = list(map(reached, asked))
         self._lay(layouts, [0] * len(items) if labels is None else labels, reaches)
         # Of each label how many slots there are, and which of them count beyond their meshes.
         self.counts = [0] * len(asked)
@@ -69,7 +81,7 @@ class Plan:
         for i, (label, slot) in enumerate(zip(self.label_of, self.slots, strict=True)):
             self.counts[label] += 1
             self.members[label] += [i] * slot.mine
-        self.beyond = _ranks.steps_beyond(self.groups)
+        self.beyond = steps_beyond(self.groups)
         self.sends = bool(self.steps or self.beyond)
         # The steps to which some label adds nothing.
         labels = set(range(len(asked)))
@@ -92,7 +104,7 @@ class Plan:
         )
         self._watch(layouts)
         if self.direct:
-            names = (_mesh.LAYOUT, _mesh.INNER)
+            names = (LAYOUT, INNER)
             self.wrapped = _ops.extension.Wrapped(layouts, self.slot_of, *names)
         self.result_layouts: dict[torch.dtype, Any] = {}
         self.warned = False
@@ -108,12 +120,12 @@ class Plan:
 
     def _lay(self, layouts: list[Any], labels: Sequence[int], reaches: list[set[int]]) -> None:
         """The slots, of each its label, for each item the index of its own, and the steps."""
-        meshes: dict[int, _mesh.Mesh] = {}
-        together: dict[int, dict[int, _mesh.Mesh]] = {}
-        plain = _mesh.Slot(frozenset(), (), True)
+        meshes: dict[int, Mesh] = {}
+        together: dict[int, dict[int, Mesh]] = {}
+        plain = Slot(frozenset(), (), True)
         # By label, or item, and layout.
-        found: dict[tuple[int, int], _mesh.Slot] = {}
-        places: dict[_mesh.Slot, tuple] = {plain: ()}
+        found: dict[tuple[int, int], Slot] = {}
+        places: dict[Slot, tuple] = {plain: ()}
         owners = labels if self.kind is Kind.TOTAL else range(len(layouts))
         for owner, label, layout in zip(owners, labels, layouts, strict=True):
             if (owner, id(layout)) in found:
@@ -122,7 +134,7 @@ class Plan:
                 found[owner, id(layout)] = plain
                 continue
             if id(layout.mesh) not in meshes:
-                meshes[id(layout.mesh)] = _mesh.Mesh(layout.mesh)
+                meshes[id(layout.mesh)] = Mesh(layout.mesh)
             mesh = meshes[id(layout.mesh)]
             together.setdefault(label, {})[id(mesh)] = mesh
             rows = self.kind is Kind.ROWS and len(layout.shape) > 1
@@ -141,8 +153,8 @@ class Plan:
         ]
         label_of = dict(zip(owners, labels, strict=True))
         self.label_of = [label_of[owner] for owner, _ in slots]
-        self.steps = _mesh.steps(meshes.values(), self.slots)
-        each = (_mesh.crossing(some.values(), reaches[label]) for label, some in together.items())
+        self.steps = steps(meshes.values(), self.slots)
+        each = (crossing(some.values(), reaches[label]) for label, some in together.items())
         self.crossing = next(filter(None, each), None)
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
@@ -158,7 +170,7 @@ class Plan:
         if not self._alive or asked is self.asked:
             return bool(self._alive)
         # A slice of a mesh is a new object each time, with the groups of the last time.
-        now = map(_ranks.groups_of, asked)
+        now = map(groups_of, asked)
         return [list(map(id, some)) for some in now] == [list(map(id, g)) for g in self.groups]
 
     def fits(self, layouts: Sequence[Any]) -> bool:
@@ -169,12 +181,12 @@ class Plan:
 
     def local(self, item: Tensor, tensor: Tensor, name: str, write: bool) -> tuple[Tensor, Tensor]:
         """`tensor`, the gradient of an item or the item, placed as planned; and what is here."""
-        wrapper = _mesh.placed(tensor, _mesh.layout_of(item), name)
+        wrapper = placed(tensor, layout_of(item), name)
         if wrapper is not tensor:
             self._warn(f"{name} is placed {tensor.placements}, not {wrapper.placements}")
             if write:
                 item.grad = wrapper
-        return wrapper, _mesh.local_of(wrapper)
+        return wrapper, local_of(wrapper)
 
     def _warn(self, what: str) -> None:
         if not self.warned:
@@ -192,7 +204,7 @@ _plans = tuple(WeakIdKeyDictionary() for _ in Kind)
 
 
 def is_spread(items: Sequence[Any]) -> bool:
-    return any(map(_mesh.is_dtensor, items))
+    return any(map(is_dtensor, items))
 
 
 def of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
@@ -201,16 +213,16 @@ def of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
 
 
 def find(
-    items: Sequence[Tensor], asked: Asked, walks: bool, write: bool, kind: Kind
+    items: Sequence[Tensor], asked: Asked, at_once: bool, write: bool, kind: Kind
 ) -> tuple[Plan, Any]:
-    """The plan for these parameters or tensors, and what the extension reads by it, if it `walks`.
+    """The plan for these parameters or tensors, and what the extension reads by it `at_once`.
 
     Raises:
         ValueError: of several groups two share more than this rank.
     """
-    key = next((_mesh.layout_of(item) for item in items if _mesh.is_dtensor(item)), None)
+    key = next((layout_of(item) for item in items if is_dtensor(item)), None)
     known = None if key is None else _plans[kind].get(key)
-    plan, grads = follow(known, items, asked, walks, write, kind)
+    plan, grads = follow(known, items, asked, at_once, write, kind)
     if key is not None and plan is not known:
         _plans[kind][key] = plan
     return plan, grads
@@ -220,20 +232,20 @@ def follow(
     plan: Plan | None,
     items: Sequence[Tensor],
     asked: Asked,
-    walks: bool,
+    at_once: bool,
     write: bool,
     kind: Kind = Kind.TOTAL,
     labels: Sequence[int] | None = None,
 ) -> tuple[Plan, Any]:
     """As `find`, by the `plan` at hand, or a new one if that is not for these items any more."""
     known = plan is not None and plan.is_for(asked)
-    grads = plan.read(items, write) if known and walks else None
+    grads = plan.read(items, write) if known and at_once else None
     if grads is None:
-        layouts = [_mesh.layout_of(item) for item in items]
+        layouts = [layout_of(item) for item in items]
         if not (known and plan.fits(layouts)):
             plan = Plan(items, layouts, asked, kind, labels)
-        grads = plan.read(items, write) if walks else None
+        grads = plan.read(items, write) if at_once else None
     if kind is Kind.ROWS:
         # A layout does not tell them: plain tensors have none.
-        plan.sizes = [count_rows(_mesh.local_of(item)) for item in items]
+        plan.sizes = [_ops.count_rows(local_of(item)) for item in items]
     return plan, grads

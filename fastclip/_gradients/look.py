@@ -1,4 +1,4 @@
-"""Tensors looked at one by one, with all that Python knows to check: what the walk hands back."""
+"""Tensors looked at one by one, with all that Python knows to check: what C++ does not read."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from ._local import Grads, held
-from ._mesh import placed
-from ._plan import Plan
+from .._ranks import Plan, placed
+from .local import LocalGrads, held
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUPPORTED = (*_REAL, torch.complex32, torch.complex64, torch.complex128)
@@ -21,7 +20,7 @@ def look(
     write: bool,
     plan: Plan | None,
     name_of: Callable[[int], str] | None = None,
-) -> Grads:
+) -> LocalGrads:
     """The gradients, or tensors, one by one, with all that Python knows to check."""
     # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
     found: dict[int, tuple[Tensor, int]] = {}
@@ -50,7 +49,7 @@ def look(
         raise errors[0]
     tensors = [tensor for tensor, _ in found.values()]
     _check_foreach(tensors, foreach)
-    return Grads(tensors, [slot for _, slot in found.values()], wrappers)
+    return LocalGrads(tensors, [slot for _, slot in found.values()], wrappers)
 
 
 def describe(value: object) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ranks import Step, all_reduce, device_of
+from .groups import Step, all_reduce, device_of
 
 
 def is_data_parallel(module: object) -> bool:

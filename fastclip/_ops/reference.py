@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._coef import clip_coef, means_zeros
-from ._transforms import converted, is_known, is_transformed
+from .coef import clip_coef, means_zeros
+from .transforms import converted, is_known, is_transformed
 
 # A block is converted to float64 to be measured: 8 MB of it on a device. On the CPU torch divides
 # a reduction of 32 Ki elements or more among its threads, and its bits depend on how many.

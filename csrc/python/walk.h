@@ -17,9 +17,9 @@ namespace fastclip {
 
 // A set of addresses, as small as one can be: a third of a walk over thousands of parameters would
 // go to a general one.
-class Seen {
+class Addresses {
  public:
-  explicit Seen(size_t count)
+  explicit Addresses(size_t count)
       : slots_(std::bit_ceil(count + count / 2 + 1)), shift_(std::countl_zero(slots_.size() - 1)) {}
 
   // Whether `address` is new.
@@ -46,13 +46,13 @@ enum class What { kGrads, kTensors };
 // Each step of a batch only follows one pointer of every item, so that the cache misses of
 // thousands of scattered objects overlap.
 template <What what>
-std::optional<Grads> read(const py::object& list) {
+std::optional<PlainGrads> read(const py::object& list) {
   constexpr Py_ssize_t kBatch = 16;
   PyObject** items = PySequence_Fast_ITEMS(list.ptr());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
-  Grads grads;
+  PlainGrads grads;
   grads.reserve(count);
-  Seen seen(what == What::kGrads ? count : 0);
+  Addresses seen(what == What::kGrads ? count : 0);
   for (Py_ssize_t begin = 0; begin < count; begin += kBatch) {
     const Py_ssize_t batch = std::min(kBatch, count - begin);
     c10::TensorImpl* impls[kBatch];
@@ -94,12 +94,12 @@ class Wrapped {
   // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
   // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
   template <What what>
-  std::optional<Grads> read(const py::list& list) const {
+  std::optional<PlainGrads> read(const py::list& list) const {
     const size_t count = list.size();
     if (count != layouts_.size()) return std::nullopt;
-    Grads grads;
+    PlainGrads grads;
     grads.reserve(count);
-    Seen seen(what == What::kGrads ? count : 0);
+    Addresses seen(what == What::kGrads ? count : 0);
     for (size_t i = 0; i < count; ++i) {
       const py::handle item = PyList_GET_ITEM(list.ptr(), i);
       if (!is_tensor(item)) return std::nullopt;

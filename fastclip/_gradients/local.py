@@ -12,15 +12,19 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _ops
-from ._coef import means_zeros
-from ._ops import clip_coef
-from ._reference import count_rows, result_dtype
-from ._transforms import is_differentiated, is_known
+from .. import _ops
+from .._ops import (
+    clip_coef,
+    count_rows,
+    is_differentiated,
+    is_known,
+    means_zeros,
+    result_dtype,
+)
 
 
-class Grads:
-    """Gradients of any layout and any mix of devices, with the verbs of the C++ walk's result.
+class LocalGrads:
+    """Gradients of any layout and any mix of devices, with the verbs of those read in C++.
 
     Norms are float64; `result` makes of them what is returned, as precise as the gradients.
     """

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ops
+from .. import _ops
 
 
 def named(source: Any) -> list[tuple[str, Tensor]]:
@@ -51,8 +51,8 @@ def _names(g: int, group: dict[str, Any]) -> list[str]:
     return group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
 
 
-class Walk:
-    """The named parameters of a source, walked again only when they are others."""
+class NamedParameters:
+    """The named parameters of a source, looked up again only when they are others."""
 
     def __init__(self, source: Any) -> None:
         lasting = isinstance(source, nn.Module | Optimizer | Tensor | list | tuple)
@@ -60,16 +60,16 @@ class Walk:
         self._watch: Any = None
 
     def is_unchanged(self) -> bool:
-        """Whether `named` would return what it did at the last `start`; False if none can tell."""
+        """Whether `named` would return what it did at the last `find`; False if none can tell."""
         if self._watch is None or not self._watch.is_unchanged():
             return False
         return not self._lists or all(map(operator.is_, _lists(self._optimizers), self._lists))
 
-    def stop(self) -> None:
-        """Have it walked again."""
+    def forget(self) -> None:
+        """Have `find` look again."""
         self._watch = None
 
-    def start(self) -> list[tuple[str, Tensor]]:
+    def find(self) -> list[tuple[str, Tensor]]:
         if _ops.extension is not None:
             own = [self.source] if isinstance(self.source, list) else []
             several = isinstance(self.source, list | tuple)

@@ -27,7 +27,7 @@ constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 }  // namespace fastclip
 
 PYBIND11_MODULE(_C, m) {
-  using fastclip::Grads;
+  using fastclip::PlainGrads;
   m.attr("built_for") = fastclip::kBuiltFor;
   m.attr("cuda_architectures") =
       fastclip::cuda::architectures ? fastclip::cuda::architectures() : std::vector<int>();
@@ -36,19 +36,19 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
-  py::class_<Grads>(m, "Grads")
-      .def("__len__", &Grads::size)
-      .def("is_wide", &Grads::is_wide)
-      .def("result", &Grads::result)
-      .def("norm", &Grads::norm)
-      .def("slots", &Grads::slots)
-      .def("norms", &Grads::norms)
-      .def("each_norms", &Grads::each_norms, py::arg("p"), py::arg("rows") = false)
-      .def("scale_", &Grads::scale_)
-      .def("scale_each_", &Grads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
-      .def("clamp_", &Grads::clamp_)
-      .def("clip_norm_", &Grads::clip_norm_)
-      .def("clip_norm_", &Grads::clip_norm_tensor_);
+  py::class_<PlainGrads>(m, "PlainGrads")
+      .def("__len__", &PlainGrads::size)
+      .def("is_wide", &PlainGrads::is_wide)
+      .def("result", &PlainGrads::result)
+      .def("norm", &PlainGrads::norm)
+      .def("slots", &PlainGrads::slots)
+      .def("norms", &PlainGrads::norms)
+      .def("each_norms", &PlainGrads::each_norms, py::arg("p"), py::arg("rows") = false)
+      .def("scale_", &PlainGrads::scale_)
+      .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
+      .def("clamp_", &PlainGrads::clamp_)
+      .def("clip_norm_", &PlainGrads::clip_norm_)
+      .def("clip_norm_", &PlainGrads::clip_norm_tensor_);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str>())

@@ -30,13 +30,6 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -
     )
 
 
-def spared_coef(coef: Tensor, total_norm: Tensor, nonfinite: str) -> Tensor:
-    """`coef`; where the norm is not finite 1 for "skip", for "zero" one that `scale_` zeroes by."""
-    if nonfinite not in ("skip", "zero"):
-        return coef
-    return coef.where(total_norm.isfinite(), 1 if nonfinite == "skip" else -0.0)
-
-
 def means_zeros(coef: Tensor) -> Tensor:
     """Where it is -0.0, a multiplier that no clip comes to."""
     return (coef == 0) & coef.signbit()

@@ -6,7 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include "tensor_list.h"
+#include "../tensor_list.h"
 
 namespace fastclip {
 

@@ -1,0 +1,54 @@
+"""From norms to coefficients: by a threshold or a rule, and where a norm is not finite."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._arguments import Threshold, fixed_threshold
+from ._ops import clip_coef
+
+
+def decide(
+    norms: Tensor,
+    max_norm: Threshold,
+    wide: bool,
+    nonfinite: str = "propagate",
+    factor: float | Tensor | None = None,
+) -> Tensor:
+    """What to multiply gradients by: factor * min(1, max_norm / (norm + 1e-6)), of `norms`' shape.
+
+    `norms`, 0-d or 1-d, are float64 and those of `factor` times the gradients. The coefficient is
+    as precise as float32, or, if `wide`, as float64.
+    """
+    coef = clip_coef(norms, resolved(max_norm, norms), wide)
+    if factor is not None:
+        # A tensor may be anything; below 0 it would reverse the step.
+        coef = (coef * factor).masked_fill(norms < 0, math.nan)
+    return spared(coef, norms, nonfinite)
+
+
+def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
+    """What a rule makes of the norm; a number or a tensor as it is."""
+    return fixed_threshold(max_norm(total_norm)) if callable(max_norm) else max_norm
+
+
+def spared(coef: Tensor, norms: Tensor, nonfinite: str) -> Tensor:
+    """`coef`; where a norm is not finite 1 for "skip", for "zero" one that `scale_` zeroes by."""
+    if nonfinite not in ("skip", "zero"):
+        return coef
+    return coef.where(norms.isfinite(), 1 if nonfinite == "skip" else -0.0)
+
+
+def raise_if_nonfinite(norms: Tensor, p: float) -> None:
+    if norms.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "error_if_nonfinite: waits for the device, which no CUDA graph capture allows; capture "
+            "the call without it and look at the norm it returns after a replay"
+        )
+    if not norms.isfinite().all():
+        raise RuntimeError(
+            f"The total norm of order {p} for gradients from `parameters` is non-finite, so it "
+            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
+            "norm anyway, set `error_if_nonfinite=False`"
+        )

@@ -1,0 +1,25 @@
+"""From parameters to gradients that have verbs: measure, scale, clamp, clip.
+
+`read` and `take` return `Gradients`: plain ones, whose list the extension has read in C++; local
+ones, read here; or those that are spread over ranks. Imports `_ranks` and `_ops`.
+"""
+
+from .local import held
+from .named import NamedParameters, named
+from .protocol import Gradients
+from .reading import aligned, as_list, read, read_by, take, take_weights
+from .spread import SpreadGrads
+
+__all__ = [
+    "Gradients",
+    "NamedParameters",
+    "SpreadGrads",
+    "aligned",
+    "as_list",
+    "held",
+    "named",
+    "read",
+    "read_by",
+    "take",
+    "take_weights",
+]

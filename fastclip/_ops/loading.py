@@ -1,0 +1,66 @@
+"""The extension: found beside the package, if it is built for this torch; and why it may not serve.
+
+Built for another torch it would not load, which is seen before it is tried.
+"""
+
+import importlib
+import importlib.machinery
+import mmap
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REBUILD = "pip install --no-build-isolation -e ."
+NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
+
+
+def _built_for(path: str) -> str:
+    """The torch version an extension file was built for, read without loading it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb"fastclip built for torch ([\w.+]+)", data)
+        return found[1].decode() if found else "unknown"
+
+
+def _load() -> ModuleType | None:
+    """`_C`, or None if it is not built, or built for a torch of another minor version."""
+    # In this package and nowhere else: an editable install of another checkout would be found.
+    package = str(Path(__file__).parent.parent)
+    spec = importlib.machinery.PathFinder.find_spec("fastclip._C", [package])
+    if spec is None or spec.origin is None:
+        return None
+    built_for = _built_for(spec.origin)
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        warnings.warn(
+            f"fastclip was built for torch {built_for} and this is torch {torch.__version__}: its "
+            f"plain-PyTorch ops are in use. To rebuild, in its checkout: {REBUILD}",
+            stacklevel=2,
+        )
+        return None
+    return importlib.import_module("fastclip._C")
+
+
+extension: Any = _load()
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the kernels do not serve a CUDA device, and the way out; None if they do."""
+    reason = extension.cuda_refusal(device.index) if extension else "not built"
+    if reason == "not built":
+        return f"the CUDA kernels are not built. With nvcc ({NVCC}), in a checkout: {REBUILD}"
+    if reason == "no code for its architecture":
+        major, minor = torch.cuda.get_device_capability(device)
+        rebuild = f"TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+        return f"the CUDA kernels hold {reason}. In a checkout: {rebuild}"
+    return reason and (
+        f"{reason}. Update the driver, or rebuild, in a checkout, with the nvcc of a toolkit that "
+        f"is not newer: {REBUILD}"
+    )
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether compiled kernels are registered for a device type, 'cpu' or 'cuda'."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fastclip::norm", device_type.upper())
