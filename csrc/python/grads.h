@@ -69,15 +69,16 @@ class PlainGrads {
     return call(op, known_ ? *known_ : tensors_, p, true);
   }
 
-  const std::vector<int64_t>& slots() const { return slots_; }
+  // All gradients are of the first slot where none was noted.
+  std::vector<int64_t> slots() const {
+    return slots_.empty() ? std::vector<int64_t>(tensors_.size()) : slots_;
+  }
 
-  // The norm of each slot, up to the last slot that holds a gradient. All are of the first where
-  // none was noted.
+  // The norm of each slot, up to the last slot that holds a gradient.
   at::Tensor norms(double p) const {
     static const auto op = find_op<NormsOp>("fastclip::norms");
-    const std::vector<int64_t> first(slots_.empty() ? tensors_.size() : 0);
-    const auto& slots = slots_.empty() ? first : slots_;
-    return call(op, tensors_, p, at::OptionalIntArrayRef(slots), true, false);
+    const std::vector<int64_t> of = slots();
+    return call(op, tensors_, p, at::OptionalIntArrayRef(of), true, false);
   }
 
   // The norm of each gradient, or of each row.
@@ -88,9 +89,9 @@ class PlainGrads {
 
   // By one coefficient, or one for each slot.
   void scale_(const at::Tensor& coef) const {
-    const auto slots = coef.dim() ? at::OptionalIntArrayRef(slots_) : std::nullopt;
     static const auto op = find_op<ScaleOp>("fastclip::scale_");
-    call(op, tensors_, coef, slots, false);
+    const auto of = coef.dim() ? std::optional(slots()) : std::nullopt;
+    call(op, tensors_, coef, of ? at::OptionalIntArrayRef(*of) : std::nullopt, false);
     bump_versions(wrappers_);
   }
 

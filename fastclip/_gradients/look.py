@@ -39,7 +39,7 @@ def look(
             else:
                 wrapper, tensor = plan.local(item, tensor, name, write)
                 wrappers += [wrapper] * (wrapper is not tensor)
-                slot = plan.slot_of[position]
+                slot = plan.reduction.slot_of[position]
             _check_supported(tensor, name, write)
         except (TypeError, ValueError, RuntimeError) as error:
             # The next ones may have to be placed, together with other ranks.

@@ -123,11 +123,11 @@ def _planned(
 ) -> SpreadGrads:
     """An error is for all ranks that wait for this one."""
     try:
-        if plan.crossing is not None:
-            raise ValueError(plan.crossing)
+        if plan.reduction.crossing is not None:
+            raise ValueError(plan.reduction.crossing)
         return SpreadGrads(read_all() if grads is None else grads, plan, agree)
     except (TypeError, ValueError, RuntimeError) as error:
-        if not plan.sends:
+        if not plan.reduction.sends:
             raise
         return SpreadGrads(None, plan, agree, error)
 

@@ -27,6 +27,7 @@ class SpreadGrads:
         self, local: Any, plan: Plan, agree: bool = False, error: Exception | None = None
     ) -> None:
         self._local, self.plan, self.agree, self.error = local, plan, agree, error
+        self.reduction = plan.reduction
         self.wide = plan.wide or (error is None and local.is_wide())
 
     @property
@@ -67,8 +68,8 @@ class SpreadGrads:
     @torch.compiler.disable
     def scale_(self, coef: Tensor) -> None:
         """By one coefficient, or one for each label."""
-        labels = self.plan.label_of
-        if coef.dim() and not self.plan.is_flat:
+        labels = self.reduction.label_of
+        if coef.dim() and not self.reduction.is_flat:
             coef = torch.stack([coef[label] for label in labels]) if labels else coef
         self.local.scale_(coef)
 
@@ -77,7 +78,7 @@ class SpreadGrads:
         if not rows:
             self.local.scale_(coefs)
             return
-        if len(self.local) < len(self.plan.slots):
+        if len(self.local) < len(self.reduction.slots):
             each = coefs.split(self.plan.sizes)
             coefs = torch.cat([each[slot] for slot in self.local.slots()] or [coefs[:0]])
         self.local.scale_each_(coefs, True)
@@ -95,7 +96,7 @@ class SpreadGrads:
     @torch.compiler.disable
     def added(self, counts: Tensor) -> Tensor:
         """Float64 counts, one for each item of an EACH plan, added up over ranks."""
-        for step in self.plan.steps:
+        for step in self.reduction.steps:
             counts = _ranks.over(step, counts, 1) if step.members else counts
         return counts
 
@@ -106,59 +107,58 @@ class SpreadGrads:
             ValueError: they have other names on another rank; on all ranks.
         """
         number = zlib.crc32("\0".join(names).encode())
-        if not _ranks.is_same(number, [*self.plan.steps, *self.plan.beyond]):
+        if not _ranks.is_same(number, [*self.reduction.steps, *self.reduction.beyond]):
             raise ValueError(
                 f"groups: expected the same on all ranks, in the same order, got {names} here and "
                 "others elsewhere; a rank that holds nothing of a group gives it no params"
             )
 
     def _norms(self, p: float) -> Tensor:
-        plan, order = self.plan, abs(p)
+        plan, reduction, order = self.plan, self.reduction, abs(p)
         parts = self._parts(p)
-        for step, is_open in zip(plan.steps, plan.open, strict=True):
+        for step, is_open in zip(reduction.steps, reduction.open, strict=True):
             if self.agree:
-                parts = _ranks.spoiled(parts, plan.counts, step if is_open else None)
+                parts = _ranks.spoiled(parts, reduction.counts, step if is_open else None)
             if step.members:
                 parts = _ranks.over(step, parts, order, plan.sizes)
-        if not plan.is_flat:
-            parts = _ranks.combined(parts, plan.members, order)
+        if not reduction.is_flat:
+            parts = _ranks.combined(parts, reduction.members, order)
             if self.error is not None:
                 # Also for a label of which this rank has nothing to add.
                 parts = torch.full_like(parts, -math.inf)
-        tells_wide = any(step.device.type == "cpu" for step in plan.beyond)
-        if tells_wide:
+        if reduction.tells_wide:
             # With the norms goes whether a gradient is float64, for all to return the same dtype.
             parts = torch.constant_pad_nd(parts, (0, 1), self.wide)
-        for step in plan.beyond:
+        for step in reduction.beyond:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:
             raise self.error
-        if plan.sends:
+        if reduction.sends:
             _ranks.raise_if_told(parts)
-        if tells_wide:
+        if reduction.tells_wide:
             parts, wide = parts[:-1], parts[-1]
             self.wide = bool(wide) if is_known(wide) else self.wide
         return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:
         """What is added up, of all slots."""
-        plan = self.plan
+        plan, reduction = self.plan, self.reduction
         if self.error is None:
             try:
                 return _ranks.as_parts(self._local_norms(p), p)
             except (TypeError, ValueError, RuntimeError) as error:
-                if not plan.sends:
+                if not reduction.sends:
                     raise
                 self.error = error
-        count = len(plan.slots) if plan.sizes is None else sum(plan.sizes)
+        count = len(reduction.slots) if plan.sizes is None else sum(plan.sizes)
         return _ranks.told(self.error, count, plan.device)
 
     def _local_norms(self, p: float) -> Tensor:
         """The norms of all slots; what adds nothing for those that hold nothing here."""
-        plan, count = self.plan, len(self.plan.slots)
-        rows = plan.kind is Kind.ROWS
+        plan, reduction, count = self.plan, self.reduction, len(self.reduction.slots)
+        rows = reduction.kind is Kind.ROWS
         # Slots of order 0 count tensors, and here are the elements of each.
-        if rows or (plan.kind is Kind.EACH and p == 0):
+        if rows or (reduction.kind is Kind.EACH and p == 0):
             norms = self.local.each_norms(p, rows)
             if len(self.local) == count:
                 return norms

@@ -4,20 +4,11 @@ Nothing but this room knows DTensors and collectives. It imports `_ops` alone.
 """
 
 from .ddp import is_data_parallel, on_reduced_buckets
-from .groups import (
-    as_groups,
-    as_norm,
-    as_parts,
-    combined,
-    is_alone,
-    is_same,
-    over,
-    raise_if_told,
-    spoiled,
-    told,
-)
+from .groups import as_groups, is_alone, is_same, raise_if_told, told
 from .mesh import as_replicated, is_dtensor, local_of, placed, replicated, value_of
-from .plan import NONE, Asked, Kind, Plan, find, follow, is_spread, of_plain
+from .parts import as_norm, as_parts, combined, over, spoiled
+from .plan import Plan, find, follow, is_spread, of_plain
+from .reduction import NONE, Asked, Kind
 
 __all__ = [
     "NONE",

@@ -1,0 +1,160 @@
+"""Three kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ORDERS, oracle
+from torch import Tensor
+
+from fastclip import _ops
+from fastclip._gradients import Gradients, SpreadGrads, read
+from fastclip._gradients.local import LocalGrads
+from fastclip._ranks import Kind
+
+VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
+SHAPES = [(3, 4), (5,), (2, 1, 2)]
+
+
+def values(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+
+
+def parameters_with(grads: list[Tensor]) -> list[Tensor]:
+    parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.clone()
+    return parameters
+
+
+def plain(parameters: list[Tensor], kind: Kind) -> Any:
+    if _ops.extension is None:
+        pytest.skip("not built")
+    grads = read(parameters, kind=kind)
+    assert type(grads) is _ops.extension.PlainGrads
+    return grads
+
+
+def local(parameters: list[Tensor], kind: Kind) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops, "extension", None)
+        grads = read(parameters, kind=kind)
+    assert type(grads) is LocalGrads
+    return grads
+
+
+def spread(parameters: list[Tensor], kind: Kind) -> Any:
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = dist.init_device_mesh("cpu", (1,))
+    wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in parameters]
+    for outer, inner in zip(wrapped, parameters, strict=True):
+        outer.grad = DTensor.from_local(inner.grad, mesh, [Shard(0)])
+    grads = read(wrapped, kind=kind)
+    assert type(grads) is SpreadGrads
+    return grads
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(params=[plain, local, spread], ids=lambda make: make.__name__)
+def make(request: pytest.FixtureRequest, _one_rank: None) -> Callable[..., Any]:
+    return request.param
+
+
+def floats(norms: Tensor) -> list[float]:
+    return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).reshape(-1).tolist()
+
+
+def test_all_kinds_have_all_verbs():
+    assert {"norm", "norms", "each_norms", "scale_", "scale_each_", "clamp_"} < set(VERBS)
+    kinds = [LocalGrads, SpreadGrads]
+    kinds += [_ops.extension.PlainGrads] if _ops.extension else []
+    for kind in kinds:
+        assert not [verb for verb in VERBS if not hasattr(kind, verb)], kind
+    for verb in VERBS:
+        expected = inspect.signature(getattr(Gradients, verb)).parameters
+        for kind in (LocalGrads, SpreadGrads):
+            found = inspect.signature(getattr(kind, verb)).parameters
+            assert list(found.values()) == list(expected.values()), (kind, verb)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_norms_are_float64_until_they_are_returned(make, dtype, p):
+    grads = values(dtype)
+    made = make(parameters_with(grads), Kind.TOTAL)
+    assert len(made) == len(grads)
+    assert made.is_wide() == (dtype == torch.float64)
+    total, all_groups = made.norm(p), made.norms(p)
+    assert (total.shape, all_groups.shape) == ((), (1,))
+    assert total.dtype == all_groups.dtype == torch.float64
+    assert floats(total) == floats(all_groups)
+    assert floats(total) == pytest.approx([oracle(grads, p)], rel=2e-7)
+    expected = torch.float64 if made.is_wide() else torch.float32
+    assert made.result(total).dtype == made.result(all_groups).dtype == expected
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])
+def test_each_norm_scales_its_own(make, rows):
+    grads = values()
+    made = make(parameters := parameters_with(grads), Kind.ROWS if rows else Kind.EACH)
+    units = [u for g in grads for u in (g.unbind() if rows and g.dim() > 1 else [g])]
+    norms = made.each_norms(2.0, rows=rows)
+    assert norms.shape == (len(units),)
+    assert norms.dtype == torch.float64
+    assert floats(norms) == pytest.approx([oracle([unit], 2.0) for unit in units], rel=2e-7)
+    coefs = torch.linspace(0.25, 1.75, len(units), dtype=torch.float64)
+    made.scale_each_(coefs, rows=rows)
+    scaled = [unit * coef.float() for unit, coef in zip(units, coefs, strict=True)]
+    found = torch.cat([p.grad.reshape(-1) for p in parameters])
+    assert torch.equal(found, torch.cat([s.reshape(-1) for s in scaled]))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
+@pytest.mark.parametrize("coef", [0.5, 1.0, -0.0])
+def test_a_coefficient_scales_all(make, coef, shape):
+    grads = [*values(), torch.tensor([float("nan")])]
+    made = make(parameters := parameters_with(grads), Kind.TOTAL)
+    before = [p.grad._version for p in parameters]
+    made.scale_(torch.full(shape, coef, dtype=torch.float64))
+    for parameter, grad in zip(parameters, grads, strict=True):
+        expected = grad * coef if coef else torch.zeros_like(grad)
+        assert torch.equal(parameter.grad.nan_to_num(7), expected.nan_to_num(7))
+    assert all(p.grad._version > v for p, v in zip(parameters, before, strict=True))
+
+
+def test_elements_are_clamped(make):
+    grads = values()
+    made = make(parameters := parameters_with(grads), Kind.TOTAL)
+    made.clamp_(0.5)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        assert torch.equal(parameter.grad, grad.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_one_verb_is_as_all_three(make, max_norm):
+    grads = values()
+    made = make(parameters := parameters_with(grads), Kind.TOTAL)
+    norm = oracle(grads, 2.0)
+    assert floats(made.clip_norm_(max_norm, 2.0)) == pytest.approx([norm], rel=2e-7)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad * (0.5 / (norm + 1e-6)))
+
+
+def test_no_gradients_have_a_norm_of_zero(make):
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    if make is spread:
+        pytest.skip("test_mesh has ranks without gradients")
+    made = make(parameters, Kind.TOTAL)
+    assert len(made) == 0
+    assert floats(made.norm(2.0)) == [0.0]
+    assert made.each_norms(2.0).shape == (0,)
