@@ -165,9 +165,11 @@ class NormAccumulator:
         seen = averaged is not None or is_alone()
         if not seen or _ops.extension is None or any(map(_is_odd, self._items)):
             return
-        self._measured = measured = _ops.extension.Measured(self._items, self.p)
-        hook = measured.see
-        if averaged is not None:
+        if averaged is None:
+            self._measured = _ops.extension.MeasuredGrads(self._items, self.p)
+            hook = self._measured.see
+        else:
+            self._measured = measured = _ops.extension.MeasuredBuckets(self._items, self.p)
             hook = measured.touch
             settle = partial(measured.settle, self._items)
             on_reduced_buckets(averaged, measured.see_bucket, settle, measured.forget)

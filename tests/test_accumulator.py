@@ -408,7 +408,7 @@ def test_a_gradient_counts_to_the_bucket_it_was_last_in(buckets, read):
     items = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
     for item in items:
         item.grad = torch.randn(3)
-    measured = _ops.extension.Measured(items, 2.0)
+    measured = _ops.extension.MeasuredBuckets(items, 2.0)
     for cut in ([(0, 1), (2,)], [(0,), (1,), (2,)], buckets):
         for number, members in enumerate(cut):
             some = [items[i] for i in members]
@@ -425,7 +425,7 @@ def test_a_gradient_counts_to_the_bucket_it_was_last_in(buckets, read):
 @needs_hooks
 def test_a_gradient_that_backward_left_out_is_not_what_its_bucket_holds():
     items = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    measured = _ops.extension.Measured(items, 2.0)
+    measured = _ops.extension.MeasuredBuckets(items, 2.0)
     for touched in (items, items[:1]):
         for item in touched:
             item.grad = torch.randn(3)

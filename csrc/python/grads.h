@@ -90,8 +90,8 @@ class PlainGrads {
   // By one coefficient, or one for each slot.
   void scale_(const at::Tensor& coef) const {
     static const auto op = find_op<ScaleOp>("fastclip::scale_");
-    const auto of = coef.dim() ? std::optional(slots()) : std::nullopt;
-    call(op, tensors_, coef, of ? at::OptionalIntArrayRef(*of) : std::nullopt, false);
+    const std::vector<int64_t> of = coef.dim() ? slots() : std::vector<int64_t>();
+    call(op, tensors_, coef, coef.dim() ? at::OptionalIntArrayRef(of) : std::nullopt, false);
     bump_versions(wrappers_);
   }
 

@@ -1,5 +1,14 @@
 // Norms that hooks measure while backward runs. Each counts as long as its gradients are the same
 // tensors, unchanged, as far as their version counters tell.
+//
+// A part is what is measured in one go: a gradient, or a bucket in which DistributedDataParallel
+// averages several. Each gradient is in one of three states:
+//
+//   unseen   at first, and whenever the norm of its part is forgotten, or was not measured in a
+//            pause: the clip measures it
+//   touched  backward has added to it, but its bucket counts only once backward is over (buckets)
+//   seen     as it was when its part was measured: it counts by the norm of that, if at the clip
+//            it and all others of the part are the same tensors, memory and versions
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,47 +34,16 @@ namespace fastclip {
 class [[gnu::visibility("hidden")]] Measured {
  public:
   Measured(const py::list& items, double p)
-      : p_(p),
-        addresses_(items.size()),
-        norms_(items.size()),
-        seen_(items.size()),
-        is_touched_(items.size()) {
+      : addresses_(items.size()), norms_(items.size()), seen_(items.size()), p_(p) {
     have_unscale_bump_versions();
     for (size_t i = 0; i < items.size(); ++i) {
       addresses_[i] = parameter(items, i).unsafeGetTensorImpl();
       index_.emplace(addresses_[i], i);
     }
   }
+  virtual ~Measured() = default;
 
   bool is_paused = false;
-
-  // A hook: backward has made, or added to, the gradient of this parameter.
-  void see(const at::Tensor& parameter) {
-    const size_t i = index_of(parameter);
-    norms_[i] = norm_of(parameter.grad());
-    seen_[i].part = i;
-    seen_[i].look(parameter.grad());
-  }
-
-  // A hook: as `see`, where what is measured is the bucket in which the gradient is averaged.
-  void touch(const at::Tensor& parameter) { is_touched_[index_of(parameter)] = true; }
-
-  // The averaged gradients of these parameters, and of no others, are in this bucket.
-  void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
-                  const at::Tensor& bucket) {
-    norms_.at(number) = norm_of(bucket);
-    for (Seen& seen : seen_)
-      if (seen.part == number) seen.part = kNone;
-    for (const at::Tensor& parameter : parameters) seen_[index_of(parameter)].part = number;
-  }
-
-  // Backward is over: what it touched is now as its bucket was when that was measured.
-  void settle(const py::list& items) {
-    for (size_t i = 0; i < seen_.size(); ++i) {
-      seen_[i].look(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
-      is_touched_[i] = false;
-    }
-  }
 
   // All gradients; what is known of those that are as they were seen goes with them, and the others
   // are measured now. Nothing if any of them is not plain and Python has to look.
@@ -110,12 +88,9 @@ class [[gnu::visibility("hidden")]] Measured {
     return grads->clip_norm_(PyFloat_AS_DOUBLE(max_norm.ptr()), p_);
   }
 
-  void forget() {
-    std::ranges::fill(norms_, at::Tensor());
-    is_touched_.assign(is_touched_.size(), false);
-  }
+  virtual void forget() { std::ranges::fill(norms_, at::Tensor()); }
 
- private:
+ protected:
   static constexpr size_t kNone = -1;
 
   // A gradient as it was when it was measured as a part, alone or in a bucket. Its memory is told
@@ -146,13 +121,6 @@ class [[gnu::visibility("hidden")]] Measured {
     }
   };
 
-  // Backward may have run on another stream, which must not have this memory back before its time.
-  static void keep_for_this_stream(const at::Tensor& norm) {
-    if (norm.is_cpu()) return;
-    const c10::impl::VirtualGuardImpl device(norm.device().type());
-    device.recordDataPtrOnStream(norm.storage().data_ptr(), device.getStream(norm.device()));
-  }
-
   static const at::Tensor& parameter(const py::list& items, size_t i) {
     return THPVariable_Unpack(PyList_GET_ITEM(items.ptr(), i));
   }
@@ -168,11 +136,71 @@ class [[gnu::visibility("hidden")]] Measured {
     return can ? one.each_norms(p_, false) : at::Tensor();
   }
 
-  double p_;
+ private:
+  // Backward may have run on another stream, which must not have this memory back before its time.
+  static void keep_for_this_stream(const at::Tensor& norm) {
+    if (norm.is_cpu()) return;
+    const c10::impl::VirtualGuardImpl device(norm.device().type());
+    device.recordDataPtrOnStream(norm.storage().data_ptr(), device.getStream(norm.device()));
+  }
+
   std::vector<const void*> addresses_;  // of the parameters; only compared
   std::unordered_map<const void*, size_t> index_;
-  std::vector<at::Tensor> norms_;  // of parts: gradients, or buckets of them
+
+ protected:
+  std::vector<at::Tensor> norms_;  // of parts
   std::vector<Seen> seen_;
+
+ private:
+  double p_;
+};
+
+// Every gradient is a part.
+class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
+ public:
+  using Measured::Measured;
+
+  // A hook: backward has made, or added to, the gradient of this parameter.
+  void see(const at::Tensor& parameter) {
+    const size_t i = index_of(parameter);
+    norms_[i] = norm_of(parameter.grad());
+    seen_[i].part = i;
+    seen_[i].look(parameter.grad());
+  }
+};
+
+// Parts are buckets.
+class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
+ public:
+  MeasuredBuckets(const py::list& items, double p)
+      : Measured(items, p), is_touched_(items.size()) {}
+
+  // A hook: backward has added to the gradient of this parameter, in its bucket.
+  void touch(const at::Tensor& parameter) { is_touched_[index_of(parameter)] = true; }
+
+  // The averaged gradients of these parameters, and of no others, are in this bucket.
+  void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
+                  const at::Tensor& bucket) {
+    norms_.at(number) = norm_of(bucket);
+    for (Seen& seen : seen_)
+      if (seen.part == number) seen.part = kNone;
+    for (const at::Tensor& parameter : parameters) seen_[index_of(parameter)].part = number;
+  }
+
+  // Backward is over: what it touched is now as its bucket was when that was measured.
+  void settle(const py::list& items) {
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      seen_[i].look(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
+      is_touched_[i] = false;
+    }
+  }
+
+  void forget() override {
+    Measured::forget();
+    is_touched_.assign(is_touched_.size(), false);
+  }
+
+ private:
   std::vector<bool> is_touched_;
 };
 

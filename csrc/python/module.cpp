@@ -60,13 +60,18 @@ PYBIND11_MODULE(_C, m) {
       .def("is_unchanged", &Watch::is_unchanged);
   using fastclip::Measured;
   py::class_<Measured>(m, "Measured")
-      .def(py::init<const py::list&, double>())
       .def_readwrite("is_paused", &Measured::is_paused)
-      .def("see", &Measured::see)
-      .def("touch", &Measured::touch)
-      .def("see_bucket", &Measured::see_bucket)
-      .def("settle", &Measured::settle)
       .def("take", &Measured::take)
       .def("clip_", &Measured::clip_)
       .def("forget", &Measured::forget);
+  using fastclip::MeasuredGrads;
+  py::class_<MeasuredGrads, Measured>(m, "MeasuredGrads")
+      .def(py::init<const py::list&, double>())
+      .def("see", &MeasuredGrads::see);
+  using fastclip::MeasuredBuckets;
+  py::class_<MeasuredBuckets, Measured>(m, "MeasuredBuckets")
+      .def(py::init<const py::list&, double>())
+      .def("touch", &MeasuredBuckets::touch)
+      .def("see_bucket", &MeasuredBuckets::see_bucket)
+      .def("settle", &MeasuredBuckets::settle);
 }
