@@ -446,9 +446,9 @@ def test_a_ring_is_not_written_before_its_begin():
     if _ops.extension is None:
         pytest.skip("the default indexes as Python does")
     with pytest.raises(ValueError, match="count"):
-        _ops.autoclip_(torch.zeros(4).double(), torch.tensor(-1), total_norm, 10.0)
+        torch.ops.fastclip.autoclip_(torch.zeros(4).double(), torch.tensor(-1), total_norm, 10.0)
     with pytest.raises(ValueError, match="percentile"):
-        _ops.autoclip_(torch.zeros(4).double(), torch.tensor(4), total_norm, 1e9)
+        torch.ops.fastclip.autoclip_(torch.zeros(4).double(), torch.tensor(4), total_norm, 1e9)
     with pytest.raises(ValueError, match="steps"):
         _ops.record_(torch.zeros(4, 1), torch.tensor([-1]), total_norm)
 

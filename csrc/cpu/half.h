@@ -44,6 +44,7 @@ template <bool kSquares>
 
 [[gnu::target("avx,f16c")]] inline int64_t multiply_f16c(c10::Half* x, float coef, int64_t n) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + 8 <= n; i += 8) {
     const __m256 product = _mm256_mul_ps(load_f16c(x + i), _mm256_set1_ps(coef));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i),

@@ -1,4 +1,4 @@
-// norm and norms on the CPU: one read of the data, at most 48 KiB of partial results.
+// norm and norms on the CPU: one read of the data.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

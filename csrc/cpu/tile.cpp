@@ -160,54 +160,49 @@ template <class scalar_t>
   }
 }
 
+// Calls `visit` for the type of the stored numbers. A new dtype is a case here.
+template <class Visit>
+[[gnu::always_inline]] inline auto with_scalar(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return visit(float());
+    case Dtype::kBFloat16:
+      return visit(c10::BFloat16());
+    case Dtype::kHalf:
+      return visit(c10::Half());
+    default:
+      return visit(double());
+  }
+}
+
 }  // namespace
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return measure_as<float>(data, n, kind, p);
-    case Dtype::kBFloat16:
-      return measure_as<c10::BFloat16>(data, n, kind, p);
-    case Dtype::kHalf:
-      return measure_as<c10::Half>(data, n, kind, p);
-    default:
-      return measure_as<double>(data, n, kind, p);
-  }
+  return with_scalar(dtype, [=](auto zero) __attribute__((always_inline)) {
+    return measure_as<decltype(zero)>(data, n, kind, p);
+  });
 }
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
 void scale(void* data, Dtype dtype, int64_t n, double coef) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return scale_as<float>(data, n, static_cast<float>(coef));
-    case Dtype::kBFloat16:
-      return scale_as<c10::BFloat16>(data, n, static_cast<float>(coef));
-    case Dtype::kHalf:
-      return scale_as<c10::Half>(data, n, static_cast<float>(coef));
-    default:
-      return scale_as<double>(data, n, coef);
-  }
+  with_scalar(dtype, [=](auto zero) __attribute__((always_inline)) {
+    using acc_t = std::conditional_t<std::is_same_v<decltype(zero), double>, double, float>;
+    scale_as<decltype(zero)>(data, n, static_cast<acc_t>(coef));
+  });
 }
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
 void clamp(void* data, Dtype dtype, int64_t n, double bound) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return clamp_as<float>(data, n, bound);
-    case Dtype::kBFloat16:
-      return clamp_as<c10::BFloat16>(data, n, bound);
-    case Dtype::kHalf:
-      return clamp_as<c10::Half>(data, n, bound);
-    default:
-      return clamp_as<double>(data, n, bound);
-  }
+  with_scalar(dtype, [=](auto zero) __attribute__((always_inline)) {
+    clamp_as<decltype(zero)>(data, n, bound);
+  });
 }
 
 }  // namespace fastclip::cpu

@@ -208,14 +208,12 @@ void launch_clip(const Partition& measured, const Partition& scaled, const Work&
   launch_phases<Phases::kScale>("the launch of the scale phase", scaled, work, stream);
 }
 
-void launch_change(const Partition& partition, const Work& work, Stream stream) {
+void launch_change(const Partition& partition, Change change, const Work& work, Stream stream) {
   for_each_table(partition, [&]<class Table>(const Table& table) {
-    if (work.given.data)
-      launch("the launch of scale_kernel", change_kernel<Multiply, Table>, table.spans, table, work,
-             stream);
-    else
-      launch("the launch of clamp_kernel", change_kernel<Clamp, Table>, table.spans, table, work,
-             stream);
+    const bool scales = change == Change::kScale;
+    const auto kernel = scales ? change_kernel<Multiply, Table> : change_kernel<Clamp, Table>;
+    launch(scales ? "the launch of scale_kernel" : "the launch of clamp_kernel", kernel,
+           table.spans, table, work, stream);
   });
 }
 

@@ -44,7 +44,8 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream);
 // The norm of what is measured, and the rest scaled to max_norm: one launch or two, the same bits.
 void launch_clip(const Partition& measured, const Partition& scaled, const Work&, Stream);
 
-// The tensors scaled by the coef of their slot, or the only one; with none given, clamped.
-void launch_change(const Partition& partition, const Work& work, Stream stream);
+// The tensors scaled by the coef of their slot, or the only one; or clamped to the bound.
+enum class Change { kScale, kClamp };
+void launch_change(const Partition& partition, Change change, const Work& work, Stream stream);
 
 }  // namespace fastclip::cuda

@@ -97,7 +97,8 @@ void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntA
   const c10::DeviceGuard guard(tensors[0].device());
   const at::Tensor values = as_numbers(coef.to(tensors[0].device()));
   const cuda::Work work{.given = numbers_of(values), .slots = static_cast<int>(slots)};
-  cuda::launch_change({parts_of(*list, slots, group), false}, work, stream_of(tensors[0]));
+  cuda::launch_change({parts_of(*list, slots, group), false}, cuda::Change::kScale, work,
+                      stream_of(tensors[0]));
 }
 
 void clamp_cuda(at::TensorList tensors, double bound) {
@@ -105,7 +106,8 @@ void clamp_cuda(at::TensorList tensors, double bound) {
   if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
-  cuda::launch_change({parts_of(*list), false}, {.number = bound}, stream_of(tensors[0]));
+  cuda::launch_change({parts_of(*list), false}, cuda::Change::kClamp, {.number = bound},
+                      stream_of(tensors[0]));
 }
 
 std::optional<at::Tensor> clip(at::TensorList tensors, Norms norms, const cuda::Work& work) {

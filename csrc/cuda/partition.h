@@ -32,6 +32,8 @@ struct Entry {
   char* data;
   uint64_t packed;
 
+  // Nothing lies there, up to where the next entry begins.
+  constexpr bool is_hole() const { return data == nullptr; }
   constexpr int first_tile() const { return static_cast<int>(packed & 0xffffff); }
   constexpr int slot() const { return static_cast<int>(packed >> 24 & 0xffffff); }
   // Of its last tile. Even: the narrowest dtypes have two.
@@ -64,7 +66,7 @@ struct Part : Flat {
 class Partition {
  public:
   // With `apart` parts come by ascending slot, and a span ends where the slot changes, if need be
-  // with an entry without data. Many slots are a span each, up to 240 tiles.
+  // with a hole. Many slots are a span each, up to 240 tiles.
   Partition(const std::vector<Part>& parts, bool apart) {
     int64_t count = 0;
     for (const Part& part : parts) count += part.tiles();
@@ -96,7 +98,7 @@ class Partition {
   std::vector<uint32_t> begins(size_t slots) const {
     std::vector<uint32_t> begins;
     for (size_t i = 0; i < entries_.size(); ++i)
-      if (entries_[i].data && entries_[i].slot() >= static_cast<int>(begins.size()))
+      if (!entries_[i].is_hole() && entries_[i].slot() >= static_cast<int>(begins.size()))
         begins.resize(entries_[i].slot() + 1, static_cast<uint32_t>(first_tiles_[i] / span_tiles_));
     begins.resize(slots + 1, static_cast<uint32_t>(spans()));
     return begins;
@@ -107,7 +109,7 @@ class Partition {
     bool all = spans() == slots;
     for (size_t i = 0; all && i < entries_.size(); ++i) {
       const int64_t begin = first_tiles_[i] / span_tiles_, last = first_tiles_[i + 1] - 1;
-      all = !entries_[i].data || (begin == entries_[i].slot() && last / span_tiles_ == begin);
+      all = entries_[i].is_hole() || (begin == entries_[i].slot() && last / span_tiles_ == begin);
     }
     return all;
   }

@@ -46,7 +46,7 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
     while (kDescending && tile < table.entries[i].first_tile()) --i;
     while (!kDescending && tile >= table.entries[i + 1].first_tile()) ++i;
     const Entry& entry = table.entries[i];
-    if (entry.data == nullptr) return;  // in ascending order, the end of what the span holds
+    if (entry.is_hole()) return;  // in ascending order, the end of what the span holds
     const bool last = tile + 1 == table.entries[i + 1].first_tile();
     visit(Tile{entry.data + static_cast<int64_t>(tile - entry.first_tile()) * kTileBytes,
                last ? entry.last_bytes() : kTileBytes, entry.dtype(), entry.slot()});
