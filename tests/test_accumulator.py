@@ -128,13 +128,15 @@ def test_only_what_changed_is_measured_again():
 
 
 @pytest.mark.parametrize(
-    "change", ["in place", "object", "none", "data", "cut", "dtype", "scaler", "sparse"]
+    "change", ["in place", "object", "none", "data", "cut", "moved", "dtype", "scaler", "sparse"]
 )
 def test_gradients_changed_since_are_measured_again(change):
     module = net()
     norms = NormAccumulator(module)
-    run(module, 0)
     weight = module.layers[1].weight
+    memory = torch.zeros(50)
+    weight.grad = memory[:25].view(5, 5)
+    run(module, 0)
     if change == "in place":
         weight.grad.mul_(3)
     elif change == "object":
@@ -145,6 +147,8 @@ def test_gradients_changed_since_are_measured_again(change):
         weight.grad.data = torch.ones(5, 5)
     elif change == "cut":
         weight.grad.data = weight.grad.data[:2]
+    elif change == "moved":
+        weight.grad.data = memory[25:].fill_(3).view(5, 5)
     elif change == "dtype":
         module.to(torch.bfloat16)
     elif change == "sparse":

@@ -1,6 +1,10 @@
 """The five ops against a float64 oracle, on awkward lists, and the laws they keep."""
 
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from conftest import ORDERS, awkward, name_of, oracle, ulps
 from fastclip import _ops
 from fastclip._ops import reference
 from fastclip._ops.coef import clip_coef
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -395,7 +401,8 @@ def test_layouts_are_clipped_with_strides_kept(ops, device, dtype, layout):
 @pytest.mark.parametrize("strength", ["written", "unwritten"])
 def test_in_place_ops_bump_every_version(ops, device, op, strength):
     tensors = [torch.ones(4, device=device), torch.ones(8, device=device)[::2]]
-    for part in ([tensors[0]], tensors):
+    many = [torch.ones(1, device=device) for _ in range(300)]
+    for part in ([tensors[0]], tensors, many):
         before = [t._version for t in part]
         value = 0.5 if strength == "written" else 100.0
         if op == "scale_":
@@ -405,6 +412,49 @@ def test_in_place_ops_bump_every_version(ops, device, op, strength):
         else:
             ops.clip_norm_(part, value, 2.0)
         assert all(t._version > v for t, v in zip(part, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+def test_clamp_leaves_the_bits_of_what_is_within(device, dtype):
+    # A signalling NaN that is converted and stored again is another.
+    bits = torch.tensor([0x7C01 if dtype == torch.float16 else 0x7F81] + [0] * 40_000).short()
+    tensor = bits.to(device).view(dtype)
+    if _ops.has_kernels("cuda" if device == "emulated" else device):
+        _ops.clamp_([tensor], 1.0)
+        assert torch.equal(tensor.view(torch.int16).cpu(), bits)
+
+
+READ_ONLY = """
+import mmap, torch, warnings
+from fastclip import _ops
+warnings.simplefilter("ignore")
+memory = mmap.mmap(-1, 1 << 20)
+torch.frombuffer(memory, dtype=torch.float32).fill_(3.0)
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert libc.mprotect(ctypes.c_void_p(address), 1 << 20, mmap.PROT_READ) == 0
+tensors = list(torch.frombuffer(memory, dtype=torch.float32).split(100_000))
+"""
+IDLE = [
+    "clamp_(tensors, 3.0)",
+    "scale_(tensors, torch.tensor(1.0))",
+    "clip_norm_(tensors, 1e9, 2.0)",
+]
+BUSY = [
+    "clamp_(tensors, 2.9)",
+    "scale_(tensors, torch.tensor(0.5))",
+    "clip_norm_(tensors, 1.0, 2.0)",
+]
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the default of clamp_ writes")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
+@pytest.mark.parametrize("call", IDLE + BUSY)
+def test_memory_is_written_where_something_changes_and_nowhere_else(call):
+    code = READ_ONLY + f"_ops.{call}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if call in IDLE else -signal.SIGSEGV), done.stderr
 
 
 def test_the_defaults_split_large_tensors(device, monkeypatch):

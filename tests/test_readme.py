@@ -46,18 +46,18 @@ def test_names_from_elsewhere_are_the_tested_ones():
 
 
 def test_numbers_are_measured():
-    measured = [
-        dict(zip(header, cells, strict=True))
+    # In the last run that measured them all.
+    *_, last = (
+        [dict(zip(header, cells, strict=True)) for cells in rows(block, "| work ")]
         for block in RESULTS.split("\n## ")[1:]
-        for line in re.findall(r"\| work .*\|", block)[:1]
+        for line in re.findall(r"\| work .*\| foreach ms .*\|", block)[:1]
         for header in [[c.strip() for c in line.strip("|").split("|")]]
-        for cells in rows(block, "| work ")
-    ]
+    )
     header = [c.strip() for c in re.search(r"\| work .*\|", README)[0].strip("|").split("|")]
     shown = [dict(zip(header, cells, strict=True)) for cells in rows(README, "| work ")]
     assert shown
     for row in shown:
-        assert any(row.items() <= other.items() for other in measured), row
+        assert any(row.items() <= other.items() for other in last), row
 
 
 def test_steps_are_measured():
