@@ -47,7 +47,7 @@ def clip_grad_norm_(
             with the norm, a float64, and returns either.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
-        foreach: as in torch; chooses nothing here.
+        foreach: as in torch, but all run the same code here.
         process_group: ranks that hold other parameters (pipeline stages, local shards), whose
             gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
             their meshes spread is counted, and what they replicate is counted once.
@@ -104,7 +104,7 @@ def clip_grad_value_(
         parameters: tensors whose `.grad` is clipped, of any shapes, real floating dtypes and
             devices, or one tensor.
         clip_value: c >= 0, rounded to each gradient's dtype.
-        foreach: as in torch; chooses nothing here.
+        foreach: as in torch, but all run the same code here.
 
     Raises:
         TypeError, ValueError: bad input, named; gradients untouched.
@@ -133,7 +133,7 @@ def get_total_norm(
         tensors: gradients (not parameters) of any shapes, floating dtypes and devices, or one.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise if the norm is infinite or NaN; waits for the device.
-        foreach: as in torch; chooses nothing here.
+        foreach: as in torch, but all run the same code here.
         process_group: ranks that hold other tensors, as in `clip_grad_norm_`.
 
     Returns:
@@ -176,7 +176,7 @@ def clip_grads_with_norm_(
         max_norm: threshold, >= 0, a number or a 0-d tensor.
         total_norm: 0-d tensor on the gradients' device, or a 0-d DTensor; a negative one makes
             every gradient NaN.
-        foreach: as in torch; chooses nothing here.
+        foreach: as in torch, but all run the same code here.
 
     Raises:
         TypeError, ValueError: bad input, named; gradients untouched.

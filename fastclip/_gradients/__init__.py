@@ -9,17 +9,3 @@ from .named import NamedParameters, named
 from .protocol import Gradients
 from .reading import aligned, as_list, read, read_by, take, take_weights
 from .spread import SpreadGrads
-
-__all__ = [
-    "Gradients",
-    "NamedParameters",
-    "SpreadGrads",
-    "aligned",
-    "as_list",
-    "held",
-    "named",
-    "read",
-    "read_by",
-    "take",
-    "take_weights",
-]

@@ -1,6 +1,6 @@
 """Gradients that are measured by a plan: over ranks, in groups, or both.
 
-They have the verbs of the local ones. The compiler stays out.
+torch.compile leaves their verbs as they are: collectives and plans are no part of a graph.
 """
 
 import math

@@ -8,37 +8,5 @@ says `torch.ops` or `_C`, and it imports no other.
 from .coef import means_zeros
 from .loading import NVCC, REBUILD, extension, has_kernels
 from .reference import count_rows, empty_norm, norm_of, result_dtype
-from .schemas import (
-    clamp_,
-    clip_coef,
-    clip_norm_,
-    define,
-    norm,
-    norms,
-    record_,
-    scale_,
-)
+from .schemas import clamp_, clip_coef, clip_norm_, define, norm, norms, record_, scale_
 from .transforms import is_differentiated, is_known, refused
-
-__all__ = [
-    "NVCC",
-    "REBUILD",
-    "clamp_",
-    "clip_coef",
-    "clip_norm_",
-    "count_rows",
-    "define",
-    "empty_norm",
-    "extension",
-    "has_kernels",
-    "is_differentiated",
-    "is_known",
-    "means_zeros",
-    "norm",
-    "norm_of",
-    "norms",
-    "record_",
-    "refused",
-    "result_dtype",
-    "scale_",
-]

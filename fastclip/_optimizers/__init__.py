@@ -5,5 +5,3 @@ Imports `_ranks` and `_ops`.
 
 from .fused import check, split, step
 from .wrapped import as_list, layers_of, parameters_of
-
-__all__ = ["as_list", "check", "layers_of", "parameters_of", "split", "step"]

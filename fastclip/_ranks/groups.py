@@ -16,8 +16,15 @@ from .._ops import is_known
 
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
-# What tells groups apart and puts them in order; groups of equal keys are one.
-Key = tuple[Ranks, Ranks]
+
+
+class Key(NamedTuple):
+    """What tells groups apart, and puts them in the order of Note [order]; equal ones are one."""
+
+    order: Ranks
+    ranks: Ranks
+
+
 Groups = dict[Key, Any]
 
 # Where a rank that cannot take part says why.
@@ -79,7 +86,7 @@ def by_key(groups: Iterable[Any]) -> Groups:
     Raises:
         ValueError: two of them share more than this rank.
     """
-    found = {((), ranks_of(group)): group for group in groups if group.size() > 1}
+    found = {Key((), ranks_of(group)): group for group in groups if group.size() > 1}
     for (_, ranks), (_, others) in itertools.combinations(found, 2):
         if len(shared := sorted(set(ranks) & set(others))) > 1:
             raise ValueError(

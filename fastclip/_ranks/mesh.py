@@ -22,20 +22,26 @@ class Slot(NamedTuple):
     """Gradients of one mesh that are spread over the same groups.
 
     Ranks send each other their slots bare, so what tells those apart is what all ranks of a mesh
-    know: its `ranks`. Left out where nothing is sent. `mine` if this rank speaks for the mesh.
+    know: its `ranks`. Left out where nothing is sent. `speaks` if this rank counts for the mesh.
     """
 
     groups: frozenset[Key]
     ranks: Ranks
-    mine: bool
+    speaks: bool
 
 
 class Mesh:
     """What a plan has to know of a device mesh.
 
     Note [order]: ranks of a mesh add up along one dimension after the other, so all must begin with
-    the same one, whatever other meshes share its groups. The distances between the ranks of a group
-    tell the dimension, if they are the same all over the mesh. Else the mesh keeps to itself.
+    the same one, whatever other meshes share its groups. Of the 2 x 2 mesh
+
+        0 1      dimension 0: groups {0, 2} and {1, 3}, distances 0, 2
+        2 3      dimension 1: groups {0, 1} and {2, 3}, distances 0, 1
+
+    all ranks begin with dimension 1: the distances between the ranks of a group tell the dimension,
+    if they are the same all over the mesh. Else it is told by its number, with the shape and the
+    ranks of the mesh, and comes after all others.
     """
 
     def __init__(self, mesh: Any) -> None:
@@ -52,9 +58,9 @@ class Mesh:
             members = ranks_of(group := mesh.get_group(dim))
             alone = (1, dim, *mesh.shape, *ranks)
             order = tuple(r - members[0] for r in members) if self.is_even else alone
-            self.keys.append((order, members))
+            self.keys.append(key := Key(order, members))
             if len(members) > 1:
-                self.groups[order, members] = group
+                self.groups[key] = group
 
     def slot(self, placements: Sequence[Any], rows: bool, reach: set[int]) -> Slot:
         """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0.
@@ -62,16 +68,16 @@ class Mesh:
         All ranks of the mesh have the same sums: of those within `reach`, one speaks.
         """
         me = dist.get_rank()
-        mine = me == min(reach.intersection(self.ranks), default=me)
+        speaks = me == min(reach.intersection(self.ranks), default=me)
         if not self.keys:
-            return Slot(frozenset(), (), mine)
+            return Slot(frozenset(), (), speaks)
         whole = [p.is_replicate() or p.is_partial() for p in placements]
         if rows:
             whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
         sharded = [not w for w in whole]
         keys = itertools.compress(self.keys, sharded)
         spread = frozenset(key for key in keys if key in self.groups)
-        return Slot(spread, self.ranks if spread else (), mine)
+        return Slot(spread, self.ranks if spread else (), speaks)
 
 
 def steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:

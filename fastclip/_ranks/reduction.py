@@ -113,7 +113,7 @@ def reduction(
     members: list[list[int]] = [[] for _ in asked]
     for i, (label, slot) in enumerate(zip(label_of, slots, strict=True)):
         counts[label] += 1
-        members[label] += [i] * slot.mine
+        members[label] += [i] * slot.speaks
     return Reduction(
         kind=kind,
         groups=groups,
