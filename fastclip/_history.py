@@ -56,7 +56,7 @@ class Ring(State):
         return state
 
 
-def summary(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
+def stats_of(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
     """The numbers of one group, of the recorded steps: plain Python, ready for any logger."""
     finite = norms.isfinite()
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64, device=norms.device) / 100

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ._arguments import Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
 from ._gradients import NamedParameters, aligned, read, read_by
-from ._history import History, Ring, draw, summary
+from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef
 from ._ranks import Kind, as_groups, value_of
 from ._state import Shared
@@ -136,7 +136,7 @@ class GradClipper:
         threshold is not a number, 8 more: 1 048 steps of 2 000 groups.
         """
         steps, histories = self._histories()
-        found = {h.name: summary(steps, h.norms, h.coefs) for h in histories}
+        found = {h.name: stats_of(steps, h.norms, h.coefs) for h in histories}
         return found["total"] if self.is_one else found
 
     def plot(self, path: str | PathLike[str]) -> None:

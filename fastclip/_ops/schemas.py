@@ -1,9 +1,8 @@
 """What every op is: its schema, its fake, its default, and what it is inside transforms.
 
 A new op is one call of `define`, here or beside the one feature that it serves; a kernel for it is
-registered in a file of csrc/cpu or csrc/cuda. A new dtype is a case of `Dtype` in csrc/formulas.h,
-of the switches in csrc/cpu/tile.cpp and csrc/cuda/tile.cuh, and of the lists of dtypes in
-tests/conftest.py.
+registered in a file of csrc/cpu or csrc/cuda. `Dtype` in csrc/formulas.h says what a new dtype
+takes.
 """
 
 import warnings

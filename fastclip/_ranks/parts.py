@@ -1,7 +1,8 @@
 """Parts of norms: what is added up, over slots and over ranks, to make norms of.
 
 Float64, several packed in one vector; the ranks of a step have the same number of them in the same
-order.
+order. A new order of norms is a case of `as_parts`, `added`, `_reduced` (its collectives) and
+`as_norm`.
 """
 
 import math

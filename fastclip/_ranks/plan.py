@@ -1,4 +1,4 @@
-"""Plans: a list of parameters, how its norms are put together, and the way the extension reads it.
+"""Plans: what is kept of a list of parameters: its reduction, and how the extension reads it.
 
 A plan is made of the parameters alone, never of gradients, so that every rank takes part in the
 same collectives in the same order whatever it holds. Gradients that are not placed as their
