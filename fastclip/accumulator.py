@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _ops
 from ._arguments import Threshold, positive_order, threshold
 from ._decide import decide
-from ._gradients import NamedParameters, read
+from ._gradients import Gradients, NamedParameters, read
 from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
 
 
@@ -97,7 +97,7 @@ class NormAccumulator:
         finally:
             self._pause(before or self._is_removed)
 
-    def take(self, parameters: Iterable[Tensor], norm_type: float) -> Any:
+    def take(self, parameters: Iterable[Tensor], norm_type: float) -> Gradients:
         """The gradients of these parameters, with what was measured of them, which is forgotten.
 
         For `unscale_and_clip_` and `clipped_step`.
@@ -181,7 +181,7 @@ class NormAccumulator:
             hook.remove()
         self._hooks = []
 
-    def _take(self) -> Any:
+    def _take(self) -> Gradients:
         if self._has_lost_hooks:
             self._has_lost_hooks = False
             warnings.warn(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ._arguments import Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
-from ._gradients import NamedParameters, aligned, read, read_by
+from ._gradients import Gradients, NamedParameters, aligned, read, read_by
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef
 from ._ranks import Kind, as_groups, value_of
@@ -210,7 +210,7 @@ class GradClipper:
         self._plan = self._plan if same else None
         self._items, self._labels, self._item_names = items, labels, names
 
-    def _read(self) -> Any:
+    def _read(self) -> Gradients:
         agree = self.nonfinite != "propagate"
         if self.is_one and not self.asked[0]:
             return read(self._items, kind=Kind.of_order(self.p), agree=agree)

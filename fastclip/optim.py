@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import _optimizers
 from ._arguments import Threshold, positive_order, threshold
 from ._decide import decide, spared
-from ._gradients import read
+from ._gradients import Gradients, read
 from ._ops import is_known
 from ._optimizers import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
@@ -153,7 +153,7 @@ def clipped_step(
 
 def _read(
     items: list[Tensor], p: float, process_group: Any, measured: NormAccumulator | None
-) -> Any:
+) -> Gradients:
     if measured is None:
         return read(items, process_group=process_group, agree=True)
     if not isinstance(measured, NormAccumulator):
@@ -169,7 +169,7 @@ class _Found(NamedTuple):
     is_bad: Tensor  # 0-d, float32, as scalers and optimizers have it
 
 
-def _measure(grads: Any, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
+def _measure(grads: Gradients, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
     norm = grads.norm(p)
     is_bad = (~norm.isfinite()).float()
     if inv_scale is not None:

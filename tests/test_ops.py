@@ -485,6 +485,16 @@ def test_a_threshold_beyond_float32_only_measures(ops, device, max_norm):
     assert torch.equal(tensors[0].cpu(), torch.ones(4))
 
 
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_a_coefficient_is_the_formula_where_its_constant_shows(ops, device, as_tensor):
+    norms = torch.tensor([0.0, 1e-6, 3e-6], dtype=torch.float64, device=device)
+    limit = torch.tensor(1e-6, dtype=torch.float64, device=device) if as_tensor else 1e-6
+    expected = torch.tensor([1.0, 1 / 2, 1 / 4], dtype=torch.float64)
+    for wide, rtol in ((True, 1e-15), (False, 1e-6)):
+        coefs = ops.clip_coef(norms, limit, wide).cpu()
+        torch.testing.assert_close(coefs, expected, rtol=rtol, atol=0)
+
+
 def test_a_bound_is_rounded_to_the_largest_float16(ops, device):
     tensors = [torch.tensor([math.inf, -math.inf, 1.0], dtype=torch.float16, device=device)]
     ops.clamp_(tensors, 65510.0)

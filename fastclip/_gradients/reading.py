@@ -17,6 +17,7 @@ from .. import _ops
 from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
 from .local import LocalGrads
 from .look import describe, look
+from .protocol import Gradients
 from .spread import SpreadGrads
 
 Tensors = Tensor | Iterable[Tensor]
@@ -28,7 +29,7 @@ def read(
     process_group: Any = None,
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
-) -> Any:
+) -> Gradients:
     """The gradients of `parameters`, to be changed; without None, and of each parameter once.
 
     Those that ranks measure together and `agree` on have a norm that is not finite on any rank if
@@ -50,13 +51,13 @@ def take(
     process_group: Any = None,
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
-) -> Any:
+) -> Gradients:
     """The tensors themselves, to be measured, checked as `read` checks gradients."""
     items = as_list(tensors, "tensors")
     return _read(items, foreach, _asked(process_group), False, kind, agree)
 
 
-def take_weights(parameters: list[Tensor], kind: Kind) -> Any:
+def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
     """The parameters themselves, as `take` does: those that `read` finds gradients of."""
     # Over ranks the weights tell what the gradients may be; else only those with one are measured.
     positions = list(range(len(parameters)))
@@ -91,7 +92,7 @@ def _read(
     kind: Kind,
     agree: bool,
     name_of: Callable[[int], str] | None = None,
-) -> Any:
+) -> Gradients:
     reader = _reader(foreach)
     read_all = None if reader is None else reader.read_grads if write else reader.take_tensors
     grads = read_all(items) if read_all else None

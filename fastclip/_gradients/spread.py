@@ -5,7 +5,6 @@ torch.compile leaves their verbs as they are: collectives and plans are no part 
 
 import math
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from .. import _ranks
 from .._ops import clip_coef, empty_norm, is_known
 from .._ranks import Kind, Plan
+from .protocol import GradientsHere
 
 
 class SpreadGrads:
@@ -24,14 +24,18 @@ class SpreadGrads:
     """
 
     def __init__(
-        self, local: Any, plan: Plan, agree: bool = False, error: Exception | None = None
+        self,
+        local: GradientsHere | None,
+        plan: Plan,
+        agree: bool = False,
+        error: Exception | None = None,
     ) -> None:
         self._local, self.plan, self.agree, self.error = local, plan, agree, error
         self.reduction = plan.reduction
         self.wide = plan.wide or (error is None and local.is_wide())
 
     @property
-    def local(self) -> Any:
+    def local(self) -> GradientsHere:
         if self.error is not None:
             raise self.error
         return self._local
