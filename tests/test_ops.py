@@ -156,7 +156,7 @@ def test_norms_of_nothing_are_empty(ops):
 def test_scale_rounds_once(ops, device, dtype, coef):
     tensors = awkward(dtype, device)
     before = [t.clone() for t in tensors]
-    coef = torch.tensor(coef, device=device)
+    coef = torch.tensor(coef, dtype=torch.float64, device=device)
     ops.scale_(tensors, coef)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for now, then in zip(tensors, before, strict=True):
