@@ -333,16 +333,18 @@ def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_typ
     if SEEN:
         with pytest.raises(NotImplementedError):
             clipped(utils.clip_grad_norm_, [sparse], 1.0)
-    version = sparse._version
-    parameter = torch.nn.Parameter(torch.zeros(9, device=device))
+    made = [torch.nn.Parameter(torch.zeros(9, device=device)) for _ in range(2)]
     other = torch.nn.Parameter(torch.zeros(2, device=device))
-    parameter.grad, other.grad = sparse, torch.ones(2, device=device)
-    expected = oracle([dense, other.grad], norm_type)
-    norm = fastclip.clip_grad_norm_([parameter, other], 1.0, norm_type)
+    made[0].grad, made[1].grad = sparse, sparse.clone()
+    other.grad = torch.ones(2, device=device)
+    versions = [p.grad._version for p in made]
+    expected = oracle([dense, dense, other.grad], norm_type)
+    norm = fastclip.clip_grad_norm_([*made, other], 1.0, norm_type)
     assert ulps(norm, expected) <= 2
-    assert parameter.grad.is_sparse
-    assert parameter.grad._version > version
-    torch.testing.assert_close(parameter.grad.to_dense(), dense / expected)
+    for parameter, version in zip(made, versions, strict=True):
+        assert parameter.grad.is_sparse
+        assert parameter.grad._version > version
+        torch.testing.assert_close(parameter.grad.to_dense(), dense / expected)
     torch.testing.assert_close(other.grad, torch.ones(2, device=device) / expected)
 
 

@@ -26,7 +26,7 @@ from fastclip import _ops, _ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 if dist.is_available():
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import (
@@ -230,8 +230,6 @@ def data_parallel(size: int) -> tuple[list[nn.Parameter], int]:
 
 def uneven_mesh(size: int) -> tuple[list[nn.Parameter], int]:
     """Ranks in an order in which distances between them do not tell the dimensions apart."""
-    from torch.distributed.device_mesh import DeviceMesh
-
     rows = DeviceMesh("cpu", [[0, 3], [1, 2]] if size == 4 else [[1, 0]])
     parameters = [
         spread((8, 8), rows, Shard(0), Shard(1)),
@@ -380,8 +378,6 @@ def test_several_groups_and_a_rank_without_parameters(world):
 
 def mesh_across_groups() -> None:
     # The mesh lies across rows and columns of the square, which add it up in two steps.
-    from torch.distributed.device_mesh import DeviceMesh
-
     square, diagonal = init_device_mesh("cpu", (2, 2)), DeviceMesh("cpu", [1, 2])
     shared, own = torch.randn(5), torch.randn(3)
     parameters = [plain(3)]
@@ -788,6 +784,12 @@ def plans() -> None:
     gc.collect()
     assert len(_ranks.plan._plans[0]) < held
     assert plan() is None
+    # Another layout may come to lie where one was that is gone.
+    layout = copy.copy(parameters[0]._spec)
+    plan = _ranks.Plan(parameters[:1], [layout], _ranks.NONE)
+    assert plan.is_for(_ranks.NONE)
+    del layout
+    assert not plan.is_for(_ranks.NONE)
 
 
 def test_a_plan_is_made_once_and_goes_with_its_parameters(world):
@@ -821,6 +823,21 @@ def wide_beyond(dtype: torch.dtype) -> None:
             groups = [{"params": [parameter], "max_norm": 1e9}, {"params": [], "max_norm": 1.0}]
             norms = fastclip.GradClipper(groups=groups, norm_type=p, process_group=group).clip_()
             assert norms.dtype == torch.float64
+
+
+def wide_now_and_then() -> None:
+    """The same parameters here, others there."""
+    rank = dist.get_rank()
+    alone = DeviceMesh("cpu", [rank])
+    here = spread((3,), alone, Shard(0))
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        items = [spread((3,), alone, Shard(0), dtype=dtype)] if rank else [here]
+        total = fastclip.clip_grad_norm_(items, 1e9, process_group=dist.group.WORLD)
+        assert total.dtype == total.to_local().dtype == dtype
+
+
+def test_a_plan_returns_the_dtype_of_the_gradients_there_are(world):
+    world(2).run(wide_now_and_then)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=name_of)

@@ -378,6 +378,20 @@ def test_lines_of_a_grid_do_not_cross(world):
     world(4).run(lines_of_a_grid)
 
 
+def lines_of_an_uneven_grid() -> None:
+    """Its rows and columns, {0, 1} and {1, 2} among them, have the same distances."""
+    root = DeviceMesh("cpu", [[0, 1], [3, 2]], mesh_dim_names=("column", "row"))
+    items = [spread((6,), root["row"], Shard(0)), spread((5, 2), root["column"], Shard(1))]
+    items.append(spread((9,), root, Shard(0), Shard(0)))
+    expected = sum(map(full_square, items)) ** 0.5
+    # Each rank has a row and a column of its own, of which no norm is the same on all.
+    assert ulps(full(fastclip.clip_grad_norm_(items, 1e9)), float(expected)) <= 2
+
+
+def test_lines_of_an_uneven_grid_do_not_cross(world):
+    world(4).run(lines_of_an_uneven_grid)
+
+
 def diagonal() -> None:
     mesh, across = grid(), DeviceMesh("cpu", [1, 2])
     inside = dist.get_rank() in (1, 2)

@@ -179,6 +179,12 @@ def test_adaptive_clipping_skips_parameters_without_gradients(reader):
     fastclip.clip_grad_agc_([], 0.1)
 
 
+def test_zeros_of_a_unit_that_may_have_nothing_stay_zeros(reader):
+    (made,) = weighted([torch.tensor([[0.0, 0.0], [1.0, 0.0]])])
+    fastclip.clip_grad_agc_([made], 0.0)
+    assert made.grad.tolist() == [[0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("wanted", [0.0, 1e-3, 1.0, 300.0])
 def test_normalised_gradients_have_the_norm_from_either_side(reader, device, dtype, wanted):
     grads = awkward(dtype, device)

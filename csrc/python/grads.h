@@ -59,6 +59,11 @@ class PlainGrads {
 
   bool is_wide() const { return wide_; }
 
+  std::vector<at::Device> devices() const {
+    if (tensors_.empty()) return {};
+    return {tensors_[0].device()};
+  }
+
   // Norms are float64; what is returned of them is as precise as the gradients.
   at::Tensor result(const at::Tensor& norms) const {
     return norms.to(wide_ ? at::kDouble : at::kFloat);

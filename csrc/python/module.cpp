@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
       .def("result", &PlainGrads::result)
       .def("norm", &PlainGrads::norm)
       .def("slots", &PlainGrads::slots)
+      .def("devices", &PlainGrads::devices)
       .def("norms", &PlainGrads::norms)
       .def("each_norms", &PlainGrads::each_norms, py::arg("p"), py::arg("rows") = false)
       .def("scale_", &PlainGrads::scale_)
@@ -51,7 +52,8 @@ PYBIND11_MODULE(_C, m) {
       .def("clip_norm_", &PlainGrads::clip_norm_tensor_);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
-      .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str>())
+      .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,
+                    std::vector<py::str>>())
       .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
       .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
   using fastclip::Watch;

@@ -81,15 +81,16 @@ std::optional<PlainGrads> read(const py::object& list) {
 
 // How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
 // attribute `layout` is, of a plain item None, and `slots` the norm to which its gradient counts.
-// Layouts are only compared, so whoever made this answers for their being alive.
+// Whoever made this answers for the layouts being alive. Gradients may have others, of equal parts.
 class Wrapped {
  public:
   Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> slots, py::str layout,
-          py::str inner)
+          py::str inner, std::vector<py::str> parts)
       : layouts_(layouts),
         slots_(std::move(slots)),
         layout_(std::move(layout)),
-        inner_(std::move(inner)) {}
+        inner_(std::move(inner)),
+        parts_(std::move(parts)) {}
 
   // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
   // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
@@ -113,7 +114,8 @@ class Wrapped {
         if (!grads.add(found)) return std::nullopt;
       } else {
         const auto wrapper = py::reinterpret_steal<py::object>(THPVariable_Wrap(found));
-        if (!is_laid_out(wrapper, i)) return std::nullopt;
+        if (!is_laid_out(wrapper, i) && !(is_laid_out(item, i) && is_equal(wrapper, i)))
+          return std::nullopt;
         const py::object inner = attribute(wrapper, inner_);
         if (!inner || !THPVariable_CheckExact(inner.ptr())) return std::nullopt;
         if (!grads.add(THPVariable_Unpack(inner.ptr()))) return std::nullopt;
@@ -135,6 +137,17 @@ class Wrapped {
     return attribute(tensor, layout_).is(layouts_[i]);
   }
 
+  bool is_equal(py::handle wrapper, size_t i) const {
+    const py::object own = attribute(wrapper, layout_);
+    return own && std::all_of(parts_.begin(), parts_.end(), [&](const py::str& part) {
+      const py::object here = attribute(own, part), there = attribute(layouts_[i], part);
+      if (!here || !there) return false;
+      const int same = PyObject_RichCompareBool(here.ptr(), there.ptr(), Py_EQ);
+      if (same < 0) PyErr_Clear();
+      return same > 0;
+    });
+  }
+
   // Null if there is none.
   static py::object attribute(py::handle tensor, const py::str& name) {
     PyObject* value = PyObject_GetAttr(tensor.ptr(), name.ptr());
@@ -145,6 +158,7 @@ class Wrapped {
   std::vector<py::handle> layouts_;
   std::vector<int64_t> slots_;
   py::str layout_, inner_;
+  std::vector<py::str> parts_;
 };
 
 }  // namespace fastclip

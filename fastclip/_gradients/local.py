@@ -38,6 +38,9 @@ class LocalGrads:
     def slots(self) -> list[int]:
         return self.slots_
 
+    def devices(self) -> list[torch.device]:
+        return list({t.device: None for t in self.tensors})
+
     def norm(self, p: float) -> Tensor:
         with torch.set_grad_enabled(is_differentiated()):
             if len(_by_device(self.tensors)) > 1 and p > 0:

@@ -1,10 +1,9 @@
 """Tensors looked at one by one, with all that Python knows to check: what C++ does not read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .._ranks import Plan, placed
 from .local import LocalGrads, held
@@ -16,7 +15,6 @@ _LAYOUTS = (torch.strided, torch.sparse_coo, torch.jagged)
 
 def look(
     items: list[Tensor],
-    foreach: bool | None,
     write: bool,
     plan: Plan | None,
     name_of: Callable[[int], str] | None = None,
@@ -47,9 +45,8 @@ def look(
         found.setdefault(id(item) if write else position, (tensor, slot))
     if errors:
         raise errors[0]
-    tensors = [tensor for tensor, _ in found.values()]
-    _check_foreach(tensors, foreach)
-    return LocalGrads(tensors, [slot for _, slot in found.values()], wrappers)
+    tensors, slots = [t for t, _ in found.values()], [slot for _, slot in found.values()]
+    return LocalGrads(tensors, slots, wrappers)
 
 
 def describe(value: object) -> str:
@@ -114,11 +111,3 @@ def _overlaps(tensor: Tensor) -> bool:
             done += more
     return taken.bit_count() < tensor.numel()
 
-
-def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
-    for tensor in tensors if foreach else ():
-        if not _device_has_foreach_support(tensor.device):
-            raise RuntimeError(
-                "foreach=True was passed, but can't use the foreach API on "
-                f"{tensor.device.type} tensors"
-            )

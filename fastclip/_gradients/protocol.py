@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,6 @@ class GradientsHere(Gradients, Protocol):
 
     def slots(self) -> list[int]:
         """The number of the group of each, n of them."""
+
+    def devices(self) -> list[torch.device]:
+        """Where they are, each device once."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _ops
 from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
 from .local import LocalGrads
 from .look import describe, look
-from .protocol import Gradients
+from .protocol import Gradients, GradientsHere
 from .spread import SpreadGrads
 
 Tensors = Tensor | Iterable[Tensor]
@@ -79,9 +80,9 @@ def read_by(
     agree: bool,
 ) -> SpreadGrads:
     """As `read`, in groups by their labels, by the plan of the last time if it still fits."""
-    at_once = _reader(None) is not None
+    at_once = _reader() is not None
     plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), labels)
-    return _planned(plan, grads, agree, lambda: look(parameters, None, True, plan))
+    return _planned(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
 
 def _read(
@@ -93,11 +94,13 @@ def _read(
     agree: bool,
     name_of: Callable[[int], str] | None = None,
 ) -> Gradients:
-    reader = _reader(foreach)
+    reader = _reader()
     read_all = None if reader is None else reader.read_grads if write else reader.take_tensors
     grads = read_all(items) if read_all else None
     if asked is NONE and (grads is not None or not is_spread(items)):
-        return look(items, foreach, write, None, name_of) if grads is None else grads
+        grads = look(items, write, None, name_of) if grads is None else grads
+        _check_foreach(grads, foreach)
+        return grads
     return _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
 
 
@@ -115,18 +118,24 @@ def _read_spread(
     if grads is not None and kind is Kind.TOTAL:
         plan = of_plain(items, asked)
     else:
-        plan, grads = find(items, asked, _reader(foreach) is not None, write, kind)
-    return _planned(plan, grads, agree, lambda: look(items, foreach, write, plan, name_of))
+        plan, grads = find(items, asked, _reader() is not None, write, kind)
+    return _planned(plan, grads, foreach, agree, lambda: look(items, write, plan, name_of))
 
 
 def _planned(
-    plan: Plan, grads: Any, agree: bool, read_all: Callable[[], LocalGrads]
+    plan: Plan,
+    grads: Any,
+    foreach: bool | None,
+    agree: bool,
+    read_all: Callable[[], LocalGrads],
 ) -> SpreadGrads:
     """An error is for all ranks that wait for this one."""
     try:
         if plan.reduction.crossing is not None:
             raise ValueError(plan.reduction.crossing)
-        return SpreadGrads(read_all() if grads is None else grads, plan, agree)
+        grads = read_all() if grads is None else grads
+        _check_foreach(grads, foreach)
+        return SpreadGrads(grads, plan, agree)
     except (TypeError, ValueError, RuntimeError) as error:
         if not plan.reduction.sends:
             raise
@@ -149,9 +158,17 @@ def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def _reader(foreach: bool | None) -> Any:
-    """The extension, unless Python looks at `foreach` or the compiler at everything."""
-    return None if foreach or torch.compiler.is_compiling() else _ops.extension
+def _reader() -> Any:
+    """The extension, unless the compiler looks at everything."""
+    return None if torch.compiler.is_compiling() else _ops.extension
+
+
+def _check_foreach(grads: GradientsHere, foreach: bool | None) -> None:
+    for device in grads.devices() if foreach else ():
+        if not _device_has_foreach_support(device):
+            raise RuntimeError(
+                f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
+            )
 
 
 def as_list(tensors: Tensors, name: str) -> list[Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .groups import Groups, Key, Ranks, Step, device_of, ranks_of, without_modes
 
-# Where a DTensor keeps its layout (mesh, placements) and what is on this rank.
+# Where a DTensor keeps its layout and what is on this rank; what of two layouts has to be equal.
 LAYOUT = "_spec"
 INNER = "_local_tensor"
+PARTS = ("mesh", "placements")
 
 
 class Slot(NamedTuple):

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _ops
 from .groups import groups_of
-from .mesh import INNER, LAYOUT, is_dtensor, layout_of, local_of, placed
+from .mesh import INNER, LAYOUT, PARTS, is_dtensor, layout_of, local_of, placed
 from .reduction import Asked, Kind, reduction
 
 
@@ -51,7 +51,7 @@ class Plan:
         )
         if self.direct:
             of = self.reduction.slot_of
-            self.wrapped = _ops.extension.Wrapped(layouts, of, LAYOUT, INNER)
+            self.wrapped = _ops.extension.Wrapped(layouts, of, LAYOUT, INNER, PARTS)
         self._watch(layouts)
         self.warned = False
 
