@@ -5,6 +5,7 @@ from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_
 from .clipper import GradClipper
 from .nonfinite import find_nonfinite
 from .optim import clipped_step, unscale_and_clip_
+from .patching import patch, unpatch
 from .per_tensor import clip_grad_agc_, clip_grad_norms_, normalize_grad_
 from .rules import AutoClip, ZClip
 
@@ -22,6 +23,8 @@ __all__ = [
     "find_nonfinite",
     "get_total_norm",
     "normalize_grad_",
+    "patch",
+    "unpatch",
     "unscale_and_clip_",
 ]
 __version__ = "0.1.0"

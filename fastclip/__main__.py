@@ -1,17 +1,22 @@
-"""`python -m fastclip info | demo`: what is installed, and what clipping does to a training run."""
+"""`python -m fastclip info | demo | run`: what is installed, and what clipping does to training."""
 
 import argparse
+import importlib.util
 import os
 import platform
+import re
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import fastclip
 
-from . import _ops
+from . import _ops, patching
 from ._demo import RULES, demo
+from ._run import run
 
 
 def info() -> None:
@@ -32,7 +37,8 @@ def info() -> None:
         f"package    {Path(fastclip.__file__).parent}\n"
         f"extension  {built}\n"
         f"cpu        {'compiled' if _ops.has_kernels('cpu') else plain + rebuild}\n"
-        f"cuda       {cuda or f'{plain}with nvcc ({_ops.NVCC}), {rebuild}'}"
+        f"cuda       {cuda or f'{plain}with nvcc ({_ops.NVCC}), {rebuild}'}\n"
+        f"patched    {patching.describe()}"
     )
 
 
@@ -61,9 +67,23 @@ def _out(value: str) -> Path:
     return path
 
 
+def _picture(value: str) -> Path:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib; to add it: pip install matplotlib")
+    return _out(value)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is for `run`, and the command that it runs, from its name or `-m` on."""
+    end = 1 if arguments[:1] == ["run"] else len(arguments)
+    while end < len(arguments) and re.match("-(?!m)", arguments[end]):
+        end += 2 if arguments[end] == "--plot" else 1
+    return arguments[:end], arguments[end:]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastclip", description=fastclip.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="name", metavar="command", required=True)
     what = "print versions, paths, and which devices have compiled kernels"
     commands.add_parser("info", help=what, description=what)
     what = "train a recurrent network unclipped, with torch's clipping and with fastclip's"
@@ -74,11 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "a further run by a rule, which finds the threshold itself"
     add("--rule", choices=RULES, help=what)
     add("--out", type=_out, default="fastclip-demo.png", help="picture path (default: %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    if options.pop("command") == "info":
-        info()
-    else:
-        demo(**options)
+    what = "run a script with torch's clipping functions replaced by fastclip's"
+    usage = "%(prog)s [--stats] [--plot FILE] script | -m module [arguments ...]"
+    running = commands.add_parser("run", help=what, description=what, usage=usage)
+    add = running.add_argument
+    add("--stats", action="store_true", help="at the end, say what was called and clipped")
+    add("--plot", type=_picture, metavar="FILE", help="and draw the norms and what was clipped")
+    given, command = _split(sys.argv[1:] if arguments is None else list(arguments))
+    options = vars(parser.parse_args(given))
+    name = options.pop("name")
+    if name == "run" and not command:
+        running.error("expected a script, or -m and a module")
+    {"info": info, "demo": demo, "run": partial(run, command)}[name](**options)
 
 
 if __name__ == "__main__":

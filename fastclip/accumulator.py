@@ -1,6 +1,5 @@
 """The norm gathered during backward, so that the clip is a decision and at most one write."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from ._arguments import Threshold, positive_order, threshold
 from ._decide import decide
 from ._gradients import Gradients, NamedParameters, read
 from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
+from ._warnings import warn
 
 
 class NormAccumulator:
@@ -184,10 +184,9 @@ class NormAccumulator:
     def _take(self) -> Gradients:
         if self._has_lost_hooks:
             self._has_lost_hooks = False
-            warnings.warn(
+            warn(
                 "this NormAccumulator is a copy and has no hooks: it measures all gradients when "
-                "it clips; make one of the copy's parameters",
-                stacklevel=3,
+                "it clips; make one of the copy's parameters"
             )
         grads = None if self._measured is None else self._measured.take(self._items)
         if grads is None:

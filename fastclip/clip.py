@@ -1,6 +1,5 @@
 """The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +20,7 @@ from ._decide import decide, raise_if_nonfinite
 from ._gradients import as_list, read, take
 from ._ops import clip_coef, is_differentiated
 from ._ranks import Kind
+from ._warnings import warn
 
 
 def clip_grad_norm_(
@@ -198,10 +198,9 @@ def clip_grads_with_norm_(
     grads = read(items, foreach)
     # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
     if items and not len(grads) and not any(map(_may_have_grad, items)):
-        warnings.warn(
+        warn(
             "fastclip.clip_grads_with_norm_: no parameter has a gradient, nothing was scaled; pass "
-            "the parameters whose .grad is to be scaled, not the gradients themselves",
-            stacklevel=2,
+            "the parameters whose .grad is to be scaled, not the gradients themselves"
         )
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     with torch.set_grad_enabled(is_differentiated()):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ SOURCES = sorted(
 TESTED = sorted(p for d in ("tests", "benchmarks") for p in (ROOT / d).glob("**/*.py"))
 EVERY = PYTHON + BUILD + SOURCES + TESTED
 
-ROOMS = sorted(p.parent for p in (ROOT / "fastclip").glob("*/__init__.py"))
+ROOMS = sorted(p.parent for p in (ROOT / "fastclip").glob("_*/__init__.py"))
 TOP_LEVEL = {"csrc", "fastclip", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md"}
 
 
@@ -75,9 +77,17 @@ def test_a_room_is_entered_by_its_door(path):
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_nothing_imports_what_users_start(path):
-    above = {"__main__": set(), "_demo": {"__main__"}}
+    above = {"__main__": set(), "_demo": {"__main__"}, "_run": {"__main__"}}
+    above |= {"integrations": {"patching"}, "patching": {"__init__", "__main__", "_run"}}
     for name, by in above.items():
         assert name not in imported(path) or path.stem in by
+
+
+def test_frameworks_are_not_imported_with_fastclip():
+    names = ["apex", "lightning", "megatron", "pytorch_lightning", "timm", "transformers"]
+    code = f"import sys; import fastclip; print([n for n in {names} if n in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == "[]\n", found.stderr
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
@@ -192,16 +202,19 @@ def test_mutable_module_state_is_seen():
 
 
 def test_every_public_name_is_typed_and_documented():
-    for path in PYTHON:
-        if path.parent.name != "fastclip" or path.stem.startswith("_"):
-            continue
+    public = re.findall(r'^    "(\w+)",$', (ROOT / "fastclip/__init__.py").read_text(), re.M)
+    found = set()
+    for path in (ROOT / "fastclip").glob("[!_]*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.FunctionDef) and node.name in public:
+                found.add(node.name)
                 assert node.returns is not None
                 assert all(a.annotation for a in node.args.args)
                 docstring = ast.get_docstring(node)
-                for section in ("Args:", "Raises:", "Reference:", ">>>"):
+                arguments = ("Args:", "Raises:") if node.args.args else ()
+                for section in (*arguments, "Reference:", ">>>"):
                     assert section in docstring, f"{node.name}: {section}"
+    assert found == {name for name in public if name.islower()}
 
 
 def test_names_follow_the_house():

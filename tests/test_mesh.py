@@ -658,15 +658,16 @@ def test_partial_gradients_are_reduced_first(world):
 def partial_by_value() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parameters = [spread((5, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
+    parameters.append(spread((6,), mesh, Shard(0)))
     local = torch.tensor([1.0, -1.0, 0.1, 0.2])
     parameters[1].grad = DTensor.from_local(local, mesh, [Partial()], run_check=False)
     before = grads_of(parameters)
-    versions = [q.grad._version for q in (parameters[0], parameters[2])]
+    versions = [q.grad._version for q in (parameters[0], *parameters[2:])]
     with pytest.warns(UserWarning, match="redistributed"):
         fastclip.clip_grad_value_(parameters, 0.5)
     for now, then in zip(grads_of(parameters), before, strict=True):
         assert torch.equal(now, then.clamp(-0.5, 0.5))
-    now = [q.grad._version for q in (parameters[0], parameters[2])]
+    now = [q.grad._version for q in (parameters[0], *parameters[2:])]
     assert all(map(operator.gt, now, versions))
 
 

@@ -123,9 +123,9 @@ class LocalGrads:
         return self.result(total_norm)
 
     def _bump_versions(self) -> None:
-        """The ops bump what they are given: the values of a tensor, what a wrapper holds."""
-        if others := [t for t in self.tensors if t.layout != torch.strided] + self.wrappers:
-            torch.autograd.graph.increment_version(others)
+        """The ops bump what they are given, which wrappers do not share."""
+        if self.wrappers:
+            torch.autograd.graph.increment_version(self.wrappers)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

@@ -110,4 +110,3 @@ def _overlaps(tensor: Tensor) -> bool:
             taken |= taken << more * stride
             done += more
     return taken.bit_count() < tensor.numel()
-

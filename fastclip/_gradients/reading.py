@@ -6,7 +6,6 @@ in groups, has a plan, and is read by it in the same two ways.
 """
 
 import types
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _ops
 from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
+from .._warnings import warn
 from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
@@ -185,7 +185,5 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
         ) from None
     # Gradients that are none may well be none; parameters are not.
     if not items and name == "parameters" and isinstance(tensors, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
-        )
+        warn("`parameters` is an empty generator, no gradient clipping will occur.")
     return items

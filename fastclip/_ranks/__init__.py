@@ -1,6 +1,6 @@
 """What is spread over ranks: process groups, meshes of DTensors, and plans to put norms together.
 
-Nothing but this room knows DTensors and collectives. It imports `_ops` alone.
+Nothing but this room knows DTensors and collectives. It imports `_ops` and `_warnings`.
 """
 
 from .ddp import is_data_parallel, on_reduced_buckets

@@ -6,7 +6,6 @@ parameters are redistributed first, each by a collective of its size.
 """
 
 import operator
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _ops
+from .._warnings import warn
 from .groups import groups_of
 from .mesh import INNER, LAYOUT, PARTS, is_dtensor, layout_of, local_of, placed
 from .reduction import Asked, Kind, reduction
@@ -99,10 +99,9 @@ class Plan:
 
     def _warn(self, what: str) -> None:
         if not self.warned:
-            warnings.warn(
+            warn(
                 f"{what}: it and others like it are redistributed at every call, one collective "
-                "of the gradient's size each",
-                stacklevel=11,
+                "of the gradient's size each"
             )
         self.warned = True
 

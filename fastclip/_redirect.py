@@ -1,0 +1,53 @@
+"""Functions of other libraries, replaced by ours and given back."""
+
+import sys
+from collections.abc import Callable, Iterable
+from types import FunctionType, ModuleType
+from typing import Any
+
+Undo = Callable[[], object]
+
+
+def _made_by_a_decorator(func: Callable[..., Any]) -> FunctionType:
+    def calls(*args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    return calls
+
+
+def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
+    """Let what a decorator made of a function `func` call `ours` and do nothing else.
+
+    It stays the same object, whoever holds it, with its name and signature. None if it was not made
+    so, as torch's `_no_grad` does.
+    """
+    code = getattr(theirs, "__code__", None)
+    if code is None or code.co_freevars != ("func",):
+        return None
+    (cell,) = theirs.__closure__
+    func = cell.cell_contents
+
+    # What runs meanwhile in other threads is never `func` without its decorator.
+    def undo() -> None:
+        theirs.__code__ = code
+        cell.cell_contents = func
+
+    cell.cell_contents = ours
+    theirs.__code__ = _made_by_a_decorator(ours).__code__
+    return undo
+
+
+def rename(theirs: Any, ours: Any, modules: Iterable[ModuleType] | None = None) -> Undo:
+    """Let every name for `theirs` in these modules, or in all that are imported, be for `ours`.
+
+    That nobody else may have a name for: undone, its names are for `theirs` again.
+    """
+
+    def change(old: Any, new: Any) -> None:
+        for module in list(sys.modules.values()) if modules is None else modules:
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is old:
+                    setattr(module, name, new)
+
+    change(theirs, ours)
+    return lambda: change(ours, theirs)

@@ -1,0 +1,122 @@
+"""`python -m fastclip run`: somebody's script in a Python where torch is patched; what was clipped.
+
+The script is started as ever, with `_site` on the path. That patches torch, here and in each
+process that the script starts in turn; options for this one are Python's own `-X`.
+"""
+
+import atexit
+import inspect
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _site, clip
+from ._history import History, Ring, draw, stats_of
+from ._ops import clip_coef
+from ._ranks import value_of
+from .patching import patch_with
+
+
+def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
+    """Become `python command`: a script, or `-m` and a module, and arguments."""
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        sys.exit("python -m fastclip run: needs PYTHONPATH and site; leave out -E, -I and -S")
+    options = ["-X", _site.RUN]
+    options += ["-X", _site.STATS] * stats
+    options += ["-X", f"{_site.PLOT}={plot.absolute()}"] if plot else []
+    before = os.environ.get("PYTHONPATH")
+    here = str(Path(_site.__file__).parent)
+    os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As multiprocessing does, which starts Python with the options it has itself.
+    flags = subprocess._args_from_interpreter_flags()
+    os.execv(sys.executable, [sys.executable, *flags, *options, *command])
+
+
+def start() -> None:
+    """What `_site` calls in the script's process, when torch is there."""
+    counted = Counted(_site.STATS in sys._xoptions or _site.PLOT in sys._xoptions)
+    patch_with(counted.functions())
+    process = os.getpid()
+    # One of several ranks speaks, and no child that was forked.
+    if os.environ.get("RANK", "0") == "0":
+        atexit.register(lambda: os.getpid() == process and counted.report())
+
+
+class Counted:
+    """The four functions, with what was done by them. What is compiled is not counted."""
+
+    def __init__(self, keep: bool) -> None:
+        self.calls: Counter[str] = Counter()
+        self.seconds = 0.0
+        # Norm and threshold of every clip.
+        self.ring = Ring(2) if keep else None
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        names = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
+        return {name: self._counted(getattr(clip, name)) for name in names}
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            self.calls[function.__name__] += 1
+            if self.ring is not None:
+                given = signature.bind(*args, **kwargs).arguments
+                if "max_norm" in given:
+                    self._keep(given.get("total_norm", result), given["max_norm"])
+            return result
+
+        return counted
+
+    @torch.no_grad()
+    def _keep(self, total_norm: Tensor, max_norm: float | Tensor) -> None:
+        norm = value_of(total_norm).reshape(()).double()
+        if isinstance(max_norm, Tensor):
+            limit = value_of(max_norm).reshape(()).to(norm)
+        else:
+            limit = norm.new_full((), float(max_norm))
+        self.ring.add(torch.stack((norm, limit)))
+
+    def report(self) -> None:
+        if not self.calls:
+            _say("nothing in this process called torch's clipping functions, but for compiled code")
+            return
+        if self.ring is None:
+            return
+        calls = ", ".join(f"{name} {count} times" for name, count in self.calls.items())
+        each = 1e6 * self.seconds / self.calls.total()
+        _say(f"{calls}; {1e3 * self.seconds:.1f} ms on the host, {each:.0f} us a call")
+        steps, rows = self.ring.read()
+        if not steps:
+            return
+        norms, limits = rows.unbind(1)
+        history = History("total", norms, limits, clip_coef(norms, limits))
+        found = stats_of(steps, norms, history.coefs)
+        of = f"of the last {len(norms)} " if steps > len(norms) else ""
+        _say(
+            f"{steps} clips {of}by norm: {found['clipped']} above the threshold, "
+            f"{found['nonfinite']} not finite; median norm {found['percentiles']['p50']:.4g}, "
+            f"p90 {found['percentiles']['p90']:.4g}"
+        )
+        if path := sys._xoptions.get(_site.PLOT):
+            draw(steps, [history], str(path))
+            _say(f"drawn in {path}")
+
+
+def _say(text: str) -> None:
+    print(f"fastclip run: {text}", file=sys.stderr)

@@ -1,0 +1,75 @@
+"""Run by Python when a process starts that has this folder on its path: torch is to be patched.
+
+Not before it is imported: most processes that a program starts never do.
+"""
+
+import atexit
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+# Options of the process that `run` makes of itself, in `sys._xoptions`; no child has them.
+RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
+
+
+class After:
+    """A finder that runs `action` when a module was first imported, before it is used."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(
+        self, name: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name or self not in sys.meta_path:
+            return None
+        # The others find it; it is there from now on, or nowhere.
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                self.action(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _patch(_: ModuleType) -> None:
+    # After all else, should a parent have found it by its own path.
+    sys.path.append(package := str(Path(__file__).parents[2]))
+    try:
+        import fastclip
+        from fastclip import _run
+    finally:
+        sys.path.remove(package)
+    if RUN in sys._xoptions:
+        _run.start()
+    else:
+        fastclip.patch()
+
+
+def _say_if_unused() -> None:
+    if "torch" not in sys.modules:
+        print("fastclip run: torch was never imported, nothing was clipped", file=sys.stderr)
+
+
+def _run_the_next() -> None:
+    """The `sitecustomize` that Python would have found without this one."""
+    here = Path(__file__).absolute().parent
+    others = [entry for entry in sys.path if Path(entry).absolute() != here]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+if __name__ == "sitecustomize":
+    if RUN in sys._xoptions:
+        atexit.register(_say_if_unused)
+    sys.meta_path.insert(0, After("torch", _patch))
+    _run_the_next()

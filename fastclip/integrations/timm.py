@@ -1,0 +1,28 @@
+"""timm: its adaptive clipping is ours."""
+
+from collections.abc import Iterable
+from types import ModuleType
+
+from torch import Tensor
+
+from .._redirect import Undo, rename
+from ..per_tensor import clip_grad_agc_
+
+MODULE = "timm.utils.agc"
+
+
+def adapt(module: ModuleType) -> list[Undo]:
+    """Replace `adaptive_clip_grad` wherever it was imported."""
+    theirs = module.adaptive_clip_grad
+
+    def adaptive_clip_grad(
+        parameters: Tensor | Iterable[Tensor],
+        clip_factor: float = 0.01,
+        eps: float = 1e-3,
+        norm_type: float = 2.0,
+    ) -> None:
+        if norm_type != 2:
+            return theirs(parameters, clip_factor, eps, norm_type)
+        return clip_grad_agc_(parameters, clip_factor, eps)
+
+    return [rename(theirs, adaptive_clip_grad)]

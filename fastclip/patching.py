@@ -1,0 +1,146 @@
+"""torch's own clipping functions replaced by these, for callers that know nothing of fastclip.
+
+Each is one object that torch's decorator made, whoever holds it: what it runs is exchanged, and
+given back by `unpatch`. Were it made otherwise, its names in all imported modules would be. Other
+libraries' own functions are replaced once they are imported.
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ._redirect import Undo, redirect, rename
+from ._site import After
+from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .integrations import apex, timm
+
+Functions = dict[str, Callable[..., Any]]
+
+
+class Patch:
+    """What one `patch()` did, undone where its `with` block ends."""
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _patches.remove(self)
+
+
+def patch() -> Patch:
+    r"""Let torch's clipping functions be fastclip's, for every caller in this process.
+
+    `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_` of
+    `torch.nn.utils`, whenever and however they were imported, compiled code too; timm's
+    `adaptive_clip_grad` and what Megatron-core measures and scales with, now or once they are
+    imported. As often as it is called, `unpatch` has to be, in any order and from any thread.
+
+    Returns:
+        A context manager: at the end of its block this call is undone.
+
+    Reference: `torch.nn.utils.clip_grad_norm_`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> with patch():
+    ...     torch.nn.utils.clip_grad_norm_([w], max_norm=1.0)
+    tensor(5.)
+    """
+    return patch_with(
+        {
+            "clip_grad_norm_": clip_grad_norm_,
+            "clip_grad_value_": clip_grad_value_,
+            "get_total_norm": get_total_norm,
+            "clip_grads_with_norm_": clip_grads_with_norm_,
+        }
+    )
+
+
+def unpatch() -> None:
+    """Undo the last `patch()` that still holds; nothing if none does.
+
+    Reference: `torch.nn.utils.clip_grad_norm_`.
+
+    >>> held = patch(); unpatch()
+    >>> torch.nn.utils.clip_grad_norm_.__module__
+    'torch.nn.utils.clip_grad'
+    """
+    _patches.remove()
+
+
+def patch_with(functions: Functions) -> Patch:
+    """`patch`, by other functions of the same names, unless torch is patched already."""
+    _patches.add(new := Patch(), functions)
+    return new
+
+
+def describe() -> str:
+    """What is patched, for people."""
+    return _patches.describe()
+
+
+class _Patches:
+    """Those that hold. One for the process, as torch's functions are."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._held: tuple[Patch, ...] = ()
+        self._undo: list[Undo] = []
+        self._by_name: list[str] = []
+
+    def add(self, new: Patch, functions: Functions) -> None:
+        with self._lock:
+            if not self._held:
+                self._do(functions)
+            self._held += (new,)
+
+    def remove(self, one: Patch | None = None) -> None:
+        with self._lock:
+            if one is None and self._held:
+                one = self._held[-1]
+            if one not in self._held:
+                return
+            self._held = tuple(held for held in self._held if held is not one)
+            if not self._held:
+                for undo in reversed(self._undo):
+                    undo()
+                self._undo, self._by_name = [], []
+
+    def describe(self) -> str:
+        with self._lock:
+            if not self._held:
+                return "no"
+            names = ", ".join(self._by_name)
+            return f"yes{f', but for whoever holds {names}' if names else ''}"
+
+    def _do(self, functions: Functions) -> None:
+        for name, function in functions.items():
+            theirs = getattr(torch.nn.utils, name)
+            undo = redirect(theirs, function)
+            if undo is None:
+                self._by_name.append(name)
+                undo = rename(theirs, partial(function))
+            self._undo.append(undo)
+        for library in (apex, timm):
+            self._once_imported(library.MODULE, library.adapt)
+
+    def _once_imported(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:
+        """`adapt` to a module now, or as soon as it is imported."""
+        if name in sys.modules:
+            self._undo += adapt(sys.modules[name])
+            return
+
+        def action(module: ModuleType) -> None:
+            with self._lock:
+                if self._held:
+                    self._undo += adapt(module)
+
+        sys.meta_path.insert(0, after := After(name, action))
+        self._undo.append(lambda: after in sys.meta_path and sys.meta_path.remove(after))
+
+
+_patches = _Patches()

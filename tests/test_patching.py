@@ -1,0 +1,299 @@
+"""torch's functions replaced for every caller, and given back, whatever else goes on."""
+
+import copy
+import importlib
+import inspect
+import pickle
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.clip_grad as torchs
+from torch import Tensor
+from torch.nn import utils
+from torch.nn.utils import clip_grad_norm_ as held_norm
+from torch.nn.utils import clip_grad_value_ as held_value
+from torch.nn.utils import clip_grads_with_norm_ as held_with_norm
+from torch.nn.utils import get_total_norm as held_total
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastclip
+from fastclip import patching
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    yield
+    assert patching.describe() == "no"
+
+
+class Seen(TorchDispatchMode):
+    """The ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def parameters() -> list[Tensor]:
+    made = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    for parameter in made:
+        parameter.grad = torch.tensor([3.0, 4.0, 0.0])
+    return made
+
+
+def is_ours(call: Callable[[], Any]) -> bool:
+    with Seen() as seen:
+        call()
+    return any(name.startswith("fastclip") for name in seen.names)
+
+
+def total(function: Callable[..., Any]) -> Any:
+    return function([p.grad for p in parameters()], 2.0)
+
+
+CALLS = {
+    "name": lambda: utils.clip_grad_norm_(parameters(), 1.0),
+    "name with keywords": lambda: utils.clip_grad_norm_(
+        parameters=parameters(), max_norm=1.0, norm_type=2.0, error_if_nonfinite=False, foreach=True
+    ),
+    "held": lambda: held_norm(parameters(), 1.0, 2.0, True, None),
+    "module": lambda: torchs.clip_grad_norm_(parameters(), 1.0),
+    "imported now": lambda: importlib.import_module("torch.nn.utils").clip_grad_norm_(
+        parameters(), 1.0
+    ),
+    "held, partly": partial(partial(held_norm, max_norm=1.0), parameters()),
+    "value": lambda: utils.clip_grad_value_(parameters(), 1.0),
+    "held value": lambda: held_value(parameters(), 1.0, foreach=False),
+    "total": lambda: total(utils.get_total_norm),
+    "held total": lambda: total(held_total),
+    "private total": lambda: total(torchs._get_total_norm),
+    "with norm": lambda: utils.clip_grads_with_norm_(parameters(), 1.0, torch.tensor(7.0)),
+    "held with norm": lambda: held_with_norm(parameters(), 1.0, torch.tensor(7.0)),
+    "private with norm": lambda: torchs._clip_grads_with_norm_(
+        parameters(), max_norm=1.0, total_norm=torch.tensor(7.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_caller_is_reached_until_it_is_undone(call):
+    assert not is_ours(call)
+    with fastclip.patch():
+        assert is_ours(call)
+    assert not is_ours(call)
+    fastclip.patch()
+    assert is_ours(call)
+    fastclip.unpatch()
+    assert not is_ours(call)
+
+
+def test_the_deprecated_function_is_reached():
+    with fastclip.patch(), pytest.warns(FutureWarning, match="clip_grad_norm_"):
+        assert is_ours(lambda: utils.clip_grad_norm(parameters(), 1.0))
+
+
+def test_what_was_imported_meanwhile_is_given_back():
+    with fastclip.patch():
+        from torch.nn.utils import clip_grad_norm_ as imported
+    assert not is_ours(lambda: imported(parameters(), 1.0))
+
+
+def test_functions_stay_the_objects_they_were():
+    before = [(f, f.__name__, f.__module__, inspect.signature(f)) for f in (held_norm, held_value)]
+    with fastclip.patch():
+        for function, name, module, signature in before:
+            assert getattr(utils, name) is function
+            assert (function.__name__, function.__module__) == (name, module)
+            assert inspect.signature(function) == signature
+            assert pickle.loads(pickle.dumps(function)) is function
+            assert copy.deepcopy(function) is function
+
+
+def test_calls_are_counted_and_undone_in_any_order():
+    rng = random.Random(0)
+    for _ in range(50):
+        held: list[patching.Patch] = []
+        for _ in range(rng.randrange(20)):
+            move = rng.choice(["patch", "patch", "leave", "unpatch"])
+            if move == "patch":
+                held.append(fastclip.patch())
+            elif move == "leave" and held:
+                one = rng.choice(held)
+                held.remove(one)
+                one.__exit__(None, None, None)
+                # Twice is once.
+                one.__exit__(None, None, None)
+            elif move == "unpatch":
+                fastclip.unpatch()
+                held = held[:-1]
+            assert is_ours(CALLS["held"]) == bool(held)
+        for _ in held:
+            fastclip.unpatch()
+        assert not is_ours(CALLS["held"])
+
+
+def test_an_error_in_its_block_undoes_it():
+    with pytest.raises(ZeroDivisionError), fastclip.patch():
+        _ = 1 / 0
+    assert not is_ours(CALLS["held"])
+
+
+def test_errors_and_warnings_are_those_of_the_caller():
+    with fastclip.patch():
+        with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0"):
+            held_norm(parameters(), -1.0)
+        with pytest.warns(UserWarning, match="empty generator") as caught:
+            held_norm((p for p in ()), 1.0)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_threads_patch_and_clip_at_once():
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(100):
+                with fastclip.patch():
+                    made = parameters()
+                    assert abs(held_norm(made, 1.0).item() - 50**0.5) < 1e-5
+                    assert abs(made[0].grad[0].item() - 3 / 50**0.5) < 1e-5
+                if rng.random() < 0.5:
+                    held_norm(parameters(), 1.0)
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert not is_ours(CALLS["held"])
+
+
+def test_a_patched_call_is_one_op_of_the_graph_and_patching_is_seen():
+    made = parameters()
+    graphs: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op != "placeholder"])
+        return graph.forward
+
+    clip = torch.compile(lambda: held_norm(made, 1.0), backend=backend, fullgraph=True)
+    ours = []
+    for is_patched in (False, True, True, False, True):
+        for parameter in made:
+            parameter.grad = torch.tensor([3.0, 4.0, 0.0])
+        with fastclip.patch() if is_patched else torch.no_grad():
+            assert abs(clip().item() - 50**0.5) < 1e-5
+        ours.append(any("fastclip" in name for name in graphs[-1]))
+    assert ours[:3] == [False, True, True]
+    assert len(graphs) == 2
+    assert sum("fastclip" in name for name in graphs[1]) == 1
+
+
+def module(name: str, **names: Any) -> types.ModuleType:
+    made = types.ModuleType(name)
+    vars(made).update(names)
+    return made
+
+
+def test_a_function_that_no_decorator_made_is_replaced_by_name(monkeypatch):
+    def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
+        return "theirs"
+
+    holder = module("holder", own=clip_grad_norm_, ours=fastclip.clip_grad_norm_)
+    monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
+    monkeypatch.setitem(sys.modules, "holder", holder)
+    with fastclip.patch():
+        assert patching.describe() == "yes, but for whoever holds clip_grad_norm_"
+        for function in (utils.clip_grad_norm_, holder.own):
+            assert function(parameters(), 1.0) == torch.tensor(50.0).sqrt()
+        assert is_ours(CALLS["held value"])
+        meanwhile = holder.later = utils.clip_grad_norm_
+    assert utils.clip_grad_norm_ is holder.own is holder.later is clip_grad_norm_
+    assert holder.ours is fastclip.clip_grad_norm_
+    assert meanwhile is not fastclip.clip_grad_norm_
+
+
+AGC = """
+def adaptive_clip_grad(parameters, clip_factor=0.01, eps=1e-3, norm_type=2.0):
+    return norm_type
+"""
+
+
+@pytest.fixture
+def _timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package of that name, not yet imported."""
+    package = tmp_path / "timm" / "utils"
+    package.mkdir(parents=True)
+    (tmp_path / "timm/__init__.py").touch()
+    (package / "__init__.py").write_text("from .agc import adaptive_clip_grad\n")
+    (package / "agc.py").write_text(AGC)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("timm", "timm.utils", "timm.utils.agc")
+    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(kept)
+
+
+@pytest.mark.usefixtures("_timm")
+@pytest.mark.parametrize("is_first", [True, False], ids=["imported before", "imported after"])
+def test_timms_adaptive_clipping_is_ours(is_first):
+    finders = list(sys.meta_path)
+    if is_first:
+        importlib.import_module("timm.utils")
+    with fastclip.patch():
+        from timm.utils import adaptive_clip_grad, agc
+
+        one, other = parameters(), parameters()
+        assert adaptive_clip_grad(one, 0.5) is None
+        fastclip.clip_grad_agc_(other, 0.5)
+        assert torch.equal(one[0].grad, other[0].grad)
+        assert agc.adaptive_clip_grad(one, norm_type=1.0) == 1.0
+    from timm.utils import adaptive_clip_grad
+
+    assert adaptive_clip_grad(one) == agc.adaptive_clip_grad(one) == 2.0
+    assert sys.meta_path == finders
+
+
+@pytest.mark.usefixtures("_timm")
+def test_what_is_imported_after_the_end_is_left_alone():
+    with fastclip.patch():
+        pass
+    from timm.utils import adaptive_clip_grad
+
+    assert adaptive_clip_grad([]) == 2.0
+
+
+def test_megatron_measures_and_scales_with_ours(monkeypatch):
+    theirs = {"l2_norm_impl": object(), "multi_tensor_scale_impl": object(), "other": object()}
+    clip_grads = module("megatron.core.optimizer.clip_grads", **theirs)
+    monkeypatch.setitem(sys.modules, clip_grads.__name__, clip_grads)
+    with fastclip.patch():
+        from fastclip.integrations import apex
+
+        assert clip_grads.l2_norm_impl is apex.multi_tensor_l2norm
+        assert clip_grads.multi_tensor_scale_impl is apex.multi_tensor_scale
+        assert clip_grads.other is theirs["other"]
+    assert {name: getattr(clip_grads, name) for name in theirs} == theirs

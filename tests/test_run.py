@@ -1,0 +1,183 @@
+"""`python -m fastclip run`: what a script sees of it (nothing), and what is said at the end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fastclip.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+
+# It prints what a script can know of how it was started, clips, and ends as it is told.
+TRAIN = """
+import json, multiprocessing, pickle, sys
+import beside
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+class Mine:
+    pass
+
+def dtype_of_a_norm(_=None):
+    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+    return str(clip_grad_norm_([w], 1.0).dtype)
+
+if __name__ == "__main__":
+    main = sys.modules["__main__"]
+    spec = main.__spec__ and main.__spec__.name
+    mine = pickle.loads(pickle.dumps(Mine())).__class__ is Mine
+    print(json.dumps([sys.argv, sys.path[0], __file__, spec, mine, main.__dict__ is globals()]))
+    for way in sys.argv[1].split(","):
+        if way == "here":
+            print(dtype_of_a_norm())
+        elif way in ("spawn", "fork", "forkserver"):
+            with multiprocessing.get_context(way).Pool(1) as pool:
+                print(way, pool.apply(dtype_of_a_norm))
+        elif way == "python":
+            import subprocess
+            code = "import train; print('python', train.dtype_of_a_norm())"
+            subprocess.run([sys.executable, "-c", code], check=True)
+        elif way == "raise":
+            raise RuntimeError("lost")
+        elif way == "exit":
+            sys.exit(7)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "beside.py").write_text("import sys\n")
+    return tmp_path
+
+
+def python(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_script_runs_as_it_does_without(folder):
+    other = folder / "site"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text("print('another', __name__)")
+    path = os.pathsep.join([str(ROOT), str(other)])
+    command = ["train.py", "here,raise", "--", "-m", "--stats", ""]
+    plain = python(folder, *command, PYTHONPATH=path)
+    ours = python(folder, "-m", "fastclip", "run", *command, PYTHONPATH=path)
+    said = "another sitecustomize"
+    first, known, dtype = plain.stdout.splitlines()
+    assert (first, dtype) == (said, "torch.bfloat16")
+    # In the process that `run` was before it became the script's, too.
+    assert ours.stdout.splitlines() == [said, said, known, "torch.float32"]
+    assert plain.stderr.startswith("Traceback")
+    assert (ours.stderr, ours.returncode) == (plain.stderr, 1)
+
+
+def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is_its(folder):
+    ways = "spawn,fork,forkserver,python,exit"
+    ran = python(folder, "-m", "fastclip", "run", "--stats", "-m", "train", ways, "-m", "--", "x")
+    known, *said = ran.stdout.splitlines()
+    file = str(folder / "train.py")
+    assert json.loads(known) == [
+        [file, ways, "-m", "--", "x"],
+        str(folder),
+        file,
+        "train",
+        True,
+        True,
+    ]
+    assert said == [f"{way} torch.float32" for way in ways.split(",") if way != "exit"]
+    assert ran.returncode == 7
+    # Of itself alone it speaks.
+    assert ran.stderr == (
+        "fastclip run: nothing in this process called torch's clipping functions, but for compiled "
+        "code\n"
+    )
+
+
+CLIPS = """
+import torch
+
+ps = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+for size in (0.1, 0.2, 1.0, 3.0, 4.0, float("inf")):
+    for p in ps:
+        p.grad = torch.full((2,), size)
+    if size == 3:
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in ps])
+        torch.nn.utils.clip_grads_with_norm_(ps, torch.tensor(1.5), total_norm=total_norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(ps, max_norm=1.5)
+torch.nn.utils.clip_grad_value_(ps, 0.1)
+torch.compile(lambda: torch.nn.utils.clip_grad_norm_(ps, 1.0), fullgraph=True, backend="eager")()
+"""
+
+
+def test_it_says_and_draws_what_was_clipped(folder):
+    pytest.importorskip("matplotlib")
+    (folder / "clips.py").write_text(CLIPS)
+    ran = python(folder, "-m", "fastclip", "run", "--stats", "--plot", "a.png", "clips.py")
+    assert ran.returncode == 0, ran.stderr
+    said = re.findall("^fastclip run: (.*)$", ran.stderr, re.M)
+    assert re.fullmatch(
+        r"clip_grad_norm_ 5 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
+        r"clip_grad_value_ 1 times; \d+\.\d ms on the host, \d+ us a call",
+        said[0],
+    )
+    # Norms 0.2, 0.4, 2, 6, 8 and inf.
+    assert said[1] == "6 clips by norm: 4 above the threshold, 1 not finite; median norm 2, p90 7.2"
+    assert said[2] == f"drawn in {folder / 'a.png'}"
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_script_without_torch_is_told(folder):
+    (folder / "nothing.py").write_text("print('done')")
+    ran = python(folder, "-m", "fastclip", "run", "nothing.py")
+    assert ran.stdout == "done\n"
+    assert ran.stderr == "fastclip run: torch was never imported, nothing was clipped\n"
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_ranks_of_torchrun_are_patched_and_one_speaks(folder):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ran = python(folder, *launch, "-m", "fastclip", "run", "--stats", "train.py", "here")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("torch.float32") == 2
+    assert ran.stderr.count("fastclip run: clip_grad_norm_ 1 times") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "expected a script, or -m and a module"),
+        (["--stats"], "expected a script, or -m and a module"),
+        (["--all", "train.py"], "unrecognized arguments: --all"),
+        (["--plot", "no/such/a.png", "train.py"], "argument --plot: cannot write"),
+        (["--plot"], "argument --plot: expected one argument"),
+    ],
+)
+def test_a_bad_option_is_named(options, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", *options])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_what_python_cannot_run_it_says(folder):
+    ran = python(folder, "-m", "fastclip", "run", "nosuch.py")
+    assert "can't open file" in ran.stderr
+    assert ran.returncode == 2
