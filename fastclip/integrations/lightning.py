@@ -25,7 +25,7 @@ class GradClip(Callback):
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does, as in `GradClipper`.
         groups: instead of `max_norm`, a function of the module that returns `GradClipper`'s groups.
-        log: the name under which norms are logged, of groups with theirs added; None for not.
+        log_name: what norms are logged as, of groups with their names added; None to log none.
 
     `clippers` are the `GradClipper`s, in the order of the optimizers: `clippers[0].stats()`.
 
@@ -44,12 +44,12 @@ class GradClip(Callback):
         nonfinite: str = "propagate",
         *,
         groups: Callable[[torch.nn.Module], Sequence[dict[str, Any]]] | None = None,
-        log: str | None = "grad_norm",
+        log_name: str | None = "grad_norm",
     ) -> None:
         if (max_norm is None) == (groups is None):
             raise TypeError("max_norm, groups: expected one of the two")
         self.max_norm, self.norm_type, self.nonfinite = max_norm, norm_type, nonfinite
-        self.groups, self.log = groups, log
+        self.groups, self.log_name = groups, log_name
         self.clippers: list[GradClipper] = []
         self._saved: list[dict[str, Any]] = []
 
@@ -63,14 +63,14 @@ class GradClip(Callback):
             )
         number = [id(own) for own in trainer.optimizers].index(id(optimizer))
         norms = self.clippers[number].clip_()
-        if self.log is None:
+        if self.log_name is None:
             return
         if self.groups is not None:
-            names = [f"{self.log}/{name}" for name in self.clippers[0].names]
+            names = [f"{self.log_name}/{name}" for name in self.clippers[0].names]
             pl_module.log_dict(dict(zip(names, norms.unbind(), strict=True)))
         else:
             several = len(self.clippers) > 1
-            pl_module.log(f"{self.log}/{number}" if several else self.log, norms)
+            pl_module.log(f"{self.log_name}/{number}" if several else self.log_name, norms)
 
     def _make(self, trainer: Any, pl_module: Any) -> None:
         if self.clippers:

@@ -22,7 +22,8 @@ class GradClip(TrainerCallback):
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does, as in `GradClipper`.
         groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups,
-            whose norms are logged as `grad_norm/` and their name.
+            whose norms are logged as `grad_norm/` and their name: for a logger to see them, let it
+            come after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
 
     `clipper` is the `GradClipper`, from the beginning of the training on: `clipper.stats()`.
 
@@ -71,8 +72,10 @@ class GradClip(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.groups is not None and self._norms is not None and "loss" in logs:
-            for name, norm in zip(self.clipper.names, self._norms.tolist(), strict=True):
-                logs[f"grad_norm/{name}"] = norm
+            names = [f"grad_norm/{name}" for name in self.clipper.names]
+            norms = dict(zip(names, self._norms.tolist(), strict=True))
+            logs.update(norms)
+            state.log_history[-1].update(norms)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:

@@ -1,0 +1,39 @@
+"""Real training runs of other people's loops: with torch's clipping, patched, and torch's again."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastclip import patching
+from fastclip._run import Counted
+
+
+def check_reached(
+    train: Callable[[int], list[float]],
+    steps: int = 20,
+    calls: int = 1,
+    rtol: float = 1e-5,
+    name: str | None = None,
+) -> Counted:
+    """`train(n)` makes n clipped steps and returns losses: the same ones whoever clips.
+
+    Patched, it calls us `calls` times a step, and nothing once that is over.
+    """
+    counted = Counted(keep=True)
+    theirs = train(steps)
+    with patching.patch_with(counted.functions()):
+        ours = train(steps)
+    made = counted.calls[name] if name else counted.calls.total()
+    assert made == steps * calls, counted.calls
+    assert len(ours) == len(theirs) > 0
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=rtol, atol=1e-7)
+    train(2)
+    assert made == (counted.calls[name] if name else counted.calls.total())
+    return counted
+
+
+def check_clipped(counted: Counted) -> None:
+    """Of the steps that were compared some were clipped, or nothing was."""
+    _, rows = counted.ring.read()
+    norms, limits = rows.unbind(1)
+    assert (norms > limits).any()

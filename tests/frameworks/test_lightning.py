@@ -1,0 +1,187 @@
+"""Lightning's Trainer and Fabric; the callback; the recipe for fused optimizers with a scaler."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import check_clipped, check_reached
+from torch import nn
+
+import fastclip
+
+lightning = pytest.importorskip("lightning")
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+
+from fastclip.integrations.lightning import GradClip  # noqa: E402
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+class Module(LightningModule):
+    def __init__(self, fused: bool = False, lr: float = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 1)
+        self.fused, self.lr = fused, lr
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+        (x,) = batch
+        loss = (self.last(self.first(x).tanh()) - 3 * x.sum(1, keepdim=True)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, fused=self.fused)
+
+
+def data(batches: int = 40) -> torch.utils.data.DataLoader:
+    torch.manual_seed(0)
+    values = torch.utils.data.TensorDataset(torch.randn(16 * batches, 8))
+    return torch.utils.data.DataLoader(values, batch_size=16)
+
+
+def trainer(steps: int, **how: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": -1}
+    return Trainer(max_steps=steps, **{**quiet, **how})
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_trainer(precision, algorithm):
+    def train(steps: int) -> list[float]:
+        how = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": algorithm}
+        module = Module()
+        trainer(steps, precision=precision, **how).fit(module, data())
+        return module.losses
+
+    # torch's norm of bf16 gradients is rounded to bf16, ours is not.
+    counted = check_reached(train, rtol=2e-2 if precision == "bf16-true" else 1e-5)
+    if algorithm == "norm":
+        check_clipped(counted)
+
+
+def test_fabric():
+    from lightning.fabric import Fabric
+
+    def train(steps: int) -> list[float]:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        module = Module()
+        model, optimizer = fabric.setup(module, module.configure_optimizers())
+        model.mark_forward_method("training_step")
+        losses = []
+        for _, batch in zip(range(steps), data(), strict=False):
+            optimizer.zero_grad()
+            loss = model.training_step(batch, 0)
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    check_clipped(check_reached(train))
+
+
+def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
+    theirs, ours = Module(), Module()
+    trainer(20, gradient_clip_val=0.5).fit(theirs, data())
+    clip = GradClip(0.5)
+    logger = CSVLogger(tmp_path, name="")
+    trainer(20, callbacks=[clip], logger=logger, log_every_n_steps=1).fit(ours, data())
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-5, atol=1e-7)
+    stats = clip.clippers[0].stats()
+    assert stats["steps"] == 20
+    assert stats["clipped"] > 0
+    header, *rows = next(tmp_path.glob("**/metrics.csv")).read_text().splitlines()
+    column = header.split(",").index("grad_norm")
+    logged = [float(row.split(",")[column]) for row in rows]
+    assert logged == pytest.approx(stats["total_norm"])
+
+
+def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):
+    def groups(module: Module) -> list[dict[str, Any]]:
+        return [
+            {"params": module.first, "max_norm": fastclip.AutoClip(50), "name": "first"},
+            {"params": module.last, "max_norm": 1.0, "name": "last"},
+        ]
+
+    whole = Module()
+    clip = GradClip(groups=groups)
+    trainer(20, callbacks=[clip]).fit(whole, data(1))
+    half = Module()
+    first = trainer(10, callbacks=[GradClip(groups=groups)])
+    first.fit(half, data(1))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, rest = GradClip(groups=groups), Module()
+    trainer(20, callbacks=[resumed]).fit(rest, data(1), ckpt_path=tmp_path / "half.ckpt")
+    assert half.losses + rest.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert resumed.clippers[0].stats()["first"]["steps"] == 20
+    assert clip.clippers[0].stats() == resumed.clippers[0].stats()
+
+
+class Two(Module):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.last)]
+
+    def training_step(self, batch: list[torch.Tensor], index: int) -> None:
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_each_optimizer_is_clipped_by_itself():
+    clip = GradClip(0.5)
+    trainer(40, callbacks=[clip]).fit(Two(), data())
+    first, last = (c.stats()["total_norm"] for c in clip.clippers)
+    assert len(first) == len(last) == 20
+    assert first != last
+    with pytest.raises(ValueError, match="groups: expected one optimizer"):
+        trainer(2, callbacks=[GradClip(groups=lambda module: [])]).fit(Two(), data())
+
+
+def test_bad_arguments_are_named():
+    for wrong in ({}, {"max_norm": 1.0, "groups": lambda module: []}):
+        with pytest.raises(TypeError, match="max_norm, groups: expected one of the two"):
+            GradClip(**wrong)
+
+
+def recipe() -> type:
+    """README's plugin."""
+    found = re.search(r"```python\n((?:(?!```).)*class ClippedStep.*?)```", README, re.S)
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    return names["ClippedStep"]
+
+
+def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
+    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        trainer(2, **half, gradient_clip_val=1.0).fit(Module(fused=True), data())
+    with pytest.raises(RuntimeError, match="are divided in its step"):
+        trainer(2, **half, callbacks=[GradClip(1.0)]).fit(Module(fused=True), data())
+    plugin = recipe()("16-mixed", "cpu")
+    fused, plain, called = Module(fused=True), Module(), Module()
+    trainer(20, plugins=[plugin]).fit(fused, data())
+    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    trainer(20, **half, gradient_clip_val=1.0).fit(plain, data())
+    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    trainer(20, **half, callbacks=[GradClip(1.0)]).fit(called, data())
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert called.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert math.isfinite(fused.losses[-1])
+    assert plugin.scaler.get_scale() > 1

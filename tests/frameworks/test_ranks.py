@@ -1,0 +1,222 @@
+"""Two ranks over gloo: Lightning's DDP, accelerate's FSDP2, torchtitan's clip, Megatron's."""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loops import check_clipped, check_reached
+from ranks import World
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import fastclip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[World]:
+    made = World(2, tmp_path_factory.mktemp("stores"))
+    yield made
+    made.stop()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batches(steps: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return [torch.randn(4, 8, generator=generator) for _ in range(steps)]
+
+
+def total(tensor: torch.Tensor) -> float:
+    return float(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+
+
+def lightnings_ddp() -> None:
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", NODE_RANK="0")
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2")
+
+    def train(steps: int) -> list[float]:
+        environment = LightningEnvironment()
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[environment])
+        fabric.launch()
+        model = net()
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        losses = []
+        for x in batches(steps):
+            optimizer.zero_grad()
+            loss = (model(x) - 3).square().mean()
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    check_clipped(check_reached(train))
+
+
+def test_lightnings_ddp(world):
+    pytest.importorskip("lightning")
+    world.run(lightnings_ddp)
+
+
+def accelerates_ddp() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+    def train(steps: int) -> list[float]:
+        AcceleratorState._reset_state(True)
+        accelerator = Accelerator(cpu=True)
+        model = net()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        losses = []
+        for x in batches(steps):
+            loss = (model(x) - 3).square().mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    check_clipped(check_reached(train))
+
+
+def test_accelerates_ddp(world):
+    pytest.importorskip("accelerate")
+    world.run(accelerates_ddp, seconds=120)
+
+
+def accelerates_meshes() -> None:
+    """Its clip of FSDP2 gradients, which it combines itself where there are several meshes."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import fully_shard
+
+    clip = functools.partial(Accelerator._clip_grad_norm_dtensor_aware, None)
+
+    def train(steps: int, several: bool) -> list[float]:
+        model = net()
+        for part in model if several else [model]:
+            fully_shard(part, mesh=dist.init_device_mesh("cpu", (2,), mesh_dim_names=(f"{part}",)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for x in batches(steps):
+            optimizer.zero_grad()
+            (model(x) - 3).square().mean().backward()
+            found.append(total(clip(list(model.parameters()), 0.5)))
+            optimizer.step()
+        return found
+
+    check_clipped(check_reached(functools.partial(train, several=False)))
+    # A norm for each mesh, and one more scaling, of nothing.
+    check_clipped(
+        check_reached(functools.partial(train, several=True), calls=3, name="clip_grads_with_norm_")
+    )
+
+
+def test_accelerates_meshes(world):
+    pytest.importorskip("accelerate")
+    world.run(accelerates_meshes, seconds=120)
+
+
+def torchtitans_clip(bf16: bool) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torchtitan.distributed import utils
+
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+
+    def train(steps: int) -> list[float]:
+        model = net()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for x in batches(steps):
+            optimizer.zero_grad()
+            loss = (model(x).float() - 3).square().mean()
+            loss.backward()
+            norm = utils.clip_grad_norm_(model.parameters(), 0.5, foreach=True)
+            optimizer.step()
+            losses += [loss.item(), total(norm)]
+        return losses
+
+    check_clipped(check_reached(train, name="clip_grads_with_norm_"))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_torchtitans_clip(world, bf16):
+    pytest.importorskip("torchtitan")
+    world.run(torchtitans_clip, bf16, seconds=120)
+
+
+class CudaIsHere(TorchFunctionMode):
+    """Where Megatron says cuda, the CPU; what it asserts of types holds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+def megatrons_clip() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.optimizer import clip_grads
+
+    def train(steps: int, decoupled: bool) -> list[float]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for x in batches(steps):
+            optimizer.zero_grad()
+            (model(x) - 3).square().mean().backward()
+            for p in model.parameters():
+                # What its optimizers clip is the main parameters' grad, made of main_grad.
+                p.main_grad = p.grad.float()
+                p.grad = None if decoupled else p.main_grad
+                p.decoupled_grad = p.main_grad if decoupled else None
+            with CudaIsHere():
+                norm = clip_grads.get_grad_norm_fp32(
+                    [p.main_grad for p in model.parameters()],
+                    grad_stats_parallel_group=dist.group.WORLD,
+                )
+                clip_grads.clip_grad_by_total_norm_fp32(
+                    model.parameters(), 0.5, norm, use_decoupled_grad=decoupled
+                )
+            found.append(norm)
+            for p in model.parameters():
+                p.grad = p.main_grad
+            optimizer.step()
+        return [*found, *(float(p.detach().double().norm()) for p in model.parameters())]
+
+    for decoupled in (False, True):
+        theirs = train(20, decoupled)
+        with fastclip.patch():
+            assert clip_grads.l2_norm_impl.__module__ == "fastclip.integrations.apex"
+            ours = train(20, decoupled)
+        assert clip_grads.l2_norm_impl.__module__ != "fastclip.integrations.apex"
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert all(type(norm) is float for norm in ours)
+        assert max(ours[:20]) > 0.5
+
+
+def test_megatrons_clip(world):
+    pytest.importorskip("megatron.core.optimizer.clip_grads")
+    world.run(megatrons_clip, seconds=120)

@@ -1,0 +1,156 @@
+"""accelerate, transformers' Trainer and trl, on models made from a config; the callback."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import check_clipped, check_reached
+
+import fastclip
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+from fastclip.integrations.transformers import GradClip  # noqa: E402
+
+
+def model() -> Any:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def rows(count: int = 200) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(64, (count, 12), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder: Path, steps: int, **how: Any) -> dict[str, Any]:
+    quiet = {"disable_tqdm": True, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    quiet |= {"logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    return {"output_dir": str(folder), "max_steps": steps, **quiet, **how}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(folder: Path, steps: int, callbacks: Any = None, resume: Any = None, **how: Any) -> Any:
+    options = transformers.TrainingArguments(**arguments(folder, steps, **how))
+    trainer = transformers.Trainer(model(), options, train_dataset=rows(), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_trainer(tmp_path, bf16, accumulated):
+    def train(steps: int) -> list[float]:
+        how = {"max_grad_norm": 0.5, "gradient_accumulation_steps": accumulated, "bf16": bf16}
+        return losses(trained(tmp_path, steps, **how))
+
+    check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_accelerate(bf16):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    def train(steps: int) -> list[float]:
+        AcceleratorState._reset_state(True)
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+        net = model()
+        net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        found = []
+        for row in rows(steps):
+            tokens = torch.tensor([row["input_ids"]])
+            loss = net(input_ids=tokens, labels=tokens).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({str(i): i for i in range(64)}, unk_token="0")
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0"
+    )
+
+    def train(steps: int) -> list[float]:
+        options = trl.SFTConfig(**arguments(tmp_path, steps, max_grad_norm=0.5, bf16=False))
+        trainer = trl.SFTTrainer(
+            model(),
+            options,
+            train_dataset=datasets.Dataset.from_list(rows()),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        return losses(trainer)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_clipped(check_reached(train))
+
+
+def test_the_callback_clips_as_the_trainer_does(tmp_path):
+    clip = GradClip(0.5)
+    ours = trained(tmp_path, 20, [clip], max_grad_norm=0.0)
+    theirs = trained(tmp_path, 20, max_grad_norm=0.5)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+    stats = clip.clipper.stats()
+    assert stats["steps"] == 20
+    assert stats["clipped"] > 0
+    logged = [entry["grad_norm"] for entry in ours.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(stats["total_norm"])
+
+
+def groups(net: torch.nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"params": net.model, "max_norm": fastclip.AutoClip(50), "name": "body"},
+        {"params": net.lm_head, "max_norm": 0.1, "name": "head"},
+    ]
+
+
+def test_the_callback_takes_groups_and_goes_on_from_a_checkpoint(tmp_path):
+    whole, rest = GradClip(groups=groups), GradClip(groups=groups)
+    how = {"max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 10}
+    first = trained(tmp_path, 20, [whole], **how)
+    last = trained(tmp_path, 20, [rest], resume=str(tmp_path / "checkpoint-10"), **how)
+    assert losses(last)[-10:] == pytest.approx(losses(first)[-10:], rel=1e-5)
+    assert rest.clipper.stats() == whole.clipper.stats()
+    stats = whole.clipper.stats()
+    for name in ("body", "head"):
+        logged = [e[f"grad_norm/{name}"] for e in first.state.log_history if "loss" in e]
+        assert logged == pytest.approx(stats[name]["total_norm"])
+    (tmp_path / "checkpoint-10" / GradClip.FILE).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-10/fastclip\.pt is not there"):
+        trained(tmp_path, 11, [GradClip(0.5)], resume=str(tmp_path / "checkpoint-10"), **how)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    for wrong in ({}, {"max_norm": 1.0, "groups": groups}):
+        with pytest.raises(TypeError, match="max_norm, groups: expected one of the two"):
+            GradClip(**wrong)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1.0, .* pass max_grad_norm=0"):
+        trained(tmp_path, 2, [GradClip(0.5)])

@@ -1,0 +1,76 @@
+"""FullyShardedDataParallel, whose gradients are plain local shards: ours with its group, and its own."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ulps
+from ranks import World
+from torch import nn
+
+import fastclip
+
+if not dist.is_available():
+    pytest.skip("torch without distributed", allow_module_level=True)
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[World]:
+    made = World(4, tmp_path_factory.mktemp("stores"))
+    yield made
+    made.stop()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def clipped(strategy: str, use_orig_params: bool) -> None:
+    rank, world = dist.get_rank(), dist.group.WORLD
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = (pairs[rank // 2], across[rank % 2]) if strategy == "HYBRID_SHARD" else world
+    model = net()
+    wrapped = FullyShardedDataParallel(
+        nn.Sequential(
+            FullyShardedDataParallel(
+                copy.deepcopy(model[:2]),
+                group,
+                ShardingStrategy[strategy],
+                use_orig_params=use_orig_params,
+                device_id=torch.device("cpu"),
+            ),
+            copy.deepcopy(model[2:]),
+        ),
+        group,
+        ShardingStrategy[strategy],
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+    batches = [torch.randn(6, 7, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    wrapped(batches[rank]).square().sum().backward()
+    double = model.double()
+    sum(double(x.double()).square().sum() / 4 for x in batches).backward()
+    expected = float(fastclip.get_total_norm([p.grad for p in double.parameters()]))
+    grads = [p.grad for p in wrapped.parameters() if p.grad is not None]
+    before = [grad.clone() for grad in grads]
+    shards = None if strategy == "NO_SHARD" else wrapped.process_group
+    norm = fastclip.clip_grad_norm_(wrapped.parameters(), expected / 2, process_group=shards)
+    # Its own reductions are float32.
+    assert ulps(norm, expected) <= 40
+    for now, then in zip(grads, before, strict=True):
+        torch.testing.assert_close(now, then / 2, rtol=1e-5, atol=1e-7)
+        now.copy_(then)
+    theirs = wrapped.clip_grad_norm_(expected / 2)
+    torch.testing.assert_close(norm, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
+def test_every_sharding_strategy_is_one_norm(world, strategy, use_orig_params):
+    world.run(clipped, strategy, use_orig_params)
