@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel, whose gradients are plain local shards: ours with its group, and its own."""
+"""FullyShardedDataParallel, whose gradients are local shards: ours with its group, and its own."""
 
 import copy
 from collections.abc import Iterator
