@@ -37,8 +37,9 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
     sys.stdout.flush()
     sys.stderr.flush()
-    # As multiprocessing does, which starts Python with the options it has itself.
+    # As multiprocessing does, which starts Python with the options it has itself; and -u.
     flags = subprocess._args_from_interpreter_flags()
+    flags += ["-u"] * getattr(sys.stdout, "write_through", False)
     os.execv(sys.executable, [sys.executable, *flags, *options, *command])
 
 

@@ -33,7 +33,9 @@ if __name__ == "__main__":
     main = sys.modules["__main__"]
     spec = main.__spec__ and main.__spec__.name
     mine = pickle.loads(pickle.dumps(Mine())).__class__ is Mine
+    how = [sys.warnoptions, sys.flags.utf8_mode, sys.stdout.write_through]
     print(json.dumps([sys.argv, sys.path[0], __file__, spec, mine, main.__dict__ is globals()]))
+    print(json.dumps(how))
     for way in sys.argv[1].split(","):
         if way == "here":
             print(dtype_of_a_norm())
@@ -77,13 +79,14 @@ def test_a_script_runs_as_it_does_without(folder):
     (other / "sitecustomize.py").write_text("print('another', __name__)")
     path = os.pathsep.join([str(ROOT), str(other)])
     command = ["train.py", "here,raise", "--", "-m", "--stats", ""]
-    plain = python(folder, *command, PYTHONPATH=path)
-    ours = python(folder, "-m", "fastclip", "run", *command, PYTHONPATH=path)
+    unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8"]
+    plain = python(folder, *unbuffered, *command, PYTHONPATH=path)
+    ours = python(folder, *unbuffered, "-m", "fastclip", "run", *command, PYTHONPATH=path)
     said = "another sitecustomize"
-    first, known, dtype = plain.stdout.splitlines()
+    first, known, how, dtype = plain.stdout.splitlines()
     assert (first, dtype) == (said, "torch.bfloat16")
     # In the process that `run` was before it became the script's, too.
-    assert ours.stdout.splitlines() == [said, said, known, "torch.float32"]
+    assert ours.stdout.splitlines() == [said, said, known, how, "torch.float32"]
     assert plain.stderr.startswith("Traceback")
     assert (ours.stderr, ours.returncode) == (plain.stderr, 1)
 
@@ -91,7 +94,7 @@ def test_a_script_runs_as_it_does_without(folder):
 def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is_its(folder):
     ways = "spawn,fork,forkserver,python,exit"
     ran = python(folder, "-m", "fastclip", "run", "--stats", "-m", "train", ways, "-m", "--", "x")
-    known, *said = ran.stdout.splitlines()
+    known, _, *said = ran.stdout.splitlines()
     file = str(folder / "train.py")
     assert json.loads(known) == [
         [file, ways, "-m", "--", "x"],

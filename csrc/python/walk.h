@@ -139,13 +139,15 @@ class Wrapped {
 
   bool is_equal(py::handle wrapper, size_t i) const {
     const py::object own = attribute(wrapper, layout_);
-    return own && std::all_of(parts_.begin(), parts_.end(), [&](const py::str& part) {
-             const py::object here = attribute(own, part), there = attribute(layouts_[i], part);
-             if (!here || !there) return false;
-             const int same = PyObject_RichCompareBool(here.ptr(), there.ptr(), Py_EQ);
-             if (same < 0) PyErr_Clear();
-             return same > 0;
-           });
+    if (!own) return false;
+    for (const py::str& part : parts_) {
+      const py::object here = attribute(own, part), there = attribute(layouts_[i], part);
+      if (!here || !there) return false;
+      const int same = PyObject_RichCompareBool(here.ptr(), there.ptr(), Py_EQ);
+      if (same < 0) PyErr_Clear();
+      if (same <= 0) return false;
+    }
+    return true;
   }
 
   // Null if there is none.

@@ -3,9 +3,12 @@
 Not before it is imported: most processes that a program starts never do.
 """
 
+from __future__ import annotations
+
 import atexit
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,16 +49,20 @@ def _patch(_: ModuleType) -> None:
     try:
         import fastclip
         from fastclip import _run
+
+        if RUN in sys._xoptions:
+            _run.start()
+        else:
+            fastclip.patch()
+    except Exception as error:
+        # Another Python or torch among the children is no reason to stop it.
+        print(f"fastclip run: torch is not patched in {sys.executable}: {error}", file=sys.stderr)
     finally:
         sys.path.remove(package)
-    if RUN in sys._xoptions:
-        _run.start()
-    else:
-        fastclip.patch()
 
 
-def _say_if_unused() -> None:
-    if "torch" not in sys.modules:
+def _say_if_unused(process: int) -> None:
+    if "torch" not in sys.modules and os.getpid() == process:
         print("fastclip run: torch was never imported, nothing was clipped", file=sys.stderr)
 
 
@@ -70,6 +77,6 @@ def _run_the_next() -> None:
 
 if __name__ == "sitecustomize":
     if RUN in sys._xoptions:
-        atexit.register(_say_if_unused)
+        atexit.register(_say_if_unused, os.getpid())
     sys.meta_path.insert(0, After("torch", _patch))
     _run_the_next()
