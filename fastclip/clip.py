@@ -123,6 +123,7 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    dtype: torch.dtype | None = None,
     process_group: Any = None,
 ) -> Tensor:
     r"""Return the norm of all `tensors` taken as one vector, $(\sum_i |x_i|^p)^{1/p}$.
@@ -134,11 +135,12 @@ def get_total_norm(
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise if the norm is infinite or NaN; waits for the device.
         foreach: as in torch, but all run the same code here.
+        dtype: of the norm that is returned, a floating dtype.
         process_group: ranks that hold other tensors, as in `clip_grad_norm_`.
 
     Returns:
-        The norm, 0-d, on the first tensor's device: float32, float64 if any tensor is. A
-        replicated DTensor if all are DTensors of one mesh.
+        The norm, 0-d, on the first tensor's device: of `dtype`, else float32, float64 if any tensor
+        is. A replicated DTensor if all are DTensors of one mesh.
 
     Every rank of a mesh must pass its DTensors, since nothing else tells that they are there. Those
     that are `Partial` are measured in a redistributed copy.
@@ -153,11 +155,13 @@ def get_total_norm(
     tensor(5.)
     """
     p = order(norm_type)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
     grads = take(tensors, foreach, process_group, Kind.of_order(p), error_if_nonfinite)
     norm = grads.norm(p)
     if error_if_nonfinite:
-        raise_if_nonfinite(norm, p)
-    return grads.result(norm)
+        raise_if_nonfinite(norm if dtype is None else norm.to(dtype), p)
+    return grads.result(norm, dtype)
 
 
 def clip_grads_with_norm_(

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import oracle, parameters, ulps, without_emulation
+from conftest import awkward, oracle, parameters, ulps, without_emulation
 from torch.nn import utils
 
 import fastclip
 from fastclip import _ops
-from fastclip._gradients import local
+from fastclip._gradients import local, reading
 
 HUGE = 1e30
 # What torch does wrong was seen on 2.13; a later torch may have mended it.
@@ -459,6 +459,28 @@ def _to_any_device(to):
     )
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("asked", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_total_norm_has_the_dtype_that_is_asked_for(device, dtype, asked):
+    grads = awkward(dtype, device)
+    norm = fastclip.get_total_norm(grads, 2.0, False, None, asked)
+    assert norm.dtype == asked
+    expected = oracle(grads, 2.0)
+    own = 1e-14 if dtype == torch.float64 else 2.4e-7
+    assert abs(norm.double().item() - expected) <= (torch.finfo(asked).eps + own) * expected
+
+
+@pytest.mark.usefixtures("path")
+def test_a_dtype_that_does_not_hold_the_norm_is_an_error_if_that_is_asked_for(device):
+    grads = [torch.full((4,), 6e4, device=device)]
+    assert fastclip.get_total_norm(grads, dtype=torch.float16).item() == math.inf
+    with pytest.raises(RuntimeError, match="non-finite"):
+        fastclip.get_total_norm(grads, error_if_nonfinite=True, dtype=torch.float16)
+    for wrong in (torch.int32, torch.complex64, "float32"):
+        with pytest.raises(TypeError, match=r"dtype: expected a floating torch\.dtype"):
+            fastclip.get_total_norm(grads, dtype=wrong)
+
+
 def test_foreach_is_accepted_and_raises_as_torchs(device):
     grads = [torch.ones(4, device=device)]
     for foreach in (None, True, False):
@@ -474,6 +496,20 @@ def test_foreach_is_accepted_and_raises_as_torchs(device):
             RuntimeError, match="foreach=True was passed, but can't use the foreach"
         ):
             clipped(function, meta, 1.0, foreach=True)
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="not built")
+def test_foreach_takes_the_same_road(monkeypatch):
+    def look(*_):
+        raise AssertionError("looked at one by one")
+
+    monkeypatch.setattr(reading, "look", look)
+    for foreach in (None, True, False):
+        made = parameters([torch.ones(4), torch.ones(2, 3)])
+        fastclip.clip_grad_norm_(made, 1.0, foreach=foreach)
+        fastclip.clip_grad_value_(made, 1.0, foreach=foreach)
+        norm = fastclip.get_total_norm([p.grad for p in made], foreach=foreach)
+        fastclip.clip_grads_with_norm_(made, 1.0, norm, foreach=foreach)
 
 
 def test_shared_memory_is_told_from_memory_in_between():

@@ -101,6 +101,8 @@ def test_norms_are_float64_until_they_are_returned(make, dtype, p):
     assert floats(total) == pytest.approx([oracle(grads, p)], rel=2e-7)
     expected = torch.float64 if made.is_wide() else torch.float32
     assert made.result(total).dtype == made.result(all_groups).dtype == expected
+    for asked in (torch.float64, torch.float32, torch.bfloat16):
+        assert made.result(total, asked).dtype == asked
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import _ops, _ranks
+from fastclip._gradients import reading
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 if dist.is_available():
@@ -653,6 +654,33 @@ def sequence_parallel() -> None:
 
 def test_partial_gradients_are_reduced_first(world):
     world(2).run(sequence_parallel)
+
+
+def layouts_of_their_own() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((5, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
+    for q in parameters[:2]:
+        equal = copy.copy(q.grad._spec)
+        assert equal is not q._spec
+        q.grad = DTensor(q.grad._local_tensor, equal, requires_grad=False)
+    look = reading.look
+    reading.look = None
+    try:
+        check(parameters)
+    finally:
+        reading.look = look
+    # Equal to what the parameter was.
+    was = parameters[1].grad
+    parameters[1] = spread((4,), mesh, Shard(0))
+    parameters[1].grad = DTensor(was._local_tensor, copy.copy(was._spec), requires_grad=False)
+    with pytest.warns(UserWarning, match=r"parameters\[1\] is placed .*Replicate.*, not .*Shard"):
+        fastclip.clip_grad_norm_(parameters, 1e9)
+    assert parameters[1].grad.placements == parameters[1].placements
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="not built")
+def test_gradients_of_equal_layouts_are_read_at_once(world):
+    world(2).run(layouts_of_their_own)
 
 
 def partial_by_value() -> None:

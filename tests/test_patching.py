@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 from fastclip import patching
+from fastclip._site import After
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +276,35 @@ def test_timms_adaptive_clipping_is_ours(is_first):
 
     assert adaptive_clip_grad(one) == agc.adaptive_clip_grad(one) == 2.0
     assert sys.meta_path == finders
+
+
+@pytest.mark.usefixtures("_timm")
+def test_who_asks_whether_a_module_is_there_does_not_import_it():
+    def waiting() -> int:
+        return sum(isinstance(finder, After) for finder in sys.meta_path)
+
+    with fastclip.patch():
+        finder = After("colorsys", lambda module: setattr(module, "seen", True))
+        sys.meta_path.insert(0, finder)
+        sys.modules.pop("colorsys", None)
+        assert importlib.util.find_spec("colorsys") is not None
+        assert finder in sys.meta_path
+        assert importlib.import_module("colorsys").seen
+        assert finder not in sys.meta_path
+        assert waiting() == 2
+        importlib.import_module("timm.utils")
+        assert waiting() == 1
+    assert waiting() == 0
+
+
+def test_libraries_of_other_versions_are_left_alone(monkeypatch):
+    names = ("timm.utils.agc", "megatron.core.optimizer.clip_grads")
+    others = [module(name, own=1) for name in names]
+    for other in others:
+        monkeypatch.setitem(sys.modules, other.__name__, other)
+    with fastclip.patch():
+        assert is_ours(CALLS["held"])
+    assert [vars(other)["own"] for other in others] == [1, 1]
 
 
 @pytest.mark.usefixtures("_timm")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 # It prints what a script can know of how it was started, clips, and ends as it is told.
 TRAIN = """
-import json, multiprocessing, pickle, sys
+import importlib.util, json, multiprocessing, pickle, sys
+assert importlib.util.find_spec("torch")
 import beside
 import torch
 from torch.nn.utils import clip_grad_norm_

@@ -65,8 +65,8 @@ class PlainGrads {
   }
 
   // Norms are float64; what is returned of them is as precise as the gradients.
-  at::Tensor result(const at::Tensor& norms) const {
-    return norms.to(wide_ ? at::kDouble : at::kFloat);
+  at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {
+    return norms.to(dtype.value_or(wide_ ? at::kDouble : at::kFloat));
   }
 
   at::Tensor norm(double p) const {

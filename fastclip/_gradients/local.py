@@ -50,8 +50,8 @@ class LocalGrads:
     def is_wide(self) -> bool:
         return result_dtype(self.tensors) == torch.float64
 
-    def result(self, norms: Tensor) -> Tensor:
-        return norms.to(result_dtype(self.tensors))
+    def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return norms.to(dtype or result_dtype(self.tensors))
 
     def norms(self, p: float) -> Tensor:
         """The norm of each slot, up to the last slot that holds a gradient."""

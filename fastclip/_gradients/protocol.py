@@ -29,8 +29,8 @@ class Gradients(Protocol):
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
         """The norm of each gradient, or of each of its slices along dimension 0; 1-d."""
 
-    def result(self, norms: Tensor) -> Tensor:
-        """Norms as they are returned to users: float64 if `is_wide`, else float32."""
+    def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Norms as they are returned to users: of `dtype`, else float32, float64 if `is_wide`."""
 
     def scale_(self, coef: Tensor) -> None:
         """Multiply by a coefficient, 0-d, or one for each group; 1 writes nothing, -0.0 zeros."""

@@ -47,8 +47,8 @@ class SpreadGrads:
         return self.wide
 
     @torch.compiler.disable
-    def result(self, norms: Tensor) -> Tensor:
-        plan, dtype = self.plan, torch.float64 if self.wide else torch.float32
+    def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        plan, dtype = self.plan, dtype or (torch.float64 if self.wide else torch.float32)
         norms = norms.to(dtype)
         if plan.mesh is None or norms.dim():
             return norms

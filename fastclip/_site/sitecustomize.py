@@ -27,17 +27,20 @@ class After:
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name or self not in sys.meta_path:
+        if name != self.name:
             return None
-        # The others find it; it is there from now on, or nowhere.
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        # Whoever finds a module may only ask whether it is there.
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                self.action(module)
+                if module.__name__ == self.name and self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.action(module)
 
             spec.loader.exec_module = exec_module
         return spec

@@ -117,6 +117,7 @@ def adapt(module: ModuleType) -> list[Undo]:
         ("l2_norm_impl", multi_tensor_l2norm),
         ("multi_tensor_scale_impl", multi_tensor_scale),
     ):
-        undo.append(partial(setattr, module, name, getattr(module, name)))
-        setattr(module, name, ours)
+        if hasattr(module, name):
+            undo.append(partial(setattr, module, name, getattr(module, name)))
+            setattr(module, name, ours)
     return undo

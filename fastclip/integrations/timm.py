@@ -13,7 +13,7 @@ MODULE = "timm.utils.agc"
 
 def adapt(module: ModuleType) -> list[Undo]:
     """Replace `adaptive_clip_grad` wherever it was imported."""
-    theirs = module.adaptive_clip_grad
+    theirs = getattr(module, "adaptive_clip_grad", None)
 
     def adaptive_clip_grad(
         parameters: Tensor | Iterable[Tensor],
@@ -25,4 +25,4 @@ def adapt(module: ModuleType) -> list[Undo]:
             return theirs(parameters, clip_factor, eps, norm_type)
         return clip_grad_agc_(parameters, clip_factor, eps)
 
-    return [rename(theirs, adaptive_clip_grad)]
+    return [rename(theirs, adaptive_clip_grad)] if theirs else []
