@@ -1,5 +1,8 @@
 """accelerate, transformers' Trainer and trl, on models made from a config; the callback."""
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,3 +157,35 @@ def test_bad_arguments_are_named(tmp_path):
             GradClip(**wrong)
     with pytest.raises(ValueError, match=r"max_grad_norm is 1.0, .* pass max_grad_norm=0"):
         trained(tmp_path, 2, [GradClip(0.5)])
+
+
+LAUNCHED = """
+import sys
+import torch
+from accelerate import Accelerator
+
+accelerator = Accelerator(cpu=True)
+model = torch.nn.Linear(4, 1)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+for _ in range(3):
+    accelerator.backward(model(torch.randn(2, 4)).sum())
+    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+print(sys.argv[1:])
+"""
+
+
+def test_a_script_under_accelerate_launch(tmp_path):
+    (tmp_path / "train.py").write_text(LAUNCHED)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    ran = subprocess.run(
+        [sys.executable, *launch, "-m", "fastclip", "run", "--stats", "train.py", "--x"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(fastclip.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.stdout == "['--x']\n", ran.stderr
+    assert "fastclip run: clip_grad_norm_ 3 times" in ran.stderr
