@@ -17,7 +17,7 @@ import torch
 from ._redirect import Undo, redirect, rename
 from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from .integrations import apex, timm
+from .integrations import megatron, timm
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -125,7 +125,7 @@ class _Patches:
                 self._by_name.append(name)
                 undo = rename(theirs, partial(function))
             self._undo.append(undo)
-        for library in (apex, timm):
+        for library in (megatron, timm):
             self._once_imported(library.MODULE, library.adapt)
 
     def _once_imported(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:

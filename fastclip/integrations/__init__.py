@@ -1,5 +1,5 @@
-"""One file an ecosystem: what of it can be replaced, or what its users expect to import.
+"""One file an ecosystem: what `fastclip.patch()` replaces there, or what its users import.
 
-`apex` and `timm` are applied by `fastclip.patch()` and import neither; `lightning` and
-`transformers` import theirs, and are imported by whoever uses it.
+`apex`, `megatron` and `timm` import nothing of theirs. `lightning` and `transformers` do, and are
+imported by nobody but those who use them.
 """

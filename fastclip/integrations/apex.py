@@ -1,16 +1,10 @@
-"""apex's multi-tensor functions by its own signatures, and Megatron-core, which clips with them.
+"""apex's multi-tensor functions by its own signatures.
 
-    from megatron.core.optimizer import clip_grads
-    clip_grads.l2_norm_impl = fastclip.integrations.apex.multi_tensor_l2norm
-    clip_grads.multi_tensor_scale_impl = fastclip.integrations.apex.multi_tensor_scale
-
-is what `fastclip.patch()` does. `clip_grad_norm_` stands here for `apex.contrib.clip_grad`'s.
+`clip_grad_norm_` stands here for `apex.contrib.clip_grad`'s.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +12,6 @@ from torch import Tensor
 
 from .._gradients import take
 from .._ranks import Kind
-from .._redirect import Undo
 from ..clip import clip_grad_norm_
 
 __all__ = [
@@ -27,24 +20,13 @@ __all__ = [
     "multi_tensor_l2norm",
     "multi_tensor_scale",
 ]
-MODULE = "megatron.core.optimizer.clip_grads"
 
 
-class MultiTensorApply:
-    """What apex calls its functions with: `multi_tensor_applier(op, noop_flag, lists, *args)`."""
-
-    available = True
-
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
-
-    def __call__(
-        self, op: Callable[..., Any], noop_flag: Tensor, tensor_lists: Any, *args: Any
-    ) -> Any:
-        return op(self.chunk_size, noop_flag, tensor_lists, *args)
-
-
-multi_tensor_applier = MultiTensorApply(2048 * 32)
+def multi_tensor_applier(
+    op: Callable[..., Any], noop_flag: Tensor, tensor_lists: Any, *args: Any
+) -> Any:
+    """Call one of the functions below, with what apex calls the size of a chunk."""
+    return op(2048 * 32, noop_flag, tensor_lists, *args)
 
 
 def multi_tensor_l2norm(
@@ -108,16 +90,3 @@ def multi_tensor_scale(
         if source is not out:
             wide = torch.promote_types(source.dtype, out.dtype)
             out.copy_(source.to(wide) * scale)
-
-
-def adapt(module: ModuleType) -> list[Undo]:
-    """Replace what Megatron-core's `clip_grads` measures and scales with."""
-    undo: list[Undo] = []
-    for name, ours in (
-        ("l2_norm_impl", multi_tensor_l2norm),
-        ("multi_tensor_scale_impl", multi_tensor_scale),
-    ):
-        if hasattr(module, name):
-            undo.append(partial(setattr, module, name, getattr(module, name)))
-            setattr(module, name, ours)
-    return undo

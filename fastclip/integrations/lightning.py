@@ -10,6 +10,7 @@ except ImportError:
     from pytorch_lightning import Callback
 import torch
 
+from .._ranks import value_of
 from ..clipper import GradClipper
 
 
@@ -33,8 +34,6 @@ class GradClip(Callback):
         TypeError, ValueError: at the first step, as `GradClipper`.
         RuntimeError: at the first step: with a scaler, a fused optimizer whose gradients nobody
             divides before its step; README has the plugin that clips in it.
-
-    Reference: `lightning.pytorch.Callback`.
     """
 
     def __init__(
@@ -53,6 +52,10 @@ class GradClip(Callback):
         self.clippers: list[GradClipper] = []
         self._saved: list[dict[str, Any]] = []
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Another fit has other optimizers, and goes on from the same state."""
+        self._saved, self.clippers = self.state_dict()["clippers"], []
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self._make(trainer, pl_module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -62,30 +65,28 @@ class GradClip(Callback):
                 "in its step, after this; use fused=False, or clip in the step with clipped_step"
             )
         number = [id(own) for own in trainer.optimizers].index(id(optimizer))
-        norms = self.clippers[number].clip_()
+        norms = value_of(self.clippers[number].clip_())
         if self.log_name is None:
             return
         if self.groups is not None:
             names = [f"{self.log_name}/{name}" for name in self.clippers[0].names]
-            pl_module.log_dict(dict(zip(names, norms.unbind(), strict=True)))
         else:
-            several = len(self.clippers) > 1
-            pl_module.log(f"{self.log_name}/{number}" if several else self.log_name, norms)
+            names = [f"{self.log_name}/{number}" if len(self.clippers) > 1 else self.log_name]
+        pl_module.log_dict(dict(zip(names, norms.reshape(-1).unbind(), strict=True)))
 
     def _make(self, trainer: Any, pl_module: Any) -> None:
         if self.clippers:
             return
-        if self.groups is not None:
-            if len(trainer.optimizers) > 1:
-                raise ValueError("groups: expected one optimizer; with several pass max_norm")
-            sources = [{"groups": self.groups(pl_module)}]
-        else:
-            sources = [
-                {"parameters": optimizer, "max_norm": copy.deepcopy(self.max_norm)}
+        how = {"norm_type": self.norm_type, "nonfinite": self.nonfinite}
+        if self.groups is None:
+            self.clippers = [
+                GradClipper(optimizer, copy.deepcopy(self.max_norm), **how)
                 for optimizer in trainer.optimizers
             ]
-        how = {"norm_type": self.norm_type, "nonfinite": self.nonfinite}
-        self.clippers = [GradClipper(**source, **how) for source in sources]
+        elif len(trainer.optimizers) > 1:
+            raise ValueError("groups: expected one optimizer; with several pass max_norm")
+        else:
+            self.clippers = [GradClipper(groups=self.groups(pl_module), **how)]
         for clipper, state in zip(self.clippers, self._saved, strict=False):
             clipper.load_state_dict(state)
 

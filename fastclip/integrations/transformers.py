@@ -29,8 +29,6 @@ class GradClip(TrainerCallback):
 
     Raises:
         TypeError, ValueError: when the training begins, as `GradClipper`.
-
-    Reference: `transformers.TrainerCallback`.
     """
 
     FILE = "fastclip.pt"

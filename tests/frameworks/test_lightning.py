@@ -104,6 +104,16 @@ def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
     assert logged == pytest.approx(stats["total_norm"])
 
 
+def test_another_fit_is_clipped_too():
+    clip = GradClip(0.5)
+    for fits in (1, 2):
+        theirs, ours = Module(), Module()
+        trainer(10, gradient_clip_val=0.5).fit(theirs, data())
+        trainer(10, callbacks=[clip]).fit(ours, data())
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+        assert clip.clippers[0].stats()["steps"] == 10 * fits
+
+
 def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):
     def groups(module: Module) -> list[dict[str, Any]]:
         return [
