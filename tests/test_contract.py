@@ -1,10 +1,13 @@
 """The contract row by row: what torch does and what fastclip promises, side by side."""
 
+import decimal
+import fractions
 import itertools
 import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import awkward, oracle, parameters, ulps, without_emulation
@@ -496,6 +499,66 @@ def test_foreach_is_accepted_and_raises_as_torchs(device):
             RuntimeError, match="foreach=True was passed, but can't use the foreach"
         ):
             clipped(function, meta, 1.0, foreach=True)
+
+
+THRESHOLDS = {
+    "int": 1,
+    "bool": True,
+    "str": "1.0",
+    "Fraction": fractions.Fraction(1),
+    "Decimal": decimal.Decimal(1),
+    "float32": np.float32(1),
+    "float16": np.float16(1),
+    "int64": np.int64(1),
+    "array": np.array(1.0),
+    "integer tensor": torch.tensor(1),
+    "bool tensor": torch.tensor(True),
+    "float64 tensor": torch.tensor(1.0, dtype=torch.float64),
+    "bfloat16 tensor": torch.tensor(1.0).bfloat16(),
+    "1-d tensor": torch.tensor([1.0]),
+    "parameter": torch.nn.Parameter(torch.tensor(1.0)),
+}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("max_norm", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_a_threshold_is_any_number_on_any_device(device, max_norm):
+    grads = [torch.full((4,), 3.0, device=device)]
+    norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
+    _, theirs = clipped(utils.clip_grad_norm_, [g.cpu() for g in grads], max_norm)
+    assert norm.item() == 6
+    assert not norm.requires_grad
+    torch.testing.assert_close(ours[0].cpu(), theirs[0])
+    if device != "cpu" and isinstance(max_norm, torch.Tensor):
+        _, ours = clipped(fastclip.clip_grad_norm_, [g.cpu() for g in grads], max_norm.to(device))
+        torch.testing.assert_close(ours[0], theirs[0])
+
+
+LISTS = {
+    "values": lambda module: dict(module.named_parameters()).values(),
+    "set": lambda module: set(module.parameters()),
+    "chain": lambda module: itertools.chain(module[0].parameters(), module[1].parameters()),
+    "group": lambda module: torch.optim.SGD(module.parameters()).param_groups[0]["params"],
+    "tuple": lambda module: tuple(module.parameters()),
+    "iterator": lambda module: iter(list(module.parameters())),
+    "generator": lambda module: module.parameters(),
+    "filter": lambda module: filter(lambda p: p.requires_grad, module.parameters()),
+    "list of the module": lambda module: torch.nn.ParameterList(module.parameters()),
+    "one": lambda module: module[0].weight,
+}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
+def test_parameters_come_in_any_iterable(listed):
+    norms = []
+    for clip in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
+        module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+        for i, parameter in enumerate(module.parameters()):
+            parameter.grad = torch.full_like(parameter, i + 1.0)
+        norms.append(clip(listed(module), 0.5).item())
+        assert clip(listed(module), 9.0).item() == pytest.approx(0.5, rel=1e-5)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
 
 
 @pytest.mark.skipif(_ops.extension is None, reason="not built")

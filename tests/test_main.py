@@ -31,6 +31,7 @@ def test_info_names_versions_and_devices(built, capsys, monkeypatch):
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["fastclip"] == fastclip.__version__
     assert rows["torch"] == torch.__version__
+    assert rows["patched"] == "no"
     assert rows["package"] == str(Path(fastclip.__file__).parent)
     assert rows["cpu"] == "compiled" if built else _ops.REBUILD in rows["cpu"]
     assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
