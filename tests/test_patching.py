@@ -29,6 +29,9 @@ from fastclip import patching
 from fastclip._site import After
 
 
+RUNS = held_norm.__code__, held_norm.__closure__[0].cell_contents
+
+
 @pytest.fixture(autouse=True)
 def _as_it_was():
     yield
@@ -120,6 +123,7 @@ def test_functions_stay_the_objects_they_were():
             assert inspect.signature(function) == signature
             assert pickle.loads(pickle.dumps(function)) is function
             assert copy.deepcopy(function) is function
+    assert (held_norm.__code__, held_norm.__closure__[0].cell_contents) == RUNS
 
 
 def test_calls_are_counted_and_undone_in_any_order():
@@ -217,10 +221,18 @@ def module(name: str, **names: Any) -> types.ModuleType:
     return made
 
 
-def test_a_function_that_no_decorator_made_is_replaced_by_name(monkeypatch):
-    def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
+@pytest.mark.parametrize("free", [0, 2])
+def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkeypatch):
+    theirs, func = "theirs", str
+
+    def plain(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
         return "theirs"
 
+    def decorated(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
+        return func(theirs)
+
+    clip_grad_norm_ = decorated if free else plain
+    assert len(clip_grad_norm_.__code__.co_freevars) == free
     holder = module("holder", own=clip_grad_norm_, ours=fastclip.clip_grad_norm_)
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
     monkeypatch.setitem(sys.modules, "holder", holder)
