@@ -28,7 +28,6 @@ import fastclip
 from fastclip import patching
 from fastclip._site import After
 
-
 RUNS = held_norm.__code__, held_norm.__closure__[0].cell_contents
 
 
