@@ -96,7 +96,8 @@ def test_a_script_runs_as_it_does_without(folder):
 def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is_its(folder):
     ways = "spawn,fork,forkserver,python,exit"
     ran = python(folder, "-m", "fastclip", "run", "--stats", "-m", "train", ways, "-m", "--", "x")
-    known, _, *said = ran.stdout.splitlines()
+    known, *said = sorted(ran.stdout.splitlines(), key=lambda line: not line.startswith("[["))
+    said = [line for line in said if not line.startswith("[")]
     file = str(folder / "train.py")
     assert json.loads(known) == [
         [file, ways, "-m", "--", "x"],
@@ -107,7 +108,8 @@ def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is
         True,
     ]
     multiprocessed = [f"{way} torch.float32" for way in ("spawn", "fork", "forkserver")]
-    assert said == [*multiprocessed, "python yes"]
+    # Children write before a parent that buffers.
+    assert sorted(said) == sorted([*multiprocessed, "python yes"])
     assert ran.returncode == 7
     # Of itself alone it speaks.
     assert ran.stderr == (
@@ -177,6 +179,8 @@ def test_ranks_of_torchrun_are_patched_and_one_speaks(folder):
     ],
 )
 def test_a_bad_option_is_named(options, told, capsys):
+    if "no/such/a.png" in options:
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stop:
         main(["run", *options])
     assert stop.value.code == 2
