@@ -1,8 +1,8 @@
 """Functions of other libraries, replaced by ours and given back."""
 
 import sys
-from collections.abc import Callable, Iterable
-from types import FunctionType, ModuleType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 Undo = Callable[[], object]
@@ -37,14 +37,14 @@ def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
     return undo
 
 
-def rename(theirs: Any, ours: Any, modules: Iterable[ModuleType] | None = None) -> Undo:
-    """Let every name for `theirs` in these modules, or in all that are imported, be for `ours`.
+def rename(theirs: Any, ours: Any) -> Undo:
+    """Let every name for `theirs` in the modules that are imported be for `ours`.
 
     That nobody else may have a name for: undone, its names are for `theirs` again.
     """
 
     def change(old: Any, new: Any) -> None:
-        for module in list(sys.modules.values()) if modules is None else modules:
+        for module in list(sys.modules.values()):
             for name, value in list(getattr(module, "__dict__", {}).items()):
                 if value is old:
                     setattr(module, name, new)

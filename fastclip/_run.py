@@ -5,6 +5,7 @@ process that the script starts in turn; options for this one are Python's own `-
 """
 
 import atexit
+import functools
 import inspect
 import os
 import subprocess
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _site, clip
+from . import _site
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef
 from ._ranks import value_of
-from .patching import patch_with
+from .patching import FUNCTIONS, patch_with
 
 
 def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
@@ -62,13 +63,13 @@ class Counted:
         # Norm and threshold of every clip.
         self.ring = Ring(2) if keep else None
 
-    def functions(self) -> dict[str, Callable[..., Any]]:
-        names = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
-        return {name: self._counted(getattr(clip, name)) for name in names}
+    def functions(self) -> list[Callable[..., Any]]:
+        return [self._counted(function) for function in FUNCTIONS]
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
 
+        @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)

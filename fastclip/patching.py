@@ -7,7 +7,7 @@ libraries' own functions are replaced once they are imported.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,9 @@ from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .integrations import megatron, timm
 
-Functions = dict[str, Callable[..., Any]]
+Functions = Sequence[Callable[..., Any]]
+# Named as torch names them.
+FUNCTIONS = (clip_grad_norm_, clip_grad_value_, get_total_norm, clip_grads_with_norm_)
 
 
 class Patch:
@@ -50,14 +52,7 @@ def patch() -> Patch:
     ...     torch.nn.utils.clip_grad_norm_([w], max_norm=1.0)
     tensor(5.)
     """
-    return patch_with(
-        {
-            "clip_grad_norm_": clip_grad_norm_,
-            "clip_grad_value_": clip_grad_value_,
-            "get_total_norm": get_total_norm,
-            "clip_grads_with_norm_": clip_grads_with_norm_,
-        }
-    )
+    return patch_with(FUNCTIONS)
 
 
 def unpatch() -> None:
@@ -118,7 +113,8 @@ class _Patches:
             return f"yes{f', but for whoever holds {names}' if names else ''}"
 
     def _do(self, functions: Functions) -> None:
-        for name, function in functions.items():
+        for function in functions:
+            name = function.__name__
             theirs = getattr(torch.nn.utils, name)
             undo = redirect(theirs, function)
             if undo is None:

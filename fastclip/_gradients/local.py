@@ -39,7 +39,7 @@ class LocalGrads:
         return self.slots_
 
     def devices(self) -> list[torch.device]:
-        return list({t.device: None for t in self.tensors})
+        return list(_by_device(self.tensors))
 
     def norm(self, p: float) -> Tensor:
         with torch.set_grad_enabled(is_differentiated()):

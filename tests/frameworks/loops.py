@@ -1,11 +1,31 @@
 """Real training runs of other people's loops: with torch's clipping, patched, and torch's again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from fastclip import patching
 from fastclip._run import Counted
+
+
+def losses_of(
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    clip: Callable[[], Any],
+) -> list[float]:
+    """The loop that a user of a library writes around its backward and its clip."""
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = loss_of(batch)
+        backward(loss)
+        clip()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def check_reached(

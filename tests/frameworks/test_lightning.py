@@ -2,12 +2,13 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loops import check_clipped, check_reached
+from loops import check_clipped, check_reached, losses_of
 from torch import nn
 
 import fastclip
@@ -75,15 +76,9 @@ def test_fabric():
         module = Module()
         model, optimizer = fabric.setup(module, module.configure_optimizers())
         model.mark_forward_method("training_step")
-        losses = []
-        for _, batch in zip(range(steps), data(), strict=False):
-            optimizer.zero_grad()
-            loss = model.training_step(batch, 0)
-            fabric.backward(loss)
-            fabric.clip_gradients(model, optimizer, max_norm=0.5)
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+        clip = partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
+        step = partial(model.training_step, index=0)
+        return losses_of(optimizer, data(steps), step, fabric.backward, clip)
 
     check_clipped(check_reached(train))
 

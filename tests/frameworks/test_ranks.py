@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import check_clipped, check_reached
+from loops import check_clipped, check_reached, losses_of
 from ranks import World
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -34,6 +34,10 @@ def batches(steps: int) -> list[torch.Tensor]:
     return [torch.randn(4, 8, generator=generator) for _ in range(steps)]
 
 
+def distance(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) - 3).square().mean()
+
+
 def total(tensor: torch.Tensor) -> float:
     return float(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
 
@@ -51,15 +55,9 @@ def lightnings_ddp() -> None:
         fabric.launch()
         model = net()
         model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        losses = []
-        for x in batches(steps):
-            optimizer.zero_grad()
-            loss = (model(x) - 3).square().mean()
-            fabric.backward(loss)
-            fabric.clip_gradients(model, optimizer, max_norm=0.5)
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+        clip = functools.partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
+        far = functools.partial(distance, model)
+        return losses_of(optimizer, batches(steps), far, fabric.backward, clip)
 
     check_clipped(check_reached(train))
 
@@ -83,15 +81,9 @@ def accelerates_ddp() -> None:
         model = net()
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
         assert isinstance(model, nn.parallel.DistributedDataParallel)
-        losses = []
-        for x in batches(steps):
-            loss = (model(x) - 3).square().mean()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        clip = functools.partial(accelerator.clip_grad_norm_, list(model.parameters()), 0.5)
+        far = functools.partial(distance, model)
+        return losses_of(optimizer, batches(steps), far, accelerator.backward, clip)
 
     check_clipped(check_reached(train))
 

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loops import check_clipped, check_reached
+from loops import check_clipped, check_reached, losses_of
 
 import fastclip
 
@@ -75,16 +76,15 @@ def test_accelerate(bf16):
         accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
         net = model()
         net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
-        found = []
-        for row in rows(steps):
-            tokens = torch.tensor([row["input_ids"]])
-            loss = net(input_ids=tokens, labels=tokens).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(net.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(loss.item())
-        return found
+        batches = [torch.tensor([row["input_ids"]]) for row in rows(steps)]
+        clip = partial(accelerator.clip_grad_norm_, list(net.parameters()), 0.5)
+        return losses_of(
+            optimizer,
+            batches,
+            lambda tokens: net(input_ids=tokens, labels=tokens).loss,
+            accelerator.backward,
+            clip,
+        )
 
     check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
 
