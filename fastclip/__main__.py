@@ -74,9 +74,9 @@ def _picture(value: str) -> Path:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is for `run`, and the command that it runs, from its name or `-m` on."""
+    """What is for `run`, and the command that it runs: from a name, `-`, `-m` or `-c` on."""
     end = 1 if arguments[:1] == ["run"] else len(arguments)
-    while end < len(arguments) and re.match("-(?!m)", arguments[end]):
+    while end < len(arguments) and re.match("-(?!m|c|$)", arguments[end]):
         end += 2 if arguments[end] == "--plot" else 1
     return arguments[:end], arguments[end:]
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--rule", choices=RULES, help=what)
     add("--out", type=_out, default="fastclip-demo.png", help="picture path (default: %(default)s)")
     what = "run a script with torch's clipping functions replaced by fastclip's"
-    usage = "%(prog)s [--stats] [--plot FILE] script | -m module [arguments ...]"
+    usage = "%(prog)s [--stats] [--plot FILE] script | -m module | -c code [arguments ...]"
     running = commands.add_parser("run", help=what, description=what, usage=usage)
     add = running.add_argument
     add("--stats", action="store_true", help="at the end, say what was called and clipped")
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(given))
     name = options.pop("name")
     if name == "run" and not command:
-        running.error("expected a script, or -m and a module")
+        running.error("expected a script, -m and a module, or -c and code")
     {"info": info, "demo": demo, "run": partial(run, command)}[name](**options)
 
 

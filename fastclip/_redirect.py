@@ -1,9 +1,12 @@
 """Functions of other libraries, replaced by ours and given back."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+
+from torch.nn.utils import clip_grad
 
 Undo = Callable[[], object]
 
@@ -15,15 +18,22 @@ def _made_by_a_decorator(func: Callable[..., Any]) -> FunctionType:
     return calls
 
 
-def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
-    """Let what a decorator made of a function `func` call `ours` and do nothing else.
+def _is_torchs(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    made = code and (code.co_filename, code.co_freevars)
+    return made == (clip_grad.__file__, ("func",))
 
-    It stays the same object, whoever holds it, with its name and signature. None if it was not made
-    so, as torch's `_no_grad` does.
+
+def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
+    """Let what torch's `_no_grad` decorator made of a function `func` call `ours` and nothing else.
+
+    It stays the same object, whoever holds or wraps it, with its name and signature. None if it was
+    not made so.
     """
-    code = getattr(theirs, "__code__", None)
-    if code is None or code.co_freevars != ("func",):
+    theirs = inspect.unwrap(theirs, stop=_is_torchs)
+    if not _is_torchs(theirs):
         return None
+    code = theirs.__code__
     (cell,) = theirs.__closure__
     func = cell.cell_contents
 

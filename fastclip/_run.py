@@ -5,6 +5,7 @@ process that the script starts in turn; options for this one are Python's own `-
 """
 
 import atexit
+import contextlib
 import functools
 import inspect
 import os
@@ -18,16 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _site
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef
 from ._ranks import value_of
-from .patching import FUNCTIONS, patch_with
+from .patching import patch_with
 
 
 def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
-    """Become `python command`: a script, or `-m` and a module, and arguments."""
+    """Become `python command`: a script, `-m` and a module, or `-c` and code, and arguments."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         sys.exit("python -m fastclip run: needs PYTHONPATH and site; leave out -E, -I and -S")
     options = ["-X", _site.RUN]
@@ -38,16 +40,19 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
     sys.stdout.flush()
     sys.stderr.flush()
-    # As multiprocessing does, which starts Python with the options it has itself; and -u.
+    # As multiprocessing does, which starts Python with the options it has itself; and all others.
     flags = subprocess._args_from_interpreter_flags()
-    flags += ["-u"] * getattr(sys.stdout, "write_through", False)
+    flags += ["-u"] * getattr(sys.stdout, "write_through", False) + ["-i"] * sys.flags.interactive
+    for name, value in sys._xoptions.items():
+        option = name if value is True else f"{name}={value}"
+        flags += [] if option in flags else ["-X", option]
     os.execv(sys.executable, [sys.executable, *flags, *options, *command])
 
 
 def start() -> None:
     """What `_site` calls in the script's process, when torch is there."""
     counted = Counted(_site.STATS in sys._xoptions or _site.PLOT in sys._xoptions)
-    patch_with(counted.functions())
+    patch_with(counted.wrap)
     process = os.getpid()
     # One of several ranks speaks, and no child that was forked.
     if os.environ.get("RANK", "0") == "0":
@@ -55,7 +60,7 @@ def start() -> None:
 
 
 class Counted:
-    """The four functions, with what was done by them. What is compiled is not counted."""
+    """What was done by functions of ours that it wraps. What is compiled is not counted."""
 
     def __init__(self, keep: bool) -> None:
         self.calls: Counter[str] = Counter()
@@ -63,10 +68,7 @@ class Counted:
         # Norm and threshold of every clip.
         self.ring = Ring(2) if keep else None
 
-    def functions(self) -> list[Callable[..., Any]]:
-        return [self._counted(function) for function in FUNCTIONS]
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
@@ -79,7 +81,8 @@ class Counted:
             self.calls[function.__name__] += 1
             if self.ring is not None:
                 given = signature.bind(*args, **kwargs).arguments
-                if "max_norm" in given:
+                # The script goes on, whatever cannot be recorded: a rule, a vmap's norms.
+                with contextlib.suppress(Exception):
                     self._keep(given.get("total_norm", result), given["max_norm"])
             return result
 
@@ -87,7 +90,11 @@ class Counted:
 
     @torch.no_grad()
     def _keep(self, total_norm: Tensor, max_norm: float | Tensor) -> None:
-        norm = value_of(total_norm).reshape(()).double()
+        norm = value_of(total_norm)
+        # Fake tensors have no number, and what runs in a mode may become one.
+        if type(norm) is not Tensor or norm.is_meta or _get_current_dispatch_mode() is not None:
+            return
+        norm = norm.reshape(()).double()
         if isinstance(max_norm, Tensor):
             limit = value_of(max_norm).reshape(()).to(norm)
         else:
@@ -96,7 +103,10 @@ class Counted:
 
     def report(self) -> None:
         if not self.calls:
-            _say("nothing in this process called torch's clipping functions, but for compiled code")
+            _say(
+                "no clipping function of torch, timm or Megatron-core was called in this process, "
+                "but by compiled code"
+            )
             return
         if self.ring is None:
             return

@@ -5,9 +5,11 @@ given back by `unpatch`. Were it made otherwise, its names in all imported modul
 libraries' own functions are replaced once they are imported.
 """
 
+import importlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,9 +21,11 @@ from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .integrations import megatron, timm
 
-Functions = Sequence[Callable[..., Any]]
+Function = Callable[..., Any]
+Wrap = Callable[[Function], Function]
 # Named as torch names them.
-FUNCTIONS = (clip_grad_norm_, clip_grad_value_, get_total_norm, clip_grads_with_norm_)
+_FUNCTIONS = (clip_grad_norm_, clip_grad_value_, get_total_norm, clip_grads_with_norm_)
+_LIBRARIES = (megatron, timm)
 
 
 class Patch:
@@ -52,7 +56,7 @@ def patch() -> Patch:
     ...     torch.nn.utils.clip_grad_norm_([w], max_norm=1.0)
     tensor(5.)
     """
-    return patch_with(FUNCTIONS)
+    return patch_with(lambda function: function)
 
 
 def unpatch() -> None:
@@ -67,9 +71,15 @@ def unpatch() -> None:
     _patches.remove()
 
 
-def patch_with(functions: Functions) -> Patch:
-    """`patch`, by other functions of the same names, unless torch is patched already."""
-    _patches.add(new := Patch(), functions)
+def patch_with(wrap: Wrap) -> Patch:
+    """`patch`, by what `wrap` makes of each function of ours, unless torch is patched already."""
+    # What another thread is importing is there before it is looked at; not under the lock, which
+    # that import may need.
+    for library in _LIBRARIES:
+        if library.MODULE in sys.modules:
+            with suppress(ImportError):
+                importlib.import_module(library.MODULE)
+    _patches.add(new := Patch(), wrap)
     return new
 
 
@@ -87,10 +97,10 @@ class _Patches:
         self._undo: list[Undo] = []
         self._by_name: list[str] = []
 
-    def add(self, new: Patch, functions: Functions) -> None:
+    def add(self, new: Patch, wrap: Wrap) -> None:
         with self._lock:
             if not self._held:
-                self._do(functions)
+                self._do(wrap)
             self._held += (new,)
 
     def remove(self, one: Patch | None = None) -> None:
@@ -112,17 +122,17 @@ class _Patches:
             names = ", ".join(self._by_name)
             return f"yes{f', but for whoever holds {names}' if names else ''}"
 
-    def _do(self, functions: Functions) -> None:
-        for function in functions:
-            name = function.__name__
+    def _do(self, wrap: Wrap) -> None:
+        for function in _FUNCTIONS:
+            name, ours = function.__name__, wrap(function)
             theirs = getattr(torch.nn.utils, name)
-            undo = redirect(theirs, function)
+            undo = redirect(theirs, ours)
             if undo is None:
                 self._by_name.append(name)
-                undo = rename(theirs, partial(function))
+                undo = rename(theirs, partial(ours))
             self._undo.append(undo)
-        for library in (megatron, timm):
-            self._once_imported(library.MODULE, library.adapt)
+        for library in _LIBRARIES:
+            self._once_imported(library.MODULE, partial(library.adapt, wrap=wrap))
 
     def _once_imported(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:
         """`adapt` to a module now, or as soon as it is imported."""

@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from _thread import get_ident
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,64 +23,105 @@ class After:
     """A finder that runs `action` when a module was first imported, before it is used."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
-        self.name, self.action = name, action
+        self.awaited, self.action = name, action
+        # Threads that ask the others: another such finder may be one of them.
+        self._asking: set[int] = set()
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        if name != self.awaited or get_ident() in self._asking:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
-        # Whoever finds a module may only ask whether it is there.
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                if module.__name__ == self.name and self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                    self.action(module)
-
-            spec.loader.exec_module = exec_module
+        self._asking.add(get_ident())
+        try:
+            spec = self._ask(name, path, target)
+        finally:
+            self._asking.remove(get_ident())
+        loader = spec and spec.loader
+        # One that is a class loads other modules too.
+        if loader is not None and not isinstance(loader, type):
+            self._follow(loader)
         return spec
+
+    def _follow(self, loader: object) -> None:
+        run = getattr(loader, "exec_module", None)
+
+        # Whoever finds a module may only ask whether it is there.
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            if module.__name__ == self.awaited and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action(module)
+
+        if run is not None:
+            try:
+                loader.exec_module = exec_module
+            except AttributeError:
+                # With slots; the module is imported all the same.
+                return
+
+    def _ask(
+        self, name: str, path: object, target: object
+    ) -> importlib.machinery.ModuleSpec | None:
+        for finder in list(sys.meta_path):
+            # Until Python 3.12 there are finders that have but `find_module`.
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is not self and find_spec is not None:
+                spec = find_spec(name, path, target)
+                if spec is not None:
+                    return spec
+        return None
 
 
 def _patch(_: ModuleType) -> None:
-    # After all else, should a parent have found it by its own path.
-    sys.path.append(package := str(Path(__file__).parents[2]))
     try:
-        import fastclip
-        from fastclip import _run
+        # This one, and no other of its name that the script has beside it.
+        if "fastclip" not in sys.modules:
+            file = Path(__file__).parents[1] / "__init__.py"
+            spec = importlib.util.spec_from_file_location("fastclip", file)
+            sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        from fastclip import _run, patching
 
         if RUN in sys._xoptions:
             _run.start()
         else:
-            fastclip.patch()
+            patching.patch()
     except Exception as error:
         # Another Python or torch among the children is no reason to stop it.
         print(f"fastclip run: torch is not patched in {sys.executable}: {error}", file=sys.stderr)
-    finally:
-        sys.path.remove(package)
 
 
-def _say_if_unused(process: int) -> None:
-    if "torch" not in sys.modules and os.getpid() == process:
-        print("fastclip run: torch was never imported, nothing was clipped", file=sys.stderr)
+def _say_if_unused(waiting: After, process: int) -> None:
+    # One of several ranks speaks, and no child that was forked.
+    if waiting in sys.meta_path and os.getpid() == process and os.environ.get("RANK", "0") == "0":
+        why = "was never imported" if "torch" not in sys.modules else "could not be patched"
+        print(f"fastclip run: torch {why} in this process", file=sys.stderr)
 
 
-def _run_the_next() -> None:
+def _run_the_next(ran: set[str]) -> None:
     """The `sitecustomize` that Python would have found without this one."""
+    paths = [Path(entry).absolute() for entry in sys.path]
     here = Path(__file__).absolute().parent
-    others = [entry for entry in sys.path if Path(entry).absolute() != here]
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
-    if spec is not None and spec.loader is not None:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for path in paths[paths.index(here) + 1 if here in paths else 0 :]:
+        spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [str(path)])
+        if spec is not None and spec.origin and spec.origin not in ran:
+            ran.add(spec.origin)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            return
+
+
+def _start() -> None:
+    # One that ran the next may be run by that again, or by another copy of this.
+    ran = next((finder.ran for finder in sys.meta_path if hasattr(finder, "ran")), None)
+    if ran is None:
+        waiting = After("torch", _patch)
+        waiting.ran = ran = {__file__}
+        sys.meta_path.insert(0, waiting)
+        if RUN in sys._xoptions:
+            atexit.register(_say_if_unused, waiting, os.getpid())
+    _run_the_next(ran)
 
 
 if __name__ == "sitecustomize":
-    if RUN in sys._xoptions:
-        atexit.register(_say_if_unused, os.getpid())
-    sys.meta_path.insert(0, After("torch", _patch))
-    _run_the_next()
+    _start()

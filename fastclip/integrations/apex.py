@@ -12,14 +12,7 @@ from torch import Tensor
 
 from .._gradients import take
 from .._ranks import Kind
-from ..clip import clip_grad_norm_
-
-__all__ = [
-    "clip_grad_norm_",
-    "multi_tensor_applier",
-    "multi_tensor_l2norm",
-    "multi_tensor_scale",
-]
+from ..clip import clip_grad_norm_ as clip_grad_norm_
 
 
 def multi_tensor_applier(
@@ -59,7 +52,6 @@ def multi_tensor_l2norm(
     return norm.float().reshape(1), each.float().to(noop_flag.device)
 
 
-@torch.no_grad()
 def multi_tensor_scale(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], scale: float
 ) -> None:
@@ -73,19 +65,33 @@ def multi_tensor_scale(
         scale: a number.
 
     Raises:
-        TypeError, ValueError: lists of other lengths, or a tensor of another dtype.
+        TypeError, ValueError: lists of other lengths or shapes, or a tensor of another dtype.
 
     Reference: `amp_C.multi_tensor_scale` of NVIDIA apex.
     """
-    sources, outs = map(list, tensor_lists)
+    most = take(list(tensor_lists[0])).norm(math.inf)
+    scale_into(*tensor_lists, scale)
+    noop_flag.masked_fill_(~most.isfinite().to(noop_flag.device), 1)
+
+
+@torch.no_grad()
+def scale_into(sources: Sequence[Tensor], outs: Sequence[Tensor], scale: float) -> None:
+    """`multi_tensor_scale` without its flag."""
     if len(sources) != len(outs):
         raise ValueError(
             f"tensor_lists: expected two of one length, got {len(sources)} and {len(outs)} tensors"
         )
-    most = take(sources).norm(math.inf)
-    noop_flag.masked_fill_(~most.isfinite().to(noop_flag.device), 1)
     both = list(zip(sources, outs, strict=True))
-    take([out for source, out in both if source is out]).scale_(most.new_tensor(scale))
+    for i, (source, out) in enumerate(both):
+        if source.shape != out.shape or source.is_complex() != out.is_complex():
+            raise ValueError(
+                f"tensor_lists[1][{i}]: expected the shape of what is written into it, "
+                f"{tuple(source.shape)} of {source.dtype}, got {tuple(out.shape)} of {out.dtype}"
+            )
+    take(list(sources))
+    take(list(outs))
+    if in_place := [out for source, out in both if source is out]:
+        take(in_place).scale_(in_place[0].new_tensor(scale, dtype=torch.float64))
     for source, out in both:
         if source is not out:
             wide = torch.promote_types(source.dtype, out.dtype)

@@ -1,7 +1,8 @@
 """timm: its adaptive clipping is ours."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from ..per_tensor import clip_grad_agc_
 MODULE = "timm.utils.agc"
 
 
-def adapt(module: ModuleType) -> list[Undo]:
+def adapt(module: ModuleType, wrap: Callable[..., Any]) -> list[Undo]:
     """Replace `adaptive_clip_grad` wherever it was imported."""
     theirs = getattr(module, "adaptive_clip_grad", None)
 
@@ -25,4 +26,4 @@ def adapt(module: ModuleType) -> list[Undo]:
             return theirs(parameters, clip_factor, eps, norm_type)
         return clip_grad_agc_(parameters, clip_factor, eps)
 
-    return [rename(theirs, adaptive_clip_grad)] if theirs else []
+    return [rename(theirs, wrap(adaptive_clip_grad))] if theirs else []

@@ -1,26 +1,32 @@
 """transformers: a callback of its Trainer that clips with a `GradClipper`."""
 
+import base64
+import io
+import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from accelerate.state import AcceleratorState
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .._warnings import warn
 from ..clipper import GradClipper
 
 
-class GradClip(TrainerCallback):
+class GradClip(TrainerCallback, ExportableState):
     """Clip the gradients before every optimizer step, log their norm, and save what rules keep.
 
-    Instead of the `max_grad_norm` of `TrainingArguments`, which is to be 0. Every checkpoint gets a
-    file, from which a run that is resumed from one in `output_dir` goes on.
+    Instead of the `max_grad_norm` of `TrainingArguments`, which is to be 0. The state of rules and
+    of the recorded norms is in the `trainer_state.json` of every checkpoint, from which a run that
+    is resumed goes on (`restore_callback_states_from_checkpoint` stays False); others begin anew.
 
     Args:
         max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: what an infinite or NaN norm does, as in `GradClipper`.
+        nonfinite: what an infinite or NaN norm does, as in `GradClipper`. The Trainer steps all the
+            same, unless its scaler does not: after `"skip"` by gradients that are not finite.
         groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups,
             whose norms are logged as `grad_norm/` and their name: for a logger to see them, let it
             come after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
@@ -28,10 +34,8 @@ class GradClip(TrainerCallback):
     `clipper` is the `GradClipper`, from the beginning of the training on: `clipper.stats()`.
 
     Raises:
-        TypeError, ValueError: when the training begins, as `GradClipper`.
+        ValueError: then, with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in transformers 4.
     """
-
-    FILE = "fastclip.pt"
 
     def __init__(
         self,
@@ -45,25 +49,25 @@ class GradClip(TrainerCallback):
             raise TypeError("max_norm, groups: expected one of the two")
         self.max_norm, self.groups = max_norm, groups
         self.how = {"norm_type": norm_type, "nonfinite": nonfinite}
+        self._fresh = max_norm.state_dict() if hasattr(max_norm, "load_state_dict") else None
         self.clipper: GradClipper | None = None
         self._norms: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.max_grad_norm:
-            raise ValueError(
-                f"GradClip: max_grad_norm is {args.max_grad_norm}, by which the Trainer clips too; "
-                "pass max_grad_norm=0"
-            )
+        # A checkpoint of a run without this callback has no place for it.
+        exported = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        _check(args, exported)
+        if self._fresh is not None:
+            self.max_norm.load_state_dict(self._fresh)
         if self.groups is not None:
             self.clipper = GradClipper(groups=self.groups(kwargs["model"]), **self.how)
         else:
             self.clipper = GradClipper(kwargs["model"], self.max_norm, **self.how)
-        if state.global_step:
-            file = self._file(args, state)
-            if file.exists():
-                self.clipper.load_state_dict(torch.load(file))
-            else:
-                warn(f"GradClip: {file} is not there; rules and numbers begin anew")
+        if state.global_step and "state" in exported.get("attributes", {}):
+            saved = zlib.decompress(base64.b64decode(exported["attributes"]["state"]))
+            self.clipper.load_state_dict(torch.load(io.BytesIO(saved)))
+        elif state.global_step:
+            warn("GradClip: the checkpoint has no state of it; rules and numbers begin anew")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._norms = self.clipper.clip_()
@@ -75,9 +79,28 @@ class GradClip(TrainerCallback):
             logs.update(norms)
             state.log_history[-1].update(norms)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            torch.save(self.clipper.state_dict(), self._file(args, state))
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into its JSON file."""
+        attributes = {}
+        if self.clipper is not None:
+            torch.save(self.clipper.state_dict(), file := io.BytesIO())
+            attributes["state"] = base64.b64encode(zlib.compress(file.getvalue())).decode()
+        return {"args": {}, "attributes": attributes}
 
-    def _file(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
+
+def _check(args: Any, exported: Any) -> None:
+    accelerator = AcceleratorState()
+    kind = accelerator.distributed_type.name
+    if args.max_grad_norm:
+        problem = (
+            f"the Trainer clips by max_grad_norm {args.max_grad_norm} too; pass max_grad_norm=0"
+        )
+    elif isinstance(exported, list):
+        problem = "there are two of it; pass groups to one"
+    elif kind == "DEEPSPEED" or (kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
+        problem = f"{kind} hides which rank has which part of a gradient; use DDP or FSDP2"
+    elif args.fp16 and not hasattr(Trainer, "_get_grad_norm"):
+        problem = "fp16 gradients are still scaled in this transformers; use bf16 or transformers 5"
+    else:
+        return
+    raise ValueError(f"GradClip: {problem}")

@@ -41,7 +41,7 @@ def check_reached(
     """
     counted = Counted(keep=True)
     theirs = train(steps)
-    with patching.patch_with(counted.functions()):
+    with patching.patch_with(counted.wrap):
         ours = train(steps)
     made = counted.calls[name] if name else counted.calls.total()
     assert made == steps * calls, counted.calls

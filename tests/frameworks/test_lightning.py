@@ -14,9 +14,10 @@ from torch import nn
 import fastclip
 
 lightning = pytest.importorskip("lightning")
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy  # noqa: E402
 
 from fastclip.integrations.lightning import GradClip  # noqa: E402
 
@@ -99,14 +100,40 @@ def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
     assert logged == pytest.approx(stats["total_norm"])
 
 
-def test_another_fit_is_clipped_too():
-    clip = GradClip(0.5)
-    for fits in (1, 2):
-        theirs, ours = Module(), Module()
-        trainer(10, gradient_clip_val=0.5).fit(theirs, data())
-        trainer(10, callbacks=[clip]).fit(ours, data())
-        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
-        assert clip.clippers[0].stats()["steps"] == 10 * fits
+def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
+    rule = fastclip.AutoClip(50)
+    clip, runs = GradClip(rule), []
+    for _ in range(2):
+        module = Module()
+        for fits in (1, 2):
+            trainer(10, callbacks=[clip]).fit(module, data())
+            kept = clip.clippers[0].stats()
+            assert kept["steps"] == int(rule.state_dict()["count"]) == 10 * fits
+        runs.append((module.losses, kept))
+    assert runs[0] == runs[1]
+
+
+def test_a_tensor_threshold_is_read_at_every_step():
+    class Lower(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            max_norm.fill_(0.0)
+
+    max_norm, module = torch.tensor(math.inf), Module()
+    trainer(5, callbacks=[GradClip(max_norm), Lower()]).fit(module, data())
+    before = [p.clone() for p in module.parameters()]
+    trainer(2, callbacks=[GradClip(max_norm)]).fit(module, data())
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_what_it_cannot_clip_it_refuses():
+    with pytest.raises(ValueError, match=r"gradient_clip_val is set, and clips too"):
+        trainer(2, callbacks=[GradClip(1.0)], gradient_clip_val=1.0).fit(Module(), data())
+    clip = GradClip(1.0)
+    for strategy in (FSDPStrategy, DeepSpeedStrategy):
+        fake = trainer(2)
+        fake.strategy.__class__ = type("Fake", (strategy,), {"__init__": lambda self: None})
+        with pytest.raises(ValueError, match="hides which rank has which part"):
+            clip.on_train_start(fake, Module())
 
 
 def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """accelerate, transformers' Trainer and trl, on models made from a config; the callback."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -146,17 +147,60 @@ def test_the_callback_takes_groups_and_goes_on_from_a_checkpoint(tmp_path):
     for name in ("body", "head"):
         logged = [e[f"grad_norm/{name}"] for e in first.state.log_history if "loss" in e]
         assert logged == pytest.approx(stats[name]["total_norm"])
-    (tmp_path / "checkpoint-10" / GradClip.FILE).unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint-10/fastclip\.pt is not there"):
-        trained(tmp_path, 11, [GradClip(0.5)], resume=str(tmp_path / "checkpoint-10"), **how)
+    # Wherever it lies, and whatever else lies where this run will write.
+    elsewhere, foreign = tmp_path / "copied", tmp_path / "other"
+    shutil.copytree(tmp_path / "checkpoint-10", elsewhere)
+    shutil.copytree(tmp_path / "checkpoint-20", foreign / "checkpoint-10")
+    rest = GradClip(groups=groups)
+    trained(foreign, 20, [rest], resume=str(elsewhere), **how)
+    assert rest.clipper.stats() == whole.clipper.stats()
+
+
+def test_a_checkpoint_without_its_state_begins_it_anew(tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 10}
+    trained(tmp_path, 10, **how)
+    clip = GradClip(fastclip.AutoClip(50))
+    resume = str(tmp_path / "checkpoint-10")
+    with pytest.warns(UserWarning, match="the checkpoint has no state of it"):
+        trained(tmp_path, 20, [clip], resume=resume, max_grad_norm=0.0, **how)
+    assert clip.clipper.stats()["steps"] == 10
+
+
+def test_another_run_begins_anew_and_a_rule_is_the_users(tmp_path):
+    rule = fastclip.AutoClip(50)
+    clip, runs = GradClip(rule), []
+    for _ in range(2):
+        runs.append(losses(trained(tmp_path, 10, [clip], max_grad_norm=0.0)))
+        assert clip.clipper.stats()["steps"] == int(rule.state_dict()["count"]) == 10
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed", "fp16"])
+def test_what_it_cannot_clip_it_refuses(kind, tmp_path, monkeypatch):
+    """Such runs need a GPU: the Trainer's settings are those of a CPU run."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    options = transformers.TrainingArguments(**arguments(tmp_path, 2, max_grad_norm=0.0))
+    trainer = transformers.Trainer(model(), options, train_dataset=rows(), callbacks=[GradClip(1)])
+    if kind == "fp16":
+        monkeypatch.delattr(transformers.Trainer, "_get_grad_norm")
+        options.fp16 = True
+    else:
+        kinds = {"fsdp": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", kinds[kind])
+    with pytest.raises(ValueError, match=f"(?i)GradClip: {kind} "):
+        trainer.callback_handler.on_train_begin(options, trainer.state, trainer.control)
 
 
 def test_bad_arguments_are_named(tmp_path):
     for wrong in ({}, {"max_norm": 1.0, "groups": groups}):
         with pytest.raises(TypeError, match="max_norm, groups: expected one of the two"):
             GradClip(**wrong)
-    with pytest.raises(ValueError, match=r"max_grad_norm is 1.0, .* pass max_grad_norm=0"):
+    with pytest.raises(ValueError, match=r"max_grad_norm 1.0 .* pass max_grad_norm=0"):
         trained(tmp_path, 2, [GradClip(0.5)])
+    with pytest.raises(ValueError, match="there are two of it"):
+        trained(tmp_path, 2, [GradClip(0.5), GradClip(0.5)], max_grad_norm=0.0)
 
 
 LAUNCHED = """
