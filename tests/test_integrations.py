@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DTYPES, name_of, oracle, ulps
 
-from fastclip.integrations import apex
+from fastclip.integrations import apex, megatron
 
 
 def flag() -> torch.Tensor:
@@ -68,3 +68,33 @@ def test_bad_lists_change_nothing():
     with pytest.raises(TypeError, match=r"tensors\[1\]: dtype torch.int64"):
         apex.multi_tensor_scale(65536, flag(), [mixed, mixed], 0.5)
     assert mixed[0].item() == one[0].item() == two[0].item() == 1
+
+
+@pytest.mark.parametrize("function", [apex.multi_tensor_scale, megatron.multi_tensor_scale])
+@pytest.mark.parametrize(
+    ("source", "out", "error", "told"),
+    [
+        (torch.ones(3), torch.zeros(4), ValueError, r"tensor_lists\[1\]\[1\]: .* got \(4,\)"),
+        (
+            torch.ones(3),
+            torch.zeros(1, 3),
+            ValueError,
+            r"tensor_lists\[1\]\[1\]: expected the shape",
+        ),
+        (
+            torch.ones(1, dtype=torch.complex64),
+            torch.zeros(1),
+            ValueError,
+            "of torch.complex64, got",
+        ),
+        (torch.ones(3), torch.zeros(3, dtype=torch.int32), TypeError, "dtype torch.int32"),
+        (torch.ones(3, dtype=torch.int32), torch.zeros(3), TypeError, "dtype torch.int32"),
+    ],
+)
+def test_all_pairs_are_looked_at_before_one_is_written(function, source, out, error, told):
+    first, noop = torch.zeros(2), flag()
+    with pytest.raises(error, match=told):
+        function(65536, noop, [[torch.ones(2), source], [first, out]], 0.5)
+    assert not first.any()
+    assert not out.any()
+    assert noop.item() == 0

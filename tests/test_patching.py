@@ -1,6 +1,7 @@
 """torch's functions replaced for every caller, and given back, whatever else goes on."""
 
 import copy
+import functools
 import importlib
 import inspect
 import pickle
@@ -26,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 from fastclip import patching
+from fastclip._run import Counted
 from fastclip._site import After
+from fastclip.integrations import apex
 
 RUNS = held_norm.__code__, held_norm.__closure__[0].cell_contents
 
@@ -220,7 +223,7 @@ def module(name: str, **names: Any) -> types.ModuleType:
     return made
 
 
-@pytest.mark.parametrize("free", [0, 2])
+@pytest.mark.parametrize("free", [0, 1, 2])
 def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkeypatch):
     theirs, func = "theirs", str
 
@@ -228,9 +231,12 @@ def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkey
         return "theirs"
 
     def decorated(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
+        return func("theirs")
+
+    def with_two(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
         return func(theirs)
 
-    clip_grad_norm_ = decorated if free else plain
+    clip_grad_norm_ = (plain, decorated, with_two)[free]
     assert len(clip_grad_norm_.__code__.co_freevars) == free
     holder = module("holder", own=clip_grad_norm_, ours=fastclip.clip_grad_norm_)
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
@@ -244,6 +250,24 @@ def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkey
     assert utils.clip_grad_norm_ is holder.own is holder.later is clip_grad_norm_
     assert holder.ours is fastclip.clip_grad_norm_
     assert meanwhile is not fastclip.clip_grad_norm_
+
+
+def test_a_users_wrapper_around_torchs_function_goes_on(monkeypatch):
+    calls: list[float] = []
+
+    @functools.wraps(held_norm)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[1])
+        return held_norm(*args, **kwargs)
+
+    monkeypatch.setattr(utils, "clip_grad_norm_", noted)
+    with fastclip.patch():
+        assert utils.clip_grad_norm_ is noted
+        assert is_ours(CALLS["name"])
+        assert is_ours(CALLS["held"])
+        assert patching.describe() == "yes"
+    assert calls == [1.0]
+    assert not is_ours(CALLS["held"])
 
 
 AGC = """
@@ -290,6 +314,19 @@ def test_timms_adaptive_clipping_is_ours(is_first):
 
 
 @pytest.mark.usefixtures("_timm")
+def test_what_another_thread_is_importing_is_waited_for(tmp_path):
+    file = tmp_path / "timm/utils/agc.py"
+    file.write_text(f"import time; time.sleep(0.5)\n{AGC}")
+    thread = threading.Thread(target=importlib.import_module, args=["timm.utils"])
+    thread.start()
+    while "timm.utils.agc" not in sys.modules:
+        thread.join(0.01)
+    with fastclip.patch():
+        thread.join()
+        assert sys.modules["timm.utils"].adaptive_clip_grad(parameters()) is None
+
+
+@pytest.mark.usefixtures("_timm")
 def test_who_asks_whether_a_module_is_there_does_not_import_it():
     def waiting() -> int:
         return sum(isinstance(finder, After) for finder in sys.meta_path)
@@ -331,10 +368,14 @@ def test_megatron_measures_and_scales_with_ours(monkeypatch):
     theirs = {"l2_norm_impl": object(), "multi_tensor_scale_impl": object(), "other": object()}
     clip_grads = module("megatron.core.optimizer.clip_grads", **theirs)
     monkeypatch.setitem(sys.modules, clip_grads.__name__, clip_grads)
-    with fastclip.patch():
-        from fastclip.integrations import apex
-
-        assert clip_grads.l2_norm_impl is apex.multi_tensor_l2norm
-        assert clip_grads.multi_tensor_scale_impl is apex.multi_tensor_scale
+    counted = Counted(keep=True)
+    with patching.patch_with(counted.wrap):
         assert clip_grads.other is theirs["other"]
+        tensors, noop = [torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.zeros(1)
+        norm, _ = apex.multi_tensor_applier(clip_grads.l2_norm_impl, noop, [tensors], False)
+        both = [tensors, tensors]
+        apex.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, noop, both, 0.5)
+    assert norm.item() == 5.0
+    assert tensors[0].tolist() == [1.5, 2.0]
+    assert counted.calls == {"multi_tensor_l2norm": 1, "multi_tensor_scale": 1}
     assert {name: getattr(clip_grads, name) for name in theirs} == theirs

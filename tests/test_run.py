@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch.distributed as dist
 from fastclip.__main__ import main
 
 ROOT = Path(__file__).parent.parent
+SITE = ROOT / "fastclip" / "_site"
 
 # It prints what a script can know of how it was started, clips, and ends as it is told.
 TRAIN = """
 import importlib.util, json, multiprocessing, pickle, sys
 assert importlib.util.find_spec("torch")
 import beside
+before = list(sys.path)
 import torch
 from torch.nn.utils import clip_grad_norm_
+path = sys.path == before
 
 class Mine:
     pass
@@ -34,7 +38,8 @@ if __name__ == "__main__":
     main = sys.modules["__main__"]
     spec = main.__spec__ and main.__spec__.name
     mine = pickle.loads(pickle.dumps(Mine())).__class__ is Mine
-    how = [sys.warnoptions, sys.flags.utf8_mode, sys.stdout.write_through]
+    how = [sys.warnoptions, sys.flags.utf8_mode, sys.stdout.write_through, path]
+    how += [sys._xoptions.get("my"), sys._xoptions.get("no_debug_ranges")]
     print(json.dumps([sys.argv, sys.path[0], __file__, spec, mine, main.__dict__ is globals()]))
     print(json.dumps(how))
     for way in sys.argv[1].split(","):
@@ -54,6 +59,12 @@ if __name__ == "__main__":
 """
 
 
+NOTHING = (
+    "fastclip run: no clipping function of torch, timm or Megatron-core was called in this "
+    "process, but by compiled code\n"
+)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "train.py").write_text(TRAIN)
@@ -61,13 +72,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(
+    folder: Path, *command: str, input: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     inherited = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
     environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
         env=environment,
+        input=input,
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,7 +95,8 @@ def test_a_script_runs_as_it_does_without(folder):
     (other / "sitecustomize.py").write_text("print('another', __name__)")
     path = os.pathsep.join([str(ROOT), str(other)])
     command = ["train.py", "here,raise", "--", "-m", "--stats", ""]
-    unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8"]
+    unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8", "-X", "my=1"]
+    unbuffered += ["-X", "no_debug_ranges"]
     plain = python(folder, *unbuffered, *command, PYTHONPATH=path)
     ours = python(folder, *unbuffered, "-m", "fastclip", "run", *command, PYTHONPATH=path)
     said = "another sitecustomize"
@@ -112,10 +127,7 @@ def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is
     assert sorted(said) == sorted([*multiprocessed, "python yes"])
     assert ran.returncode == 7
     # Of itself alone it speaks.
-    assert ran.stderr == (
-        "fastclip run: nothing in this process called torch's clipping functions, but for compiled "
-        "code\n"
-    )
+    assert ran.stderr == NOTHING
 
 
 CLIPS = """
@@ -132,6 +144,14 @@ for size in (0.1, 0.2, 1.0, 3.0, 4.0, float("inf")):
         torch.nn.utils.clip_grad_norm_(ps, max_norm=1.5)
 torch.nn.utils.clip_grad_value_(ps, 0.1)
 torch.compile(lambda: torch.nn.utils.clip_grad_norm_(ps, 1.0), fullgraph=True, backend="eager")()
+# No number comes of these.
+with torch._subclasses.FakeTensorMode():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+p = torch.nn.Parameter(torch.zeros(2, device="meta"))
+p.grad = torch.ones(2, device="meta")
+torch.nn.utils.clip_grad_norm_([p], 1.0)
 """
 
 
@@ -142,7 +162,7 @@ def test_it_says_and_draws_what_was_clipped(folder):
     assert ran.returncode == 0, ran.stderr
     said = re.findall("^fastclip run: (.*)$", ran.stderr, re.M)
     assert re.fullmatch(
-        r"clip_grad_norm_ 5 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
+        r"clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
         r"clip_grad_value_ 1 times; \d+\.\d ms on the host, \d+ us a call",
         said[0],
     )
@@ -156,7 +176,79 @@ def test_a_script_without_torch_is_told(folder):
     (folder / "nothing.py").write_text("print('done')")
     ran = python(folder, "-m", "fastclip", "run", "nothing.py")
     assert ran.stdout == "done\n"
-    assert ran.stderr == "fastclip run: torch was never imported, nothing was clipped\n"
+    assert ran.stderr == "fastclip run: torch was never imported in this process\n"
+    ran = python(folder, "-m", "fastclip", "run", "nothing.py", RANK="1")
+    assert (ran.stdout, ran.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", [["-"], ["-c", "from train import *; print(dtype_of_a_norm())"]]
+)
+def test_code_that_is_no_file_is_patched(command, folder):
+    code = "from train import *; print(dtype_of_a_norm())"
+    ran = python(folder, "-m", "fastclip", "run", *command, input=code)
+    assert (ran.stdout, ran.stderr) == ("torch.float32\n", "")
+
+
+def test_an_interactive_python_goes_on_after_the_script(folder):
+    (folder / "value.py").write_text("import torch; value = 3")
+    ran = python(folder, "-i", "-m", "fastclip", "run", "value.py", input="print('then', value)")
+    assert ran.stdout == "then 3\n"
+
+
+def test_what_lies_beside_a_script_is_the_scripts(folder):
+    (folder / "fastclip.py").write_text("raise ImportError('of the script')")
+    ran = python(folder, "train.py", "here", PYTHONPATH=os.pathsep.join([str(SITE), str(ROOT)]))
+    _, how, dtype = ran.stdout.splitlines()
+    assert (dtype, ran.stderr) == ("torch.float32", "")
+    assert json.loads(how)[3] is True
+
+
+CHAINS = """
+import importlib.machinery, importlib.util, os, sys
+here = os.path.dirname(os.path.abspath(__file__))
+print({name!r})
+
+class Finder:
+    asking = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch" or self.asking:
+            return None
+        self.asking = True
+        try:
+            return importlib.util.find_spec(name)
+        finally:
+            self.asking = False
+
+class Old:
+    def find_module(self, name, path=None):
+        return None
+
+sys.meta_path[:0] = [Old(), Finder()]
+others = [entry for entry in sys.path if os.path.abspath(entry) != here]
+spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_other_bootstraps_that_chain_are_run_once_and_torch_is_patched(order, folder):
+    for name in ("tracer", "last"):
+        (folder / name).mkdir()
+    (folder / "tracer/sitecustomize.py").write_text(CHAINS.format(name="tracer"))
+    (folder / "last/sitecustomize.py").write_text("print('last')")
+    copy = folder / "copy/fastclip/_site"
+    shutil.copytree(SITE, copy)
+    ours, theirs = [SITE, copy], [folder / "tracer"]
+    path = [*(theirs + ours if order == "before" else ours + theirs), folder / "last", ROOT]
+    ran = python(folder, "train.py", "here", PYTHONPATH=os.pathsep.join(map(str, path)))
+    assert ran.stderr == ""
+    assert [line for line in ran.stdout.splitlines() if line[0] != "["] == [
+        "tracer",
+        "last",
+        "torch.float32",
+    ]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -171,8 +263,8 @@ def test_ranks_of_torchrun_are_patched_and_one_speaks(folder):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ([], "expected a script, or -m and a module"),
-        (["--stats"], "expected a script, or -m and a module"),
+        ([], "expected a script, -m and a module, or -c and code"),
+        (["--stats"], "expected a script, -m and a module, or -c and code"),
         (["--all", "train.py"], "unrecognized arguments: --all"),
         (["--plot", "no/such/a.png", "train.py"], "argument --plot: cannot write"),
         (["--plot"], "argument --plot: expected one argument"),
