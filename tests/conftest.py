@@ -131,6 +131,12 @@ def ulps(value: Tensor, expected: float) -> float:
     return abs(float(value) - expected) / float(step)
 
 
+def precision(ops: Any, kernels: float) -> float:
+    """How near to float64 norms of float32 are: by the kernels, and by the plain-PyTorch defaults,
+    which sum `measure.ROW` elements in float32."""
+    return 1e-6 if ops is reference else kernels
+
+
 class Reads(TorchDispatchMode):
     """How many gradients are measured in here, not counting the norms that take their place."""
 
