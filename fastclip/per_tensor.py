@@ -113,7 +113,7 @@ def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) ->
     (tensor(0.5000), tensor([0.6000, 0.8000]))
     """
     wanted = at_least_zero("norm", norm)
-    if math.isinf(wanted):
+    if wanted == math.inf:
         raise ValueError("norm: expected a finite number, got inf")
     grads = read(parameters)
     total_norm = grads.norm(2.0)

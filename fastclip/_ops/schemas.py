@@ -155,11 +155,21 @@ def clip_norm_(
     p: float,
     norms: Sequence[Tensor] | None = None,
 ) -> Tensor:
+    if tensors:
+        max_norm = _as_traced(max_norm, tensors[0])
     ops = torch.ops.fastclip.clip_norm_
     op = ops.tensor if isinstance(max_norm, Tensor) else ops.default
     return op(tensors, max_norm, p, norms)
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
+    max_norm = _as_traced(max_norm, total_norm)
     ops = torch.ops.fastclip.clip_coef
     return (ops.tensor if isinstance(max_norm, Tensor) else ops.default)(total_norm, max_norm, wide)
+
+
+def _as_traced(number: float | Tensor, beside: Tensor) -> float | Tensor:
+    """The compiler would compile an op anew for every number, but not for a tensor."""
+    if isinstance(number, Tensor) or not torch.compiler.is_compiling():
+        return number
+    return beside.new_ones((), dtype=torch.float64) * number
