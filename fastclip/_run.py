@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _site
 from ._history import History, Ring, draw, stats_of
-from ._ops import clip_coef
+from ._ops import clip_coef, widest
 from ._ranks import value_of
 from .patching import patch_with
 
@@ -94,7 +94,7 @@ class Counted:
         # Fake tensors have no number, and what runs in a mode may become one.
         if type(norm) is not Tensor or norm.is_meta or _get_current_dispatch_mode() is not None:
             return
-        norm = norm.reshape(()).double()
+        norm = norm.reshape(()).to(widest(norm.device))
         if isinstance(max_norm, Tensor):
             limit = value_of(max_norm).reshape(()).to(norm)
         else:

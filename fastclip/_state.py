@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import widest
+
 CPU = torch.device("cpu")
 
 
@@ -43,7 +45,11 @@ class State:
         # A captured graph goes on writing where it did, so an accelerator's memory stays.
         self._places = {d: tensors for d, tensors in self._places.items() if d.type != "cpu"}
         if device not in self._places:
-            made = {n: torch.empty_like(value, device=device) for n, value in before.items()}
+            narrow = {torch.float64: widest(device)}
+            made = {
+                name: torch.empty_like(value, dtype=narrow.get(value.dtype), device=device)
+                for name, value in before.items()
+            }
             self._places[device] = made
         self._device = device
         for name, value in self._here.items():

@@ -13,7 +13,7 @@ from ._arguments import Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
 from ._gradients import Gradients, NamedParameters, aligned, read, read_by
 from ._history import History, Ring, draw, stats_of
-from ._ops import clip_coef
+from ._ops import clip_coef, widest
 from ._ranks import Kind, as_groups, value_of
 from ._state import Shared
 
@@ -234,7 +234,7 @@ class GradClipper:
 
     def _record(self, norms: Tensor, limits: Tensor | None = None) -> None:
         if not self._is_fixed:
-            norms = norms.reshape(-1).double()
+            norms = norms.reshape(-1).to(widest(norms.device))
             norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
         self._ring.add(norms)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._gradients import SpreadGrads, aligned, held, named, read
+from ._ops import widest
 from ._ranks import Kind, local_of
 
 
@@ -36,7 +37,7 @@ def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
         return {}
     grads = read(items, kind=Kind.EACH)
     norms = aligned(grads.each_norms(float("inf")), items)
-    counts = norms.new_zeros(len(items), dtype=torch.float64)
+    counts = norms.new_zeros(len(items), dtype=widest(norms.device))
     for i in (~norms.isfinite()).nonzero().flatten().tolist():
         if items[i].grad is not None:
             counts[i] = _count(local_of(items[i].grad))

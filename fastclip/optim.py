@@ -12,7 +12,7 @@ from . import _optimizers
 from ._arguments import Threshold, positive_order, threshold
 from ._decide import decide, spared
 from ._gradients import Gradients, read
-from ._ops import is_known
+from ._ops import is_known, widest
 from ._optimizers import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
 
@@ -192,7 +192,7 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
                 f"optimizer: {type(optimizer).__name__} has already been {done} since the last "
                 "scaler.update(); this does both, unscale and clip, once in each step"
             )
-    return scaler._scale.double().reciprocal().float()
+    return scaler._scale.to(widest(scaler._scale.device)).reciprocal().float()
 
 
 def _refuse_float16(items: list[Tensor], inv_scale: Tensor | None) -> None:

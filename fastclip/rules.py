@@ -25,10 +25,10 @@ def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: f
     finite = total_norm.isfinite()
     # Where the norm is not finite its place keeps what it holds.
     place = (count % history).reshape(1)
-    norms.index_copy_(0, place, torch.where(finite, total_norm.double(), norms[place]))
+    norms.index_copy_(0, place, torch.where(finite, total_norm.to(norms), norms[place]))
     count += finite
     # Places not taken yet are infinite and come last.
-    rank = (count.clamp(max=history) - 1).clamp_(min=0).double() * (percentile / 100)
+    rank = (count.clamp(max=history) - 1).clamp_(min=0).to(norms) * (percentile / 100)
     below = rank.floor()
     around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
     return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
@@ -91,10 +91,10 @@ def _zclip_of(
 ) -> Tensor:
     """What stands out of the averages; in the warm-up those of all norms so far (Welford 1962)."""
     warm = steps >= warmup_steps
-    n = steps.double()
+    n = steps.to(mean)
     old = (n / (n + 1)).masked_fill(warm, alpha)
     new = n.clamp(min=1).reciprocal().masked_fill(warm, 1 - alpha)
-    norm = total_norm.double()
+    norm = total_norm.to(mean)
     deviation = variance.sqrt()
     z = (norm - mean) / (deviation + 1e-6)
     threshold = mean + deviation * z_threshold**2 / z

@@ -11,7 +11,7 @@ import torch
 from conftest import ORDERS, awkward, name_of, oracle, precision, ulps
 
 from fastclip import _ops
-from fastclip._ops import measure, reference
+from fastclip._ops import pieces, reference
 from fastclip._ops.coef import clip_coef
 
 ROOT = Path(__file__).parent.parent
@@ -466,7 +466,7 @@ def test_the_defaults_split_large_tensors(device, dtype, monkeypatch):
     each = [reference.norms(tensors, p) for p in ORDERS]
     sizes = {"BLOCK": 100, "CPU_BLOCK": 100, "ROW": 16, "SHORT": 20, "SMALL": 40, "COPY": 160}
     for name, size in sizes.items():
-        monkeypatch.setattr(measure, name, size)
+        monkeypatch.setattr(pieces, name, size)
     for i, p in enumerate(ORDERS):
         assert ulps(reference.norm(tensors, p), float(whole[i])) <= 2
         torch.testing.assert_close(reference.norms(tensors, p), each[i], rtol=2e-7, atol=0)

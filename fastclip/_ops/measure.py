@@ -8,42 +8,33 @@ float32 alone. Where a power may not fit, elements are measured relative to the 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+from torch.utils._python_dispatch import _disable_current_modes
 
+from . import pieces
+from .pieces import block_of, blocks, flat_parts, floats, in_rows, put_together, rows_of_block
 from .transforms import converted, is_known, is_transformed
 
-# Elements that are summed in float32, on the CPU. Their order is the same for any thread count.
-ROW = 256
-# Of tensors that are measured one by one, those for which one call is enough.
-SHORT = 2 * ROW
-# Elements of a copy that stays in the cache: halves as float32, or small tensors put together.
-COPY = 1 << 20
-# Tensors of fewer elements are put together, where that is less than a call for each.
-SMALL = 1 << 13
-HALVES = (torch.float16, torch.bfloat16)
 # A norm as small may have lost squares that are no float32.
 TINY = 1e-9
-# A block is converted to float64 to be measured exactly: 8 MB of it on a device. On the CPU torch
-# divides a reduction of 32 Ki elements or more among its threads, and its bits depend on how many.
-BLOCK = 1 << 20
-CPU_BLOCK = 1 << 14
 
 
 @functools.cache
 def _widest(device_type: str) -> torch.dtype:
     try:
-        torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
+        # Fake tensors would say yes for any device.
+        with _disable_current_modes():
+            torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
     except (RuntimeError, TypeError):
         return torch.float32
     return torch.float64
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """Float64, or float32 on a device that has none, which is asked once."""
+def widest(device: torch.device) -> torch.dtype:
+    """Float64, or float32 on a device that has none (Apple's, some of Intel's)."""
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else _widest(device.type)
 
 
@@ -75,13 +66,13 @@ def each_row(tensor: Tensor, p: float) -> Tensor:
     """The norm of each slice along the first dimension of two or more, 1-d; else of the tensor."""
     if tensor.dim() < 2:
         return each([tensor], p)
-    if tensor.numel() > _block(tensor) * len(tensor):
+    if tensor.numel() > block_of(tensor) * len(tensor):
         return each(tensor.unbind(), p)
     rows = tensor.flatten(1)
     if not rows.numel():
-        return torch.zeros(len(rows), dtype=wide(tensor.device), device=tensor.device)
+        return torch.zeros(len(rows), dtype=widest(tensor.device), device=tensor.device)
     parts = rows.split(rows_of_block(rows))
-    return torch.cat([_norms_of_rows(converted(part, wide(part.device)), p) for part in parts])
+    return torch.cat([_norms_of_rows(converted(part, widest(part.device)), p) for part in parts])
 
 
 def empty_norm(p: float) -> float:
@@ -91,32 +82,10 @@ def empty_norm(p: float) -> float:
 
 def norm_of(values: Tensor, p: float) -> Tensor:
     """The p-norm of wide values, relative to their maximum where a power may overflow."""
-    if p > 0 and len(values) > _block(values):
-        values = torch.stack([norm_of(part, p) for part in values.split(_block(values))])
+    size = pieces.ROW if values.dtype == torch.float32 else block_of(values)
+    while p > 0 and len(values) > size:
+        values = torch.cat([_norms_of_rows(rows, p) for rows in in_rows(values, size)])
     return _norms_of_rows(values[None], p)[0]
-
-
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most a block; of whole rows where memory has gaps."""
-    flat = _flat(tensor)
-    if tensor.numel():
-        yield from flat.split(max(1, _block(tensor) * flat.size(0) // tensor.numel()))
-
-
-def rows_of_block(tensor: Tensor) -> int:
-    return max(1, _block(tensor) * tensor.size(0) // max(1, tensor.numel()))
-
-
-def _block(tensor: Tensor) -> int:
-    return CPU_BLOCK if tensor.device.type == "cpu" else BLOCK
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """A view in the order of memory: 1-d, unless that has gaps."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    return dense.view(-1) if dense.is_contiguous() else dense
 
 
 def _are_here(tensors: Sequence[Tensor]) -> bool:
@@ -130,11 +99,11 @@ def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
     rows: dict[int, list[Tensor]] = {}
     for i, tensor in enumerate(tensors):
         size = tensor.numel()
-        if size and (p == math.inf or size <= SHORT):
+        if size and (p == math.inf or size <= pieces.SHORT):
             few[tensor.dtype].append(i)
         elif size:
-            parts = _flat_parts(tensor)
-            parts = _floats(parts) if tensor.dtype in HALVES else parts
+            parts = flat_parts(tensor)
+            parts = floats(parts) if tensor.dtype in pieces.HALVES else parts
             rows[i] = [norm for part in parts for norm in _rows(part, p)]
     for dtype, index in few.items():
         # A maximum is exact in any dtype.
@@ -151,88 +120,60 @@ def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
 def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
     """No wait, and no more calls of a device than torch makes."""
     device = tensors[0].device
-    empty = torch.zeros((), dtype=wide(device), device=device)
+    empty = torch.zeros((), dtype=widest(device), device=device)
     norms, places = [empty] * len(tensors), defaultdict(list)
     for i, tensor in enumerate(tensors):
         places[tensor.device].extend([i] * bool(tensor.numel()))
     for place, index in places.items():
         if index:
-            found = torch._foreach_norm([tensors[i] for i in index], p, dtype=wide(place))
+            found = _measured([tensors[i] for i in index], p, widest(place))
             for i, norm in zip(index, found, strict=True):
                 norms[i] = norm.to(empty)
     return torch.stack(norms)
 
 
+def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[Tensor]:
+    if dtype == torch.float64 or p == math.inf:
+        return torch._foreach_norm(tensors, p, dtype=dtype)
+    # In float32 in two steps, so that no sum has many terms.
+    long = {i: t for i, t in enumerate(tensors) if t.numel() > pieces.SMALL}
+    short = [t for i, t in enumerate(tensors) if i not in long]
+    norms = iter(torch._foreach_norm(short, p, dtype=dtype) if short else ())
+    return [_in_steps(long[i], p) if i in long else next(norms) for i in range(len(tensors))]
+
+
+def _in_steps(tensor: Tensor, p: float) -> Tensor:
+    rows = [row for part in flat_parts(tensor) for row in _rows(part, p)]
+    return _folded(torch.cat(rows), p)
+
+
 def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """2-norms of the rows of all together, in some order."""
     halves: list[Tensor] = []
-    norms = [torch.zeros(1, device="cpu")]
-    for part in _put_together(tensors):
-        if part.dtype in HALVES:
+    norms = [torch.zeros(1, dtype=torch.float32, device="cpu")]
+    for part in put_together(tensors):
+        if part.dtype in pieces.HALVES:
             halves.append(part)
         else:
             norms += _rows(part, 2)
-    return norms + [norm for part in _floats(halves) for norm in _rows(part, 2)]
-
-
-def _put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """All elements, 1-d: views, or copies of small tensors one after another."""
-    small: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    sizes: dict[torch.dtype, int] = defaultdict(int)
-    for tensor in tensors:
-        size, dtype = tensor.numel(), tensor.dtype
-        if size >= SMALL:
-            yield from _flat_parts(tensor)
-            continue
-        small[dtype].append(tensor)
-        sizes[dtype] += size
-        if sizes[dtype] >= COPY:
-            yield _flatten_dense_tensors(small.pop(dtype))
-            sizes[dtype] = 0
-    for some in small.values():
-        yield _flatten_dense_tensors(some)
-
-
-def _floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Half precision as float32, one after another in the same memory, until all are through."""
-    copy: Tensor | None = None
-    filled = 0
-    for part in parts:
-        copy = torch.empty(COPY, device="cpu") if copy is None else copy
-        while len(part):
-            some = part[: COPY - filled]
-            copy[filled : filled + len(some)].copy_(some)
-            part, filled = part[len(some) :], filled + len(some)
-            if filled == COPY:
-                yield copy
-                filled = 0
-    if filled:
-        yield copy[:filled]
+    return norms + [norm for part in floats(halves) for norm in _rows(part, 2)]
 
 
 def _rows(part: Tensor, p: float) -> list[Tensor]:
     """Norms of rows of ROW elements, and of the rest."""
-    whole = len(part) // ROW * ROW
-    norms = []
-    for rows in (part[:whole].view(-1, ROW), part[None, whole:]):
-        if p == 2 and rows.numel():
-            norms.append(torch.linalg.vector_norm(rows, 2, dim=1))
-        elif rows.numel():
-            norms += [some.abs().sum(1) for some in rows.split(COPY // ROW)]
-    return norms
-
-
-def _flat_parts(tensor: Tensor) -> list[Tensor]:
-    flat = _flat(tensor)
-    return [flat] if flat.dim() == 1 else [block.flatten() for block in blocks(tensor)]
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    if p == 2:
+        return [torch.linalg.vector_norm(r, 2, 1, dtype=dtype) for r in in_rows(part, pieces.ROW)]
+    cached = [
+        some for r in in_rows(part, pieces.ROW) for some in r.split(pieces.COPY // pieces.ROW)
+    ]
+    return [some.to(dtype).abs().sum(1) for some in cached]
 
 
 def _folded(values: Tensor, p: float) -> Tensor:
-    """The p-norm of wide values, by rows until one is left."""
+    """The norm of order 1 or 2 of wide values, by rows until one is left."""
     while len(values) > 1:
-        whole = len(values) // ROW * ROW
-        parts = values[:whole].view(-1, ROW), values[None, whole:]
-        values = torch.cat([torch.linalg.vector_norm(r, p, dim=1) for r in parts if r.numel()])
+        values = torch.cat(_rows(values, p))
     return values[0]
 
 
@@ -240,11 +181,11 @@ def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:
     """In blocks of the widest dtype."""
     device = tensors[0].device
     # No norm of order p <= 0 is a norm of norms: there a tensor is one block.
-    empty = torch.full((), empty_norm(p), dtype=wide(device), device=device)
+    empty = torch.full((), empty_norm(p), dtype=widest(device), device=device)
     norms = []
     for tensor in tensors:
         parts = blocks(tensor) if p > 0 else [tensor] * min(1, tensor.numel())
-        found = [norm_of(converted(b, wide(b.device)).flatten(), p).to(empty) for b in parts]
+        found = [norm_of(converted(b, widest(b.device)).flatten(), p).to(empty) for b in parts]
         norms.append(norm_of(torch.stack(found), p) if len(found) > 1 else (found or [empty])[0])
     return torch.stack(norms)
 

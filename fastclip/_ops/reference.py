@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .coef import clip_coef, means_zeros
-from .measure import blocks, each, each_row, empty_norm, norm_of, rows_of_block, total
+from .measure import each, each_row, empty_norm, norm_of, total, widest
+from .pieces import blocks, rows_of_block
 from .transforms import converted, is_known, is_transformed
 
 
 def norm(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
-    dtype = torch.float64 if wide else result_dtype(tensors)
     if not tensors:
-        return torch.zeros((), dtype=dtype, device="cpu")
+        return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+    dtype = widest(tensors[0].device) if wide else result_dtype(tensors)
     if p < 0 and not any(t.numel() for t in tensors):
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
     return converted(total(tensors, p), dtype)

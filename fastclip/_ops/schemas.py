@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import coef, reference
 from .loading import refusal
+from .measure import widest
 from .transforms import refused
 
 
@@ -49,14 +50,14 @@ def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
-def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if not tensors:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return tensors[0].new_empty(shape, dtype=dtype)
+def _result(tensors: Sequence[Tensor], shape: tuple[int, ...], wide: bool) -> Tensor:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = widest(device) if wide else reference.result_dtype(tensors)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _norm_fake(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
-    return _result(tensors, (), torch.float64 if wide else reference.result_dtype(tensors))
+    return _result(tensors, (), wide)
 
 
 def _norms_fake(
@@ -69,7 +70,7 @@ def _norms_fake(
     reference.check_groups(len(tensors), group, rows)
     count = sum(reference.count_rows(t) for t in tensors) if rows else len(tensors)
     groups = count if group is None else max(group, default=-1) + 1
-    return _result(tensors, (groups,), torch.float64 if wide else reference.result_dtype(tensors))
+    return _result(tensors, (groups,), wide)
 
 
 def _in_place_fake(*args: Any) -> None:
@@ -172,4 +173,4 @@ def _as_traced(number: float | Tensor, beside: Tensor) -> float | Tensor:
     """The compiler would compile an op anew for every number, but not for a tensor."""
     if isinstance(number, Tensor) or not torch.compiler.is_compiling():
         return number
-    return beside.new_ones((), dtype=torch.float64) * number
+    return beside.new_ones((), dtype=widest(beside.device)) * number

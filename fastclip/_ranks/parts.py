@@ -53,7 +53,7 @@ def spoiled(parts: Tensor, counts: list[int], step: Step | None) -> Tensor:
     sums = torch.stack([some.sum() for some in parts.split(counts)])
     bad = sums.masked_fill(sums.isfinite(), 0)
     if step is not None:
-        odd = (~sums.isfinite()).double().masked_fill(sums.isneginf(), 2)
+        odd = (~sums.isfinite()).to(sums).masked_fill(sums.isneginf(), 2)
         theirs = groups.all_reduce(step, odd, "MAX")
         # What a rank has `told` goes on as that.
         bad = bad.masked_fill((theirs > 0) & (bad == 0), math.nan).masked_fill(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import take
+from .._ops import widest
 from .._ranks import Kind
 from ..clip import clip_grad_norm_ as clip_grad_norm_
 
@@ -91,7 +92,7 @@ def scale_into(sources: Sequence[Tensor], outs: Sequence[Tensor], scale: float) 
     take(list(sources))
     take(list(outs))
     if in_place := [out for source, out in both if source is out]:
-        take(in_place).scale_(in_place[0].new_tensor(scale, dtype=torch.float64))
+        take(in_place).scale_(in_place[0].new_tensor(scale, dtype=widest(in_place[0].device)))
     for source, out in both:
         if source is not out:
             wide = torch.promote_types(source.dtype, out.dtype)

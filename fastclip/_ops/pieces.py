@@ -1,0 +1,92 @@
+"""Tensors cut into rows and blocks, or put together, to be measured and scaled."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+# Elements that are summed in float32, on the CPU. Their order is the same for any thread count.
+ROW = 256
+# Of tensors that are measured one by one, those for which one call is enough.
+SHORT = 2 * ROW
+# Elements of a copy that stays in the cache: halves as float32, or small tensors put together.
+COPY = 1 << 20
+# Tensors of fewer elements are put together, where that is less than a call for each.
+SMALL = 1 << 13
+HALVES = (torch.float16, torch.bfloat16)
+# A block is converted to float64 to be measured exactly: 8 MB of it on a device. On the CPU torch
+# divides a reduction of 32 Ki elements or more among its threads, and its bits depend on how many.
+BLOCK = 1 << 20
+CPU_BLOCK = 1 << 14
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of at most a block; of whole rows where memory has gaps."""
+    flat = flat_of(tensor)
+    if tensor.numel():
+        yield from flat.split(max(1, block_of(tensor) * flat.size(0) // tensor.numel()))
+
+
+def rows_of_block(tensor: Tensor) -> int:
+    return max(1, block_of(tensor) * tensor.size(0) // max(1, tensor.numel()))
+
+
+def block_of(tensor: Tensor) -> int:
+    return CPU_BLOCK if tensor.device.type == "cpu" else BLOCK
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """A view in the order of memory: 1-d, unless that has gaps."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return dense.view(-1) if dense.is_contiguous() else dense
+
+
+def flat_parts(tensor: Tensor) -> list[Tensor]:
+    flat = flat_of(tensor)
+    return [flat] if flat.dim() == 1 else [block.flatten() for block in blocks(tensor)]
+
+
+def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """All elements, 1-d: views, or copies of small tensors one after another."""
+    small: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    sizes: dict[torch.dtype, int] = defaultdict(int)
+    for tensor in tensors:
+        size, dtype = tensor.numel(), tensor.dtype
+        if size >= SMALL:
+            yield from flat_parts(tensor)
+            continue
+        small[dtype].append(tensor)
+        sizes[dtype] += size
+        if sizes[dtype] >= COPY:
+            yield _flatten_dense_tensors(small.pop(dtype))
+            sizes[dtype] = 0
+    for some in small.values():
+        yield _flatten_dense_tensors(some)
+
+
+def floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Half precision as float32, one after another in the same memory, until all are through."""
+    copy: Tensor | None = None
+    filled = 0
+    for part in parts:
+        if copy is None:
+            copy = torch.empty(COPY, dtype=torch.float32, device="cpu")
+        while len(part):
+            some = part[: COPY - filled]
+            copy[filled : filled + len(some)].copy_(some)
+            part, filled = part[len(some) :], filled + len(some)
+            if filled == COPY:
+                yield copy
+                filled = 0
+    if filled:
+        yield copy[:filled]
+
+
+def in_rows(values: Tensor, size: int) -> list[Tensor]:
+    """1-d values as rows of `size`, and the rest as one row."""
+    whole = len(values) // size * size
+    return [r for r in (values[:whole].reshape(-1, size), values[None, whole:]) if r.numel()]

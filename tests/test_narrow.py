@@ -1,0 +1,128 @@
+"""A device that has no float64, as Apple's: the default ops go on in float32, and never wait."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ORDERS, awkward, emulated, name_of, oracle, parameters
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastclip
+from fastclip._ops import measure, reference
+
+pytestmark = pytest.mark.emulated
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Narrow(TorchDispatchMode):
+    """Refuses float64 there, and what a host would wait for; counts the calls that reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        there = [t for t in found if t.device.type == "emulated"]
+        name = str(func)
+        assert not any(t.dtype == torch.float64 for t in there), name
+        assert not (there and name.startswith(("aten._local_scalar_dense", "aten.nonzero"))), name
+        if there and not func.is_view and not name.startswith("prims"):
+            self.names.append(name)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    machine = emulated(request.config.cache.mkdir("emulation")).machine
+    # Not compiled for: every op is its default.
+    monkeypatch.setattr(machine, "capability", 80)
+    monkeypatch.setattr(measure, "_widest", lambda device_type: torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("p", [*ORDERS, 0.0, -1.0, -math.inf])
+def test_norms_are_near_to_float64(dtype, p):
+    here = [*awkward(dtype), torch.randn(50_000).to(dtype), torch.full((70_000,), 0.1, dtype=dtype)]
+    if p <= 0:
+        here = [t for t in here if t.numel()]
+    tensors = [t.to("emulated") for t in here]
+    group = [i % 3 for i in range(len(tensors))]
+    with Narrow():
+        found = [
+            reference.norm(tensors, p, True),
+            reference.norms(tensors, p),
+            reference.norms(tensors, p, group),
+            reference.norms(tensors, p, None, False, True),
+        ]
+    expected = [
+        reference.norm(here, p, True),
+        reference.norms(here, p),
+        reference.norms(here, p, group),
+        reference.norms(here, p, None, False, True),
+    ]
+    for one, other in zip(found, expected, strict=True):
+        # Small and negative powers are far from linear.
+        close = 1e-6 if p >= 1 else 1e-3
+        torch.testing.assert_close(one.cpu().double(), other.double(), rtol=close, atol=0)
+        assert one.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, math.inf, 0.0, torch.tensor(0.5)])
+def test_a_clip_is_few_calls_and_torchs(dtype, max_norm):
+    tensors = [t.to(dtype) for t in torch.randn(200, 33).unbind()]
+    made = [t.to("emulated") for t in tensors]
+    with Narrow() as ours:
+        norm = reference.clip_norm_(made, max_norm, 2.0)
+    assert float(norm) == pytest.approx(oracle(tensors, 2.0), rel=1e-6)
+    coef = min(1.0, float(max_norm) / (float(norm) + 1e-6)) if float(max_norm) < 1e9 else 1.0
+    for one, other in zip(made, tensors, strict=True):
+        expected = (other.float() * coef).to(dtype)
+        torch.testing.assert_close(
+            one.cpu(), expected, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0
+        )
+    with Narrow() as theirs:
+        torch.nn.utils.clip_grad_norm_(parameters(made), 0.5, foreach=True)
+    if isinstance(max_norm, float):
+        assert len(ours.names) <= len(theirs.names) + 3, (ours.names, theirs.names)
+
+
+CALLS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "norm": lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
+    "inf": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, "inf"),
+    "zero": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, nonfinite="zero"),
+    "scaled": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, grad_scale=0.5),
+    "autoclip": lambda ps: fastclip.clip_grad_norm_(ps, fastclip.AutoClip(50)),
+    "zclip": lambda ps: fastclip.clip_grad_norm_(ps, fastclip.ZClip(warmup_steps=1)),
+    "norms": lambda ps: fastclip.clip_grad_norms_(ps, 1.0),
+    "agc": fastclip.clip_grad_agc_,
+    "normalize": fastclip.normalize_grad_,
+    "value": lambda ps: fastclip.clip_grad_value_(ps, 0.1),
+    "total": lambda ps: fastclip.get_total_norm([p.grad for p in ps]),
+    "with norm": lambda ps: fastclip.clip_grads_with_norm_(
+        ps, 1.0, fastclip.get_total_norm([p.grad for p in ps])
+    ),
+    "clipper": lambda ps: fastclip.GradClipper(ps, 1.0).clip_(),
+    "clipper of groups": lambda ps: fastclip.GradClipper(
+        groups=[{"params": p, "max_norm": fastclip.AutoClip()} for p in ps]
+    ).clip_(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_function_runs_without_float64(call):
+    grads = list(torch.randn(5, 40).unbind())
+    made, plain = parameters([g.to("emulated") for g in grads]), parameters(grads)
+    with Narrow():
+        found = call(made)
+    wanted = call(plain)
+    if wanted is not None:
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=0)
+    for one, other in zip(made, plain, strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-6, atol=0)
