@@ -161,13 +161,13 @@ def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _rows(part: Tensor, p: float) -> list[Tensor]:
     """Norms of rows of ROW elements, and of the rest."""
-    dtype = torch.promote_types(part.dtype, torch.float32)
+    dtype = torch.float32 if part.dtype in pieces.HALVES else None
     if p == 2:
         return [torch.linalg.vector_norm(r, 2, 1, dtype=dtype) for r in in_rows(part, pieces.ROW)]
     cached = [
         some for r in in_rows(part, pieces.ROW) for some in r.split(pieces.COPY // pieces.ROW)
     ]
-    return [some.to(dtype).abs().sum(1) for some in cached]
+    return [some.abs().sum(1, dtype=dtype) for some in cached]
 
 
 def _folded(values: Tensor, p: float) -> Tensor:

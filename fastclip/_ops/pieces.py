@@ -12,7 +12,7 @@ ROW = 256
 # Of tensors that are measured one by one, those for which one call is enough.
 SHORT = 2 * ROW
 # Elements of a copy that stays in the cache: halves as float32, or small tensors put together.
-COPY = 1 << 20
+COPY = 1 << 21
 # Tensors of fewer elements are put together, where that is less than a call for each.
 SMALL = 1 << 13
 HALVES = (torch.float16, torch.bfloat16)
@@ -88,5 +88,8 @@ def floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def in_rows(values: Tensor, size: int) -> list[Tensor]:
     """1-d values as rows of `size`, and the rest as one row."""
-    whole = len(values) // size * size
-    return [r for r in (values[:whole].reshape(-1, size), values[None, whole:]) if r.numel()]
+    rest = len(values) % size
+    if not rest:
+        return [values.reshape(-1, size)] if len(values) else []
+    whole = len(values) - rest
+    return [*in_rows(values[:whole], size), values[None, whole:]]
