@@ -1,7 +1,7 @@
 """Tensors cut into rows and blocks, or put together, to be measured and scaled."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,18 +68,16 @@ def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield _flatten_dense_tensors(some)
 
 
-def floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+def floats(parts: list[Tensor]) -> Iterator[Tensor]:
     """Half precision as float32, one after another in the same memory, until all are through."""
-    copy: Tensor | None = None
-    filled = 0
+    size = min(COPY, sum(map(len, parts)))
+    copy, filled = torch.empty(size, dtype=torch.float32, device="cpu"), 0
     for part in parts:
-        if copy is None:
-            copy = torch.empty(COPY, dtype=torch.float32, device="cpu")
         while len(part):
-            some = part[: COPY - filled]
+            some = part[: size - filled]
             copy[filled : filled + len(some)].copy_(some)
             part, filled = part[len(some) :], filled + len(some)
-            if filled == COPY:
+            if filled == size:
                 yield copy
                 filled = 0
     if filled:
