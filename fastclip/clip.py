@@ -37,7 +37,8 @@ def clip_grad_norm_(
 
     $g \leftarrow g \cdot \min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$; nothing is
     written where the coefficient is 1. One read if nothing is clipped, no wait for the device
-    unless `error_if_nonfinite`, the same bits on every call.
+    unless `error_if_nonfinite`, the same bits on every call. `torch.compile` takes it whole, but
+    for ranks and errors.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating

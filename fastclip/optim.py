@@ -34,7 +34,8 @@ def unscale_and_clip_(
     of g / s, $g \leftarrow g / s \cdot \min(1, \text{max\_norm} / (n + 10^{-6}))$. One read and one
     write, no wait for the device. `scaler.step` and `scaler.update` follow as ever. If the norm is
     infinite or NaN the gradients are unscaled, not clipped, and `scaler.step` skips the step; under
-    a disabled scaler they are clipped as by `clip_grad_norm_`.
+    a disabled scaler they are clipped as by `clip_grad_norm_`. It breaks a graph of
+    `torch.compile`.
 
     Args:
         scaler: the one that scaled the loss; a disabled one scales nothing.

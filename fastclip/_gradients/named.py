@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,6 +62,9 @@ class NamedParameters:
 
     def is_unchanged(self) -> bool:
         """Whether `named` would return what it did at the last `find`; False if none can tell."""
+        # The compiler looks at everything, and knows no watch.
+        if torch.compiler.is_compiling():
+            return False
         if self._watch is None or not self._watch.is_unchanged():
             return False
         return not self._lists or all(map(operator.is_, _lists(self._optimizers), self._lists))
@@ -70,7 +74,7 @@ class NamedParameters:
         self._watch = None
 
     def find(self) -> list[tuple[str, Tensor]]:
-        if _ops.extension is not None:
+        if _ops.extension is not None and not torch.compiler.is_compiling():
             own = [self.source] if isinstance(self.source, list) else []
             several = isinstance(self.source, list | tuple)
             holders = self.source if several else [self.source]
