@@ -37,8 +37,8 @@ def clip_grad_norm_(
 
     $g \leftarrow g \cdot \min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$; nothing is
     written where the coefficient is 1. One read if nothing is clipped, no wait for the device
-    unless `error_if_nonfinite`, the same bits on every call. `torch.compile` takes it whole, but
-    for ranks and errors.
+    unless `error_if_nonfinite`, the same bits on every call. `torch.compile` takes it whole; of
+    DTensors those of one mesh, without Partial ones, `process_group` and `nonfinite`.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating

@@ -39,7 +39,7 @@ class GradClipper:
             coefficient to scale it; a `"process_group"` of its own; a `"name"`, else its number.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
 
-    `torch.compile` takes `clip_` whole, but for groups, ranks and errors.
+    `torch.compile` takes `clip_` whole, but for groups and `process_group`.
 
     Call `clip_` once before a CUDA graph captures it: that call makes the tensors. A copy, also by
     `pickle`, goes on from the same state; that of a module which holds its clipper clips the copy.

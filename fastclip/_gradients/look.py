@@ -38,7 +38,7 @@ def look(
                 wrapper, tensor = plan.local(item, tensor, name, write)
                 wrappers += [wrapper] * (wrapper is not tensor)
                 slot = plan.reduction.slot_of[position]
-            _check_supported(tensor, name, write)
+            check_supported(tensor, name, write)
         except (TypeError, ValueError, RuntimeError) as error:
             # The next ones may have to be placed, together with other ranks.
             errors.append(error)
@@ -65,7 +65,7 @@ def _check_tensor(value: object, name: str) -> None:
         )
 
 
-def _check_supported(tensor: Tensor, name: str, write: bool) -> None:
+def check_supported(tensor: Tensor, name: str, write: bool) -> None:
     if tensor.dtype not in _SUPPORTED:
         raise TypeError(
             f"{name}: dtype {tensor.dtype} cannot be clipped; cast it to one of "

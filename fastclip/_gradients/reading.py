@@ -20,6 +20,7 @@ from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
 from .spread import SpreadGrads
+from .traced import traced
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -101,6 +102,10 @@ def _read(
         grads = look(items, write, None, name_of) if grads is None else grads
         _check_foreach(grads, foreach)
         return grads
+    if torch.compiler.is_compiling() and asked is NONE and kind is Kind.TOTAL and not agree:
+        found = traced(items, write)
+        if found is not None:
+            return found
     return _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
 
 

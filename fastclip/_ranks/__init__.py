@@ -9,3 +9,4 @@ from .mesh import as_replicated, is_dtensor, local_of, placed, replicated, value
 from .parts import as_norm, as_parts, combined, over, spoiled
 from .plan import Plan, find, follow, is_spread, of_plain
 from .reduction import NONE, Asked, Kind
+from .traced import cuts, joined, local_in_graph, replicated_in_graph
