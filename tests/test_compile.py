@@ -150,6 +150,21 @@ def test_a_parameter_given_twice_counts_once_under_compile():
     assert compiled([parameter, parameter]).item() == 5
 
 
+def test_an_exported_clip_runs_by_aotinductor(tmp_path):
+    class Clip(torch.nn.Module):
+        def forward(self, x, y):
+            total_norm = _ops.clip_norm_([x, y], 1.0, 2.0)
+            return total_norm, x + 0, y + 0
+
+    x, y = torch.randn(4), torch.randn(2, 3)
+    expected = Clip()(x.clone(), y.clone())
+    program = torch.export.export(Clip(), (x.clone(), y.clone()))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "c.pt2"))
+    found = torch._inductor.aoti_load_package(path)(x.clone(), y.clone())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
 def test_export_keeps_the_op():
     class Norm(torch.nn.Module):
         def forward(self, x, y):

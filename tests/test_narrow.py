@@ -93,6 +93,21 @@ def test_a_clip_is_few_calls_and_torchs(dtype, max_norm):
         assert len(ours.names) <= len(theirs.names) + 3, (ours.names, theirs.names)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_tensors_of_several_devices_are_one_list(p):
+    tensors = [torch.randn(40) for _ in range(6)]
+    places = ("emulated:0", "cpu", "emulated:1")
+    made = [t.clone().to(places[i % 3]) for i, t in enumerate(tensors)]
+    expected = oracle(tensors, p)
+    norm = reference.clip_norm_(made, expected / 2, p)
+    assert norm.device == made[0].device
+    assert float(norm) == pytest.approx(expected, rel=1e-6)
+    for one, other in zip(made, tensors, strict=True):
+        torch.testing.assert_close(one.cpu(), other / 2, rtol=2e-6, atol=0)
+    reference.clamp_(made, 0.1)
+    assert max(float(t.abs().amax()) for t in made) == pytest.approx(0.1)
+
+
 CALLS: dict[str, Callable[[list[Tensor]], Any]] = {
     "norm": lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
     "inf": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, "inf"),

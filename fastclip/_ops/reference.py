@@ -80,9 +80,9 @@ def scale_(
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     if tensors:
         torch.autograd.graph.increment_version(tensors)
-    for dtype, some in _by_dtype(tensors).items():
+    for some in _alike(tensors):
         # torch refuses a bound that overflows the dtype.
-        limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
+        limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
         for tensor in some:
             tensor.clamp_(-limit, limit)
 
@@ -131,11 +131,12 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
         raise ValueError(f"group: expected indices from 0, got {min(group)}")
 
 
-def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+def _alike(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Lists of one dtype and device each."""
     found = defaultdict(list)
     for tensor in tensors:
-        found[tensor.dtype].append(tensor)
-    return found
+        found[tensor.dtype, tensor.device].append(tensor)
+    return found.values()
 
 
 def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> None:
@@ -149,8 +150,9 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
         return
     zeros = means_zeros(coef)
     # The last ones to be measured are in the cache yet.
-    for dtype, some in _by_dtype(reversed(tensors)).items():
-        here, wide = some[0].device, torch.promote_types(dtype, torch.float32)
+    for some in _alike(reversed(tensors)):
+        here, dtype = some[0].device, some[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
         value = coef.to(here, wide)
         if dtype == wide or here.type == "cpu":
             # As a number is, which a float32 without dimensions is on the CPU.
