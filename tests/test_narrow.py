@@ -108,6 +108,20 @@ def test_tensors_of_several_devices_are_one_list(p):
     assert max(float(t.abs().amax()) for t in made) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("dtype", HALF[1:], ids=name_of)
+def test_halves_are_scaled_by_a_float32_on_any_device(dtype, monkeypatch):
+    def missing(*_: object) -> None:
+        raise NotImplementedError
+
+    tensors = [t.to(dtype) for t in (torch.randn(40), torch.randn(3, 5), torch.randn(()))]
+    made = [t.to("emulated") for t in tensors]
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", missing)
+    with Narrow():
+        reference.scale_(made, torch.tensor(1 / 3, device="emulated"))
+    for one, other in zip(made, tensors, strict=True):
+        assert torch.equal(one.cpu(), (other.float() * torch.tensor(1 / 3)).to(dtype))
+
+
 CALLS: dict[str, Callable[[list[Tensor]], Any]] = {
     "norm": lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
     "inf": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, "inf"),

@@ -158,11 +158,20 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
             # As a number is, which a float32 without dimensions is on the CPU.
             torch._foreach_mul_(some, value)
         else:
-            overflow = torch.zeros(1, device=here)
-            torch._amp_foreach_non_finite_check_and_unscale_(some, overflow, value)
+            _scale_halves(some, value)
     if may_zero and (not is_known(coef) or bool(zeros)):
         for tensor in tensors:
             tensor.masked_fill_(zeros.to(tensor.device), 0)
+
+
+def _scale_halves(tensors: list[Tensor], coef: Tensor) -> None:
+    """By a float32, in one call where a device has one."""
+    try:
+        overflow = torch.zeros_like(coef).reshape(1)
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, overflow, coef)
+    except NotImplementedError:
+        for tensor in tensors:
+            tensor.mul_(coef.reshape([1] * tensor.dim()))
 
 
 def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
