@@ -27,6 +27,15 @@ def test_norm_matches_the_oracle(ops, device, dtype, p):
     assert ulps(norm, oracle(tensors, p)) <= 2
 
 
+@pytest.mark.parametrize("size", [300, 512, 513, 5000])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("value", [0.1, 1 / 3])
+def test_norm_over_gaps_is_as_exact(ops, device, size, p, value):
+    tensors = [torch.full((size, 2), value, device=device)[:, 0]]
+    for norm in (ops.norm(tensors, p), ops.norms(tensors, p)[0]):
+        assert ulps(norm, oracle(tensors, p)) <= 2
+
+
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1.0])
 def test_norm_of_equal_elements_has_no_systematic_error(ops, device, dtype, p, value):

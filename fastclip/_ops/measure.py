@@ -108,7 +108,8 @@ def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
     for dtype, index in few.items():
         # A maximum is exact in any dtype.
         sums = {1: torch.float64, 2: torch.promote_types(dtype, torch.float32)}.get(p)
-        norms = torch._foreach_norm([tensors[i] for i in index], p, dtype=sums)
+        # Over gaps torch adds one after another, in no lanes.
+        norms = torch._foreach_norm([tensors[i].contiguous() for i in index], p, dtype=sums)
         result[index] = torch.stack(norms).double()
     if rows:
         sums = torch.cat([row for some in rows.values() for row in some]).double() ** p
