@@ -32,8 +32,9 @@ def test_norm_matches_the_oracle(ops, device, dtype, p):
 @pytest.mark.parametrize("value", [0.1, 1 / 3])
 def test_norm_over_gaps_is_as_exact(ops, device, size, p, value):
     tensors = [torch.full((size, 2), value, device=device)[:, 0]]
+    # No kernel takes them.
     for norm in (ops.norm(tensors, p), ops.norms(tensors, p)[0]):
-        assert float(norm) == pytest.approx(oracle(tensors, p), rel=precision(ops, 2.4e-7))
+        assert float(norm) == pytest.approx(oracle(tensors, p), rel=1e-6)
 
 
 @pytest.mark.parametrize("p", ORDERS)
