@@ -38,7 +38,7 @@ def block_of(tensor: Tensor) -> int:
 
 
 def flat_of(tensor: Tensor) -> Tensor:
-    """A view in the order of memory: 1-d, unless that has gaps."""
+    """A view in the order of memory, 1-d unless that has gaps."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
@@ -46,8 +46,11 @@ def flat_of(tensor: Tensor) -> Tensor:
 
 
 def flat_parts(tensor: Tensor) -> list[Tensor]:
+    """Its elements, 1-d without gaps: copies where it has them."""
     flat = flat_of(tensor)
-    return [flat] if flat.dim() == 1 else [block.flatten() for block in blocks(tensor)]
+    if flat.dim() == 1 and flat.is_contiguous():
+        return [flat]
+    return [block.flatten().contiguous() for block in blocks(tensor)]
 
 
 def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
