@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DTYPES, name_of, oracle, ulps
+from conftest import DTYPES, name_of, oracle, precision, ulps
 from ranks import World
 from torch import Tensor, nn
 
@@ -571,7 +571,9 @@ def same_bits(dtype: torch.dtype) -> None:
                     for g, w in zip(grads, placements, strict=True)
                 ]
                 found = full(fastclip.get_total_norm(spread, p))
-                assert torch.equal(found, alone), (seed, p, mesh.shape, float(found), float(alone))
+                # The plain-PyTorch ops sum what is cut in another order.
+                rtol = precision(_ops, 0)
+                torch.testing.assert_close(found, alone, rtol=rtol, atol=0, msg=f"{seed}, {p}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1] + DTYPES[2:], ids=name_of)
@@ -848,7 +850,7 @@ def wide_beyond(dtype: torch.dtype) -> None:
         expected = torch.linalg.vector_norm(torch.cat(values), p)
         for group in (dist.group.WORLD, pair):
             norm = fastclip.clip_grad_norm_([parameter], 1e9, p, process_group=group)
-            torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+            torch.testing.assert_close(norm, expected, rtol=precision(_ops, 1e-14), atol=0)
             groups = [{"params": [parameter], "max_norm": 1e9}, {"params": [], "max_norm": 1.0}]
             norms = fastclip.GradClipper(groups=groups, norm_type=p, process_group=group).clip_()
             assert norms.dtype == torch.float64
