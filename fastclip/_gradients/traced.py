@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._ops import clip_coef, empty_norm, result_dtype, widest
-from .._ranks import cuts, joined, local_in_graph, replicated_in_graph
+from .._ranks import cuts, is_dtensor, joined, local_in_graph, replicated_in_graph
 from .local import LocalGrads
 from .look import check_supported
 
@@ -23,7 +23,7 @@ class TracedGrads:
                 check_supported(tensor, f"{'parameters' if write else 'tensors'}[{i}]", write)
                 found.setdefault(id(item) if write else i, (tensor, cut))
         self.mesh, self.device = mesh, items[0].device
-        self.is_replicated = all(hasattr(item, "placements") for item in items)
+        self.is_replicated = all(map(is_dtensor, items))
         self.wide = result_dtype(items) == torch.float64
         self.tensors = list(found.values())
 

@@ -50,7 +50,8 @@ def joined(norms: dict[Dims, Tensor], p: float, mesh: Any) -> Tensor:
     if math.isinf(p):
         extremes = [_over(norm, "max" if p > 0 else "min", mesh, d) for d, norm in norms.items()]
         # What a maximum makes of NaN depends on the order.
-        odd = [_over(norm * 0, "sum", mesh, d) for d, norm in _finite(norms).items()]
+        nans = {d: norm.masked_fill(~norm.isnan(), 0) for d, norm in norms.items()}
+        odd = [_over(nan, "sum", mesh, d) for d, nan in nans.items()]
         each = torch.stack([extreme + nan for extreme, nan in zip(extremes, odd, strict=True)])
         return each.amax() if p > 0 else each.amin()
     unit = 1.0
@@ -60,11 +61,6 @@ def joined(norms: dict[Dims, Tensor], p: float, mesh: Any) -> Tensor:
         unit = most.where(most > 0, 1)
     sums = [_over((norm / unit) ** p, "sum", mesh, d) for d, norm in norms.items()]
     return unit * torch.stack(sums).sum() ** (1 / p)
-
-
-def _finite(norms: dict[Dims, Tensor]) -> dict[Dims, Tensor]:
-    """NaN as it is, and 0 for all else."""
-    return {d: norm.masked_fill(~norm.isnan(), 0) for d, norm in norms.items()}
 
 
 def _over(value: Tensor, op: str, mesh: Any, dims: Dims) -> Tensor:
