@@ -82,9 +82,6 @@ def empty_norm(p: float) -> float:
 
 def norm_of(values: Tensor, p: float) -> Tensor:
     """The p-norm of wide values, relative to their maximum where a power may overflow."""
-    size = pieces.ROW if values.dtype == torch.float32 else block_of(values)
-    while p > 0 and len(values) > size:
-        values = torch.cat([_norms_of_rows(rows, p) for rows in in_rows(values, size)])
     return _norms_of_rows(values[None], p)[0]
 
 
@@ -138,7 +135,8 @@ def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[T
         return torch._foreach_norm(tensors, p, dtype=dtype)
     # In float32 in two steps, so that no sum has many terms.
     long = {i: t for i, t in enumerate(tensors) if t.numel() > pieces.SMALL}
-    short = [t for i, t in enumerate(tensors) if i not in long]
+    # Over gaps a device may add one after another.
+    short = [t.contiguous() for i, t in enumerate(tensors) if i not in long]
     norms = iter(torch._foreach_norm(short, p, dtype=dtype) if short else ())
     return [_in_steps(long[i], p) if i in long else next(norms) for i in range(len(tensors))]
 
@@ -192,6 +190,17 @@ def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
+    """Of wide values. No sum has more terms than are exact, or than one thread adds."""
+    size = pieces.ROW if rows.dtype == torch.float32 else block_of(rows)
+    while p > 0 and rows.size(1) > size:
+        whole = rows.size(1) // size * size
+        cuts = [rows[:, :whole].reshape(-1, size), rows[:, whole:]]
+        found = [_norms_of_short_rows(c, p).view(len(rows), -1) for c in cuts if c.size(1)]
+        rows = torch.cat(found, 1)
+    return _norms_of_short_rows(rows, p)
+
+
+def _norms_of_short_rows(rows: Tensor, p: float) -> Tensor:
     if p in (1, 2) or math.isinf(p) or p <= 0:
         norms = torch.linalg.vector_norm(rows, p, dim=1)
         if not (p == 2 and is_known(norms) and bool(norms.isinf().any())):

@@ -98,7 +98,8 @@ def clip_norm_(
     total_norm, dtype = norm(tensors if norms is None else norms, p, True), result_dtype(tensors)
     if not tensors:
         return total_norm.to(dtype)
-    total_norm = total_norm.to(tensors[0].device)
+    device = tensors[0].device
+    total_norm = total_norm.to(device, widest(device))
     torch.autograd.graph.increment_version(tensors)
     _scale(tensors, clip_coef(total_norm, max_norm, dtype == torch.float64), False)
     return total_norm.to(dtype)
