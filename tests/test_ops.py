@@ -13,7 +13,7 @@ from conftest import ORDERS, awkward, name_of, oracle, precision, ulps
 from fastclip import _ops
 from fastclip._ops import pieces, reference
 from fastclip._ops.coef import clip_coef
-from fastclip._ops.measure import widest
+from fastclip._ops.rows import widest
 
 ROOT = Path(__file__).parent.parent
 

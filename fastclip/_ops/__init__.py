@@ -7,7 +7,8 @@ says `torch.ops` or `_C`, and it imports no other.
 
 from .coef import means_zeros
 from .loading import NVCC, REBUILD, extension, has_kernels
-from .measure import empty_norm, norm_of, widest
+from .measure import empty_norm
 from .reference import count_rows, result_dtype
+from .rows import norm_of, widest
 from .schemas import clamp_, clip_coef, clip_norm_, define, norm, norms, record_, scale_
 from .transforms import is_differentiated, is_known, refused

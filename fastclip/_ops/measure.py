@@ -5,43 +5,36 @@ above is float64. A device with float64 sums in that from the first element on; 
 float32 alone. Where a power may not fit, elements are measured relative to the largest.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._utils import _flatten_dense_tensors
 
 from . import pieces
-from .pieces import block_of, blocks, flat_parts, floats, in_rows, put_together, rows_of_block
+from .pieces import (
+    block_of,
+    blocks,
+    flat_parts,
+    floats,
+    in_floats,
+    put_together,
+    room,
+    rows_of_block,
+)
+from .rows import norm_of, norms_in_rows, norms_of_rows, norms_of_segments, widest
 from .transforms import converted, is_known, is_transformed
 
 # A norm as small may have lost squares that are no float32.
 TINY = 1e-9
 
 
-@functools.cache
-def _widest(device_type: str) -> torch.dtype:
-    try:
-        # Fake tensors would say yes for any device.
-        with _disable_current_modes():
-            torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
-    except (RuntimeError, TypeError):
-        return torch.float32
-    return torch.float64
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Float64, or float32 on a device that has none (Apple's, some of Intel's)."""
-    return torch.float64 if device.type in ("cpu", "cuda", "meta") else _widest(device.type)
-
-
 def total(tensors: Sequence[Tensor], p: float) -> Tensor:
     """The norm of one or more tensors as one vector, 0-d, on the first tensor's device."""
     if p == 2 and _are_here(tensors):
-        norm = _folded(torch.cat(_rows_of_all(tensors)).double(), p)
+        norm = norm_of(torch.cat(_rows_of_all(tensors)).double(), p)
         value = float(norm)
         if TINY < value < math.inf or math.isnan(value):
             return norm
@@ -54,25 +47,18 @@ def each(tensors: Sequence[Tensor], p: float) -> Tensor:
         return _exact(tensors, p)
     if not _are_here(tensors):
         return _on_devices(tensors, p)
-    norms = _each_here(tensors, p)
-    # Beyond float32 may be what is summed, and below it what is squared.
-    lost = (norms.isinf() | (norms < TINY * (p == 2))).nonzero().flatten()
-    if len(lost) and p != math.inf:
-        norms[lost] = _exact([tensors[i] for i in lost.tolist()], p)
-    return norms
+    if p == math.inf:
+        return _largest(tensors)
+    return _found_again(_each_here(tensors, p), tensors, p)
 
 
-def each_row(tensor: Tensor, p: float) -> Tensor:
+def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
     """The norm of each slice along the first dimension of two or more, 1-d; else of the tensor."""
-    if tensor.dim() < 2:
-        return each([tensor], p)
-    if tensor.numel() > block_of(tensor) * len(tensor):
-        return each(tensor.unbind(), p)
-    rows = tensor.flatten(1)
-    if not rows.numel():
-        return torch.zeros(len(rows), dtype=widest(tensor.device), device=tensor.device)
-    parts = rows.split(rows_of_block(rows))
-    return torch.cat([_norms_of_rows(converted(part, widest(part.device)), p) for part in parts])
+    device = tensors[0].device
+    vectors = [t for t in tensors if t.dim() < 2]
+    found = iter(each(vectors, p).split(1) if vectors else ())
+    norms = [next(found) if t.dim() < 2 else _each_slice(t, p) for t in tensors]
+    return torch.cat([n.to(device, widest(device)) for n in norms])
 
 
 def empty_norm(p: float) -> float:
@@ -80,39 +66,69 @@ def empty_norm(p: float) -> float:
     return math.inf if p < 0 else 0.0
 
 
-def norm_of(values: Tensor, p: float) -> Tensor:
-    """The p-norm of wide values, relative to their maximum where a power may overflow."""
-    return _norms_of_rows(values[None], p)[0]
-
-
 def _are_here(tensors: Sequence[Tensor]) -> bool:
     """Whether the host may look at all numbers."""
     return is_known(tensors[0]) and all(t.is_cpu for t in tensors)
 
 
+def _found_again(norms: Tensor, tensors: Sequence[Tensor] | Tensor, p: float) -> Tensor:
+    # Beyond float32 may be what is summed, and below it what is squared.
+    lost = (norms.isinf() | (norms < TINY * (p == 2))).nonzero().flatten()
+    if len(lost):
+        norms[lost] = _exact([tensors[i] for i in lost.tolist()], p)
+    return norms
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+    full = [i for i, t in enumerate(tensors) if t.numel()]
+    if full:
+        most = torch._foreach_norm([tensors[i] for i in full], math.inf)
+        norms[full] = torch.stack(most).double()
+    return norms
+
+
 def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
-    result = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
-    few: dict[torch.dtype, list[int]] = defaultdict(list)
-    rows: dict[int, list[Tensor]] = {}
+    short: list[int] = []
+    long: list[int] = []
     for i, tensor in enumerate(tensors):
-        size = tensor.numel()
-        if size and (p == math.inf or size <= pieces.SHORT):
-            few[tensor.dtype].append(i)
-        elif size:
-            parts = flat_parts(tensor)
-            parts = floats(parts) if tensor.dtype in pieces.HALVES else parts
-            rows[i] = [norm for part in parts for norm in _rows(part, p)]
-    for dtype, index in few.items():
-        # A maximum is exact in any dtype.
-        sums = {1: torch.float64, 2: torch.promote_types(dtype, torch.float32)}.get(p)
-        # Over gaps torch adds one after another, in no lanes.
-        norms = torch._foreach_norm([tensors[i].contiguous() for i in index], p, dtype=sums)
-        result[index] = torch.stack(norms).double()
-    if rows:
-        sums = torch.cat([row for some in rows.values() for row in some]).double() ** p
-        lengths = torch.tensor([sum(map(len, some)) for some in rows.values()], device="cpu")
-        result[list(rows)] = torch.segment_reduce(sums, "sum", lengths=lengths) ** (1 / p)
-    return result
+        (short if tensor.numel() <= pieces.SHORT else long).append(i)
+    found = []
+    at_once = max(1, pieces.COPY // pieces.SHORT)
+    for i in range(0, len(short), at_once):
+        some = [tensors[j] for j in short[i : i + at_once]]
+        found.append(norms_of_segments(_flatten_dense_tensors(some), [*map(Tensor.numel, some)], p))
+    if long:
+        copy = room([tensors[i] for i in long])
+        rows = [_rows_of_one(tensors[i], p, copy) for i in long]
+        lengths = [sum(map(len, some)) for some in rows]
+        found.append(norms_of_segments(torch.cat([r for some in rows for r in some]), lengths, p))
+    norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
+    norms[short + long] = torch.cat(found)
+    return norms
+
+
+def _rows_of_one(tensor: Tensor, p: float, copy: Tensor) -> list[Tensor]:
+    parts = flat_parts(tensor)
+    some = floats(parts, copy) if tensor.dtype in pieces.HALVES else parts
+    return [norm for part in some for norm in norms_in_rows(part, p)]
+
+
+def _each_slice(tensor: Tensor, p: float) -> Tensor:
+    if tensor.numel() > block_of(tensor) * len(tensor):
+        return each(tensor.unbind(), p)
+    rows, wide = tensor.flatten(1), widest(tensor.device)
+    if not rows.numel():
+        return torch.zeros(len(rows), dtype=wide, device=tensor.device)
+    if not _are_here([tensor]) or p not in (1, 2):
+        parts = rows.split(rows_of_block(rows))
+        return torch.cat([norms_of_rows(converted(part, wide), p) for part in parts])
+    copy = room([rows])
+    found = [
+        norms_of_rows(in_floats(part, copy), p)
+        for part in rows.split(max(1, pieces.COPY // rows.size(1)))
+    ]
+    return _found_again(torch.cat(found).double(), rows, p)
 
 
 def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -142,8 +158,8 @@ def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[T
 
 
 def _in_steps(tensor: Tensor, p: float) -> Tensor:
-    rows = [row for part in flat_parts(tensor) for row in _rows(part, p)]
-    return _folded(torch.cat(rows), p)
+    rows = [row for part in flat_parts(tensor) for row in norms_in_rows(part, p)]
+    return norm_of(torch.cat(rows), p)
 
 
 def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -154,26 +170,10 @@ def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
         if part.dtype in pieces.HALVES:
             halves.append(part)
         else:
-            norms += _rows(part, 2)
-    return norms + [norm for part in floats(halves) for norm in _rows(part, 2)]
-
-
-def _rows(part: Tensor, p: float) -> list[Tensor]:
-    """Norms of rows of ROW elements, and of the rest."""
-    dtype = torch.float32 if part.dtype in pieces.HALVES else None
-    if p == 2:
-        return [torch.linalg.vector_norm(r, 2, 1, dtype=dtype) for r in in_rows(part, pieces.ROW)]
-    cached = [
-        some for r in in_rows(part, pieces.ROW) for some in r.split(pieces.COPY // pieces.ROW)
+            norms += norms_in_rows(part, 2)
+    return norms + [
+        norm for part in floats(halves, room(halves)) for norm in norms_in_rows(part, 2)
     ]
-    return [some.abs().sum(1, dtype=dtype) for some in cached]
-
-
-def _folded(values: Tensor, p: float) -> Tensor:
-    """The norm of order 1 or 2 of wide values, by rows until one is left."""
-    while len(values) > 1:
-        values = torch.cat(_rows(values, p))
-    return values[0]
 
 
 def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -187,24 +187,3 @@ def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:
         found = [norm_of(converted(b, widest(b.device)).flatten(), p).to(empty) for b in parts]
         norms.append(norm_of(torch.stack(found), p) if len(found) > 1 else (found or [empty])[0])
     return torch.stack(norms)
-
-
-def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
-    """Of wide values. No sum has more terms than are exact, or than one thread adds."""
-    size = pieces.ROW if rows.dtype == torch.float32 else block_of(rows)
-    while p > 0 and rows.size(1) > size:
-        whole = rows.size(1) // size * size
-        cuts = [rows[:, :whole].reshape(-1, size), rows[:, whole:]]
-        found = [_norms_of_short_rows(c, p).view(len(rows), -1) for c in cuts if c.size(1)]
-        rows = torch.cat(found, 1)
-    return _norms_of_short_rows(rows, p)
-
-
-def _norms_of_short_rows(rows: Tensor, p: float) -> Tensor:
-    if p in (1, 2) or math.isinf(p) or p <= 0:
-        norms = torch.linalg.vector_norm(rows, p, dim=1)
-        if not (p == 2 and is_known(norms) and bool(norms.isinf().any())):
-            return norms
-    most = rows.abs().amax(1)
-    unit = most.where((most > 0) & most.isfinite(), 1)
-    return unit * torch.linalg.vector_norm(rows / unit[:, None], p, dim=1)

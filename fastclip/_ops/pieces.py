@@ -71,16 +71,28 @@ def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield _flatten_dense_tensors(some)
 
 
-def floats(parts: list[Tensor]) -> Iterator[Tensor]:
+def room(tensors: Sequence[Tensor]) -> Tensor:
+    """Memory for copies of half precision in float32, one after another."""
+    size = min(COPY, sum(t.numel() for t in tensors))
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def in_floats(tensor: Tensor, copy: Tensor) -> Tensor:
+    """As float32 or float64 without gaps: itself, or a copy."""
+    if tensor.dtype in HALVES:
+        return copy[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    return tensor.contiguous()
+
+
+def floats(parts: list[Tensor], copy: Tensor) -> Iterator[Tensor]:
     """Half precision as float32, one after another in the same memory, until all are through."""
-    size = min(COPY, sum(map(len, parts)))
-    copy, filled = torch.empty(size, dtype=torch.float32, device="cpu"), 0
+    filled = 0
     for part in parts:
         while len(part):
-            some = part[: size - filled]
+            some = part[: len(copy) - filled]
             copy[filled : filled + len(some)].copy_(some)
             part, filled = part[len(some) :], filled + len(some)
-            if filled == size:
+            if filled == len(copy):
                 yield copy
                 filled = 0
     if filled:

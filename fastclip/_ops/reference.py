@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .coef import clip_coef, means_zeros
-from .measure import each, each_row, empty_norm, norm_of, total, widest
-from .pieces import blocks, rows_of_block
+from .measure import each, each_row, empty_norm, total
+from .pieces import COPY, SMALL
+from .rows import norm_of, widest
 from .transforms import converted, is_known, is_transformed
 
 
@@ -32,7 +33,7 @@ def norms(
     if not tensors:
         values = torch.zeros(0, dtype=torch.float64, device="cpu")
     elif rows:
-        values = torch.cat([each_row(t, p).to(tensors[0].device) for t in tensors])
+        values = each_row(tensors, p)
     else:
         values = each(tensors, p)
     if group is not None:
@@ -66,15 +67,16 @@ def scale_(
     if not coef.dim():
         _scale(tensors, coef)
     elif rows:
-        for tensor, coefs in zip(tensors, coef[:slots].split(sizes), strict=True):
-            _scale_rows(tensor, coefs)
+        found = list(zip(tensors, coef[:slots].split(sizes), strict=True))
+        vectors = [pair for pair in found if pair[0].dim() < 2]
+        if vectors:
+            some, coefs = zip(*vectors, strict=True)
+            _scale_each(some, torch.cat(coefs), range(len(some)))
+        for tensor, coefs in found:
+            if tensor.dim() > 1:
+                _scale_rows(tensor, coefs)
     else:
-        members = defaultdict(list)
-        for tensor, slot in zip(tensors, range(slots) if group is None else group, strict=True):
-            members[slot].append(tensor)
-        every = coef.unbind()
-        for slot, some in members.items():
-            _scale(some, every[slot])
+        _scale_each(tensors, coef, range(slots) if group is None else group)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
@@ -83,8 +85,16 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     for some in _alike(tensors):
         # torch refuses a bound that overflows the dtype.
         limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
-        for tensor in some:
-            tensor.clamp_(-limit, limit)
+        # Two calls for all, which would read long tensors of the CPU from memory twice.
+        at_once = not is_transformed()
+        few = [t for t in some if at_once and (t.numel() < SMALL or not t.is_cpu)]
+        if few:
+            torch._foreach_clamp_min_(few, -limit)
+            torch._foreach_clamp_max_(few, limit)
+        if len(few) < len(some):
+            for tensor in some:
+                if not at_once or (tensor.numel() >= SMALL and tensor.is_cpu):
+                    tensor.clamp_(-limit, limit)
 
 
 def clip_norm_(
@@ -145,17 +155,15 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
     # A device multiplies by 1 rather than wait.
     if is_known(coef) and bool(coef == 1):
         return
-    if is_transformed():
-        for tensor in tensors:
-            _scale_rows(tensor, coef)
-        return
     zeros = means_zeros(coef)
     # The last ones to be measured are in the cache yet.
     for some in _alike(reversed(tensors)):
-        here, dtype = some[0].device, some[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        here, wide = some[0].device, _wide(some[0])
         value = coef.to(here, wide)
-        if dtype == wide or here.type == "cpu":
+        if is_transformed():
+            for tensor in some:
+                _multiply(tensor, value)
+        elif some[0].dtype == wide or here.type == "cpu":
             # As a number is, which a float32 without dimensions is on the CPU.
             torch._foreach_mul_(some, value)
         else:
@@ -163,6 +171,27 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
     if may_zero and (not is_known(coef) or bool(zeros)):
         for tensor in tensors:
             tensor.masked_fill_(zeros.to(tensor.device), 0)
+
+
+def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -> None:
+    """Each by the coefficient of its slot."""
+    if not is_known(coef) or not all(t.is_cpu for t in tensors):
+        members = defaultdict(list)
+        for tensor, slot in zip(tensors, slots, strict=True):
+            members[slot].append(tensor)
+        every = coef.unbind()
+        for slot, some in members.items():
+            _scale(some, every[slot])
+        return
+    numbers, zeros = coef.tolist(), means_zeros(coef).tolist()
+    changed = [(t, slot) for t, slot in zip(tensors, slots, strict=True) if numbers[slot] != 1]
+    values = {t.dtype: t for t, _ in changed}
+    values = {dtype: coef.to(_wide(t)).unbind() for dtype, t in values.items()}
+    if changed:
+        torch._foreach_mul_([t for t, _ in changed], [values[t.dtype][i] for t, i in changed])
+    for tensor, slot in changed:
+        if zeros[slot]:
+            tensor.zero_()
 
 
 def _scale_halves(tensors: list[Tensor], coef: Tensor) -> None:
@@ -176,20 +205,25 @@ def _scale_halves(tensors: list[Tensor], coef: Tensor) -> None:
 
 
 def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
+    """Each slice along the first dimension by its own coefficient."""
     if is_known(coefs) and bool((coefs == 1).all()):
         return
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    coefs = coefs.view(-1, *[1] * (tensor.dim() - 1)) if coefs.numel() != 1 else coefs.reshape(())
-    coefs = coefs.to(tensor.device)
-    if tensor.dtype == wide:
-        tensor.mul_(coefs.to(wide))
-    elif coefs.dim():
-        size = rows_of_block(tensor)
-        for some, each in zip(tensor.split(size), coefs.split(size), strict=True):
-            some.copy_(some.float() * each.to(wide))
-    else:
-        for block in blocks(tensor):
-            block.copy_(block.float() * coefs.to(wide))
+    coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
+    size = max(1, COPY * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, len(tensor), size):
+        _multiply(tensor[start : start + size], coefs[start : start + size])
     zeros = means_zeros(coefs)
     if not is_known(coefs) or bool(zeros.any()):
         tensor.masked_fill_(zeros, 0)
+
+
+def _multiply(tensor: Tensor, coef: Tensor) -> None:
+    """Rounded once, in a dtype that `coef` has and `tensor` may not."""
+    if tensor.dtype == coef.dtype:
+        tensor.mul_(coef)
+    else:
+        tensor.copy_(tensor.to(coef.dtype) * coef)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

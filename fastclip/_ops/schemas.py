@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import coef, reference
 from .loading import refusal
-from .measure import widest
+from .rows import widest
 from .transforms import refused
 
 
