@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+CONTESTANTS = ["fastclip", "default", "foreach", "loop"]
 HEADER = [
-    *("work", "dtype", "fastclip ms", "default ms", "foreach ms", "loop ms"),
+    *("work", "dtype", *(f"{name} ms" for name in CONTESTANTS)),
     *("x foreach", "GB/s", "of limit", "error ours", "error torch"),
 ]
 
@@ -27,7 +28,7 @@ def cells(row: Row) -> list[str]:
     return [
         row["work"],
         row["dtype"],
-        *(f"{times[name]:.3f}" for name in ("fastclip", "default", "foreach", "loop")),
+        *(f"{times[name]:.3f}" if name in times else "-" for name in CONTESTANTS),
         f"{row['speedup']:.2f}",
         f"{row['gbps']:.1f}",
         "-" if row["of_limit"] is None else f"{100 * row['of_limit']:.0f} %",

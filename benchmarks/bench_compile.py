@@ -1,0 +1,40 @@
+"""`clip_grad_norm_` under `torch.compile`: ours as one op, as torch's own ops, and torch's.
+
+*default* is what a decomposition of the op would come to.
+"""
+
+import pytest
+import torch
+from models import QUICK, SHAPES, parameters
+from torch.nn import utils
+
+import fastclip
+from fastclip._ops import clip_coef
+
+WORKS = ["GPT-2", "1000 x 64"]
+
+
+def decomposed(grads, max_norm):
+    each = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
+    total_norm = torch.linalg.vector_norm(torch.stack(each))
+    torch._foreach_mul_(grads, clip_coef(total_norm, max_norm).float())
+    return total_norm.float()
+
+
+@pytest.mark.parametrize("name", WORKS)
+def bench_compiled(race, name, device, request):
+    quick = request.config.getoption("--quick")
+    shapes, _ = QUICK["quick"] if quick else SHAPES[name]
+    made = parameters(shapes, "fp32", device)
+    grads = [p.grad for p in made]
+    torch.compiler.reset()
+    ours, default, theirs = map(
+        torch.compile, (fastclip.clip_grad_norm_, decomposed, utils.clip_grad_norm_)
+    )
+    contestants = {
+        "fastclip": lambda: ours(made, 1e9),
+        "default": lambda: default(grads, 1e9),
+        "foreach": lambda: theirs(made, 1e9, foreach=True),
+    }
+    work = f"{name}, unclipped, compiled"
+    race(work, "fp32", grads, contestants, writes=False, restore=lambda: None)
