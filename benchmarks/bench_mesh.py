@@ -43,8 +43,8 @@ def dtensors(count: int, mesh: Any) -> list[torch.nn.Parameter]:
 
     made = []
     for _ in range(count):
-        local = torch.randn(SIZE)
-        parameter = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
+        local, placements = torch.randn(SIZE), [Shard(0)] * mesh.ndim
+        parameter = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
         parameter.grad = DTensor(torch.randn(SIZE), parameter._spec, requires_grad=False)
         made.append(parameter)
     return made

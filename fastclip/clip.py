@@ -17,7 +17,7 @@ from ._arguments import (
     threshold,
 )
 from ._decide import decide, raise_if_nonfinite
-from ._gradients import as_list, read, take
+from ._gradients import as_list, clipped_at_once, read, take
 from ._ops import clip_coef, is_differentiated
 from ._ranks import Kind
 from ._warnings import warn
@@ -77,6 +77,12 @@ def clip_grad_norm_(
     >>> clip_grad_norm_([w], max_norm=1.0), w.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    items = as_list(parameters, "parameters")
+    usual = not (foreach or error_if_nonfinite) and nonfinite == "propagate"
+    if usual and process_group is None and type(grad_scale) is float and grad_scale == 1:
+        total_norm = clipped_at_once(items, max_norm, norm_type)
+        if total_norm is not None:
+            return total_norm
     max_norm, p = threshold(max_norm), order(norm_type)
     nonfinite, factor = policy(nonfinite, error_if_nonfinite), positive("grad_scale", grad_scale)
     if factor is not None and p == 0:
@@ -84,7 +90,7 @@ def clip_grad_norm_(
             "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
         )
     agree = nonfinite != "propagate"
-    grads = read(parameters, foreach, process_group, Kind.of_order(p), agree)
+    grads = read(items, foreach, process_group, Kind.of_order(p), agree)
     if nonfinite == "propagate" and not callable(max_norm) and factor is None:
         return grads.clip_norm_(max_norm, p)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor

@@ -4,9 +4,12 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -111,6 +114,25 @@ class PlainGrads {
     static const auto op = find_op<ClampOp>("fastclip::clamp_");
     call(op, tensors_, bound);
     bump_versions(wrappers_);
+  }
+
+  // By what all ranks have added up of one norm of order 1 or 2: the norm itself or its square, 1-d
+  // of one float64. Returns the norm, float64 or float32. Nothing where the host cannot look at it,
+  // or if it is negative, which says that a rank takes no part.
+  std::optional<at::Tensor> clip_by_sum_(const at::Tensor& sum, double max_norm, double p,
+                                         bool wide) const {
+    const bool is_known = sum.is_cpu() && sum.numel() == 1 && sum.scalar_type() == at::kDouble &&
+                          !sum.unsafeGetTensorImpl()->is_python_dispatch() &&
+                          !c10::impl::dispatch_mode_enabled();
+    const double found = is_known ? *sum.const_data_ptr<double>() : -1;
+    if (found < 0) return std::nullopt;
+    const double total_norm = p == 2 ? std::sqrt(found) : found;
+    const double coef = clip_coef_as(wide, total_norm, max_norm);
+    if (coef == 1)
+      bump_versions(tensors_), bump_versions(wrappers_);
+    else
+      scale_(at::scalar_tensor(coef, at::kDouble));
+    return at::scalar_tensor(total_norm, wide ? at::kDouble : at::kFloat);
   }
 
   at::Tensor clip_norm_(double max_norm, double p) const {

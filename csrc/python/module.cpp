@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
     return fastclip::cuda::refusal ? fastclip::cuda::refusal(device) : "not built";
   });
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
+  m.def("clip_grad_norm_", fastclip::clip_grad_norm);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   py::class_<PlainGrads>(m, "PlainGrads")
       .def("__len__", &PlainGrads::size)
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
       .def("scale_", &PlainGrads::scale_)
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
+      .def("clip_by_sum_", &PlainGrads::clip_by_sum_)
       .def("clip_norm_", &PlainGrads::clip_norm_)
       .def("clip_norm_", &PlainGrads::clip_norm_tensor_);
   using fastclip::Wrapped;

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
+#include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -41,13 +42,21 @@ class Addresses {
 
 enum class What { kGrads, kTensors };
 
-// The gradients of a list or tuple of parameters, without None and of each parameter once, or the
-// tensors of such a list themselves; nothing if any of them is not plain and Python has to look.
 // Each step of a batch only follows one pointer of every item, so that the cache misses of
 // thousands of scattered objects overlap.
+constexpr Py_ssize_t kBatch = 16;
+
+// From tensors that have been prefetched to their gradients.
+inline void follow_grads(const at::Tensor** tensors, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i)
+    prefetch(tensors[i]->unsafeGetTensorImpl()->autograd_meta(), 128);
+  for (Py_ssize_t i = 0; i < count; ++i) tensors[i] = &tensors[i]->unsafeGetTensorImpl()->grad();
+}
+
+// The gradients of a list or tuple of parameters, without None and of each parameter once, or the
+// tensors of such a list themselves; nothing if any of them is not plain and Python has to look.
 template <What what>
 std::optional<PlainGrads> read(const py::object& list) {
-  constexpr Py_ssize_t kBatch = 16;
   PyObject** items = PySequence_Fast_ITEMS(list.ptr());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
   PlainGrads grads;
@@ -64,10 +73,7 @@ std::optional<PlainGrads> read(const py::object& list) {
       impls[i] = found[i]->unsafeGetTensorImpl();
       prefetch(impls[i], 64);
     }
-    if (what == What::kGrads) {
-      for (Py_ssize_t i = 0; i < batch; ++i) prefetch(impls[i]->autograd_meta(), 128);
-      for (Py_ssize_t i = 0; i < batch; ++i) found[i] = &impls[i]->grad();
-    }
+    if (what == What::kGrads) follow_grads(found, batch);
     for (Py_ssize_t i = 0; i < batch; ++i)
       prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
     for (Py_ssize_t i = 0; i < batch; ++i) {
@@ -77,6 +83,67 @@ std::optional<PlainGrads> read(const py::object& list) {
     }
   }
   return grads;
+}
+
+// An attribute of objects. Where their class has a slot for it, it is read from there; else it is
+// asked for by its name.
+class Attribute {
+ public:
+  explicit Attribute(py::str name) : name_(std::move(name)) {}
+
+  // Null if there is none.
+  py::object of(py::handle object) const {
+    if (!class_.is(py::type::handle_of(object))) look_at(py::type::of(object));
+    if (offset_ > 0) {
+      const char* slot = reinterpret_cast<const char*>(object.ptr()) + offset_;
+      return py::reinterpret_borrow<py::object>(*reinterpret_cast<PyObject* const*>(slot));
+    }
+    PyObject* value = PyObject_GetAttr(object.ptr(), name_.ptr());
+    if (value == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+ private:
+  void look_at(py::type type) const {
+    const auto* raw = reinterpret_cast<const PyTypeObject*>(type.ptr());
+    const py::object found = py::getattr(type, name_, py::none());
+    offset_ = 0;
+    if (Py_IS_TYPE(found.ptr(), &PyMemberDescr_Type) &&
+        raw->tp_getattro == PyObject_GenericGetAttr) {
+      const auto* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
+      if (member->type == T_OBJECT_EX) offset_ = member->offset;
+    }
+    class_ = std::move(type);
+  }
+
+  py::str name_;
+  // The class that was seen last, and where its objects have it.
+  mutable py::object class_;
+  mutable Py_ssize_t offset_ = 0;
+};
+
+// `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor; nothing
+// if anything of that is unusual, or wrong, for Python to look at. What it checks are not rules, only
+// that none of Python's can matter.
+inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
+                                                const py::object& max_norm,
+                                                const py::object& norm_type) {
+  if (!PyList_CheckExact(parameters.ptr()) && !PyTuple_CheckExact(parameters.ptr()))
+    return std::nullopt;
+  const auto number = [](const py::object& value) {
+    const bool is_number = PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr());
+    const double found = is_number ? PyFloat_AsDouble(value.ptr()) : -1;
+    if (PyErr_Occurred() != nullptr) PyErr_Clear();
+    return found;
+  };
+  const double p = number(norm_type), limit = number(max_norm);
+  const bool is_tensor = THPVariable_CheckExact(max_norm.ptr());
+  if (!(p > 0) || !(limit >= 0 || is_tensor)) return std::nullopt;
+  if (is_tensor && THPVariable_Unpack(max_norm.ptr()).dim() != 0) return std::nullopt;
+  const auto grads = read<What::kGrads>(parameters);
+  if (!grads) return std::nullopt;
+  return is_tensor ? grads->clip_norm_tensor_(THPVariable_Unpack(max_norm.ptr()), p)
+                   : grads->clip_norm_(limit, p);
 }
 
 // How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
@@ -89,8 +156,9 @@ class Wrapped {
       : layouts_(layouts),
         slots_(std::move(slots)),
         layout_(std::move(layout)),
-        inner_(std::move(inner)),
-        parts_(std::move(parts)) {}
+        inner_(std::move(inner)) {
+    for (py::str& part : parts) parts_.emplace_back(std::move(part));
+  }
 
   // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
   // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
@@ -101,27 +169,47 @@ class Wrapped {
     PlainGrads grads;
     grads.reserve(count);
     Addresses seen(what == What::kGrads ? count : 0);
-    for (size_t i = 0; i < count; ++i) {
-      const py::handle item = PyList_GET_ITEM(list.ptr(), i);
-      if (!is_tensor(item)) return std::nullopt;
-      const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
-      const at::Tensor& found = what == What::kGrads ? tensor.grad() : tensor;
-      // A gradient that is laid out so says it of its parameter too.
-      if ((layouts_[i].is_none() || !found.defined()) && !is_laid_out(item, i)) return std::nullopt;
-      if (!found.defined()) continue;
-      if (what == What::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
-      if (layouts_[i].is_none()) {
-        if (!grads.add(found)) return std::nullopt;
-      } else {
-        const auto wrapper = py::reinterpret_steal<py::object>(THPVariable_Wrap(found));
-        if (!is_laid_out(wrapper, i) && !(is_laid_out(item, i) && is_equal(wrapper, i)))
-          return std::nullopt;
-        const py::object inner = attribute(wrapper, inner_);
-        if (!inner || !THPVariable_CheckExact(inner.ptr())) return std::nullopt;
-        if (!grads.add(THPVariable_Unpack(inner.ptr()))) return std::nullopt;
-        grads.note(found);
+    for (size_t begin = 0; begin < count; begin += kBatch) {
+      const size_t batch = std::min<size_t>(kBatch, count - begin);
+      const at::Tensor *tensors[kBatch], *found[kBatch];
+      py::object wrappers[kBatch], inners[kBatch];
+      for (size_t i = 0; i < batch; ++i) {
+        if (begin + i + kBatch < count)
+          prefetch(PyList_GET_ITEM(list.ptr(), begin + i + kBatch), 2 * sizeof(PyObject));
+        const py::handle item = PyList_GET_ITEM(list.ptr(), begin + i);
+        if (!is_tensor(item)) return std::nullopt;
+        tensors[i] = found[i] = &THPVariable_Unpack(item.ptr());
+        prefetch(found[i]->unsafeGetTensorImpl(), 64);
       }
-      grads.note(slots_[i]);
+      if (what == What::kGrads) follow_grads(found, batch);
+      for (size_t i = 0; i < batch; ++i)
+        prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+      for (size_t i = 0; i < batch; ++i) {
+        const bool wraps = !layouts_[begin + i].is_none() && found[i]->defined();
+        if (wraps) wrappers[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(*found[i]));
+      }
+      for (size_t i = 0; i < batch; ++i) {
+        if (!wrappers[i]) continue;
+        inners[i] = inner_.of(wrappers[i]);
+        if (!inners[i] || !THPVariable_CheckExact(inners[i].ptr())) return std::nullopt;
+        prefetch(THPVariable_Unpack(inners[i].ptr()).unsafeGetTensorImpl(),
+                 sizeof(c10::TensorImpl));
+      }
+      for (size_t i = 0; i < batch; ++i) {
+        const size_t at = begin + i;
+        const py::handle item = PyList_GET_ITEM(list.ptr(), at);
+        // A gradient that is laid out so says it of its parameter too.
+        if (!wrappers[i] && !is_laid_out(item, at)) return std::nullopt;
+        if (!found[i]->defined()) continue;
+        if (what == What::kGrads && !seen.insert(tensors[i]->unsafeGetTensorImpl())) continue;
+        if (wrappers[i] && !is_laid_out(wrappers[i], at) &&
+            !(is_laid_out(item, at) && is_equal(wrappers[i], at)))
+          return std::nullopt;
+        if (!grads.add(wrappers[i] ? THPVariable_Unpack(inners[i].ptr()) : *found[i]))
+          return std::nullopt;
+        if (wrappers[i]) grads.note(*found[i]);
+        grads.note(slots_[at]);
+      }
     }
     return grads;
   }
@@ -134,14 +222,14 @@ class Wrapped {
 
   bool is_laid_out(py::handle tensor, size_t i) const {
     if (layouts_[i].is_none()) return THPVariable_CheckExact(tensor.ptr());
-    return attribute(tensor, layout_).is(layouts_[i]);
+    return layout_.of(tensor).is(layouts_[i]);
   }
 
   bool is_equal(py::handle wrapper, size_t i) const {
-    const py::object own = attribute(wrapper, layout_);
+    const py::object own = layout_.of(wrapper);
     if (!own) return false;
-    for (const py::str& part : parts_) {
-      const py::object here = attribute(own, part), there = attribute(layouts_[i], part);
+    for (const Attribute& part : parts_) {
+      const py::object here = part.of(own), there = part.of(layouts_[i]);
       if (!here || !there) return false;
       const int same = PyObject_RichCompareBool(here.ptr(), there.ptr(), Py_EQ);
       if (same < 0) PyErr_Clear();
@@ -150,17 +238,10 @@ class Wrapped {
     return true;
   }
 
-  // Null if there is none.
-  static py::object attribute(py::handle tensor, const py::str& name) {
-    PyObject* value = PyObject_GetAttr(tensor.ptr(), name.ptr());
-    if (value == nullptr) PyErr_Clear();
-    return py::reinterpret_steal<py::object>(value);
-  }
-
   std::vector<py::handle> layouts_;
   std::vector<int64_t> slots_;
-  py::str layout_, inner_;
-  std::vector<py::str> parts_;
+  Attribute layout_, inner_;
+  std::vector<Attribute> parts_;
 };
 
 }  // namespace fastclip

@@ -8,5 +8,5 @@ ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops` a
 from .local import held
 from .named import NamedParameters, named
 from .protocol import Gradients
-from .reading import aligned, as_list, read, read_by, take, take_weights
+from .reading import aligned, as_list, clipped_at_once, read, read_by, take, take_weights
 from .spread import SpreadGrads

@@ -78,7 +78,7 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
             "it to torch.strided or torch.sparse_coo"
         )
     stored = held(tensor)
-    if write and _overlaps(stored):
+    if write and overlaps(stored):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             f"single memory location. Please clone() the tensor before performing the operation. "
@@ -86,7 +86,7 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
         )
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Whether two elements share memory."""
     if not tensor.numel():
         return False

@@ -16,6 +16,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 from .. import _ops
 from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
 from .._warnings import warn
+from . import plain
 from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
@@ -45,6 +46,12 @@ def read(
     """
     items = as_list(parameters, "parameters")
     return _read(items, foreach, _asked(process_group), True, kind, agree)
+
+
+def clipped_at_once(parameters: list[Tensor], max_norm: Any, norm_type: Any) -> Tensor | None:
+    """`clip_grad_norm_` as it is called most; None where anything has to be looked at."""
+    extension = _extension()
+    return extension and extension.clip_grad_norm_(parameters, max_norm, norm_type)
 
 
 def take(
@@ -81,7 +88,7 @@ def read_by(
     agree: bool,
 ) -> SpreadGrads:
     """As `read`, in groups by their labels, by the plan of the last time if it still fits."""
-    at_once = _reader() is not None
+    at_once = _extension() is not None
     plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), labels)
     return _planned(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
@@ -95,9 +102,9 @@ def _read(
     agree: bool,
     name_of: Callable[[int], str] | None = None,
 ) -> Gradients:
-    reader = _reader()
-    read_all = None if reader is None else reader.read_grads if write else reader.take_tensors
-    grads = read_all(items) if read_all else None
+    reader = None if torch.compiler.is_compiling() else _ops.extension or plain
+    read_all = reader and (reader.read_grads if write else reader.take_tensors)
+    grads = read_all and read_all(items)
     if asked is NONE and (grads is not None or not is_spread(items)):
         grads = look(items, write, None, name_of) if grads is None else grads
         _check_foreach(grads, foreach)
@@ -123,7 +130,7 @@ def _read_spread(
     if grads is not None and kind is Kind.TOTAL:
         plan = of_plain(items, asked)
     else:
-        plan, grads = find(items, asked, _reader() is not None, write, kind)
+        plan, grads = find(items, asked, _extension() is not None, write, kind)
     return _planned(plan, grads, foreach, agree, lambda: look(items, write, plan, name_of))
 
 
@@ -163,7 +170,7 @@ def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def _reader() -> Any:
+def _extension() -> Any:
     """The extension, unless the compiler looks at everything."""
     return None if torch.compiler.is_compiling() else _ops.extension
 

@@ -93,8 +93,11 @@ class SpreadGrads:
 
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        total_norm = self._norms(p)[0]
-        self.local.scale_(clip_coef(total_norm, max_norm, self.wide))
+        parts = self._added(p)
+        total_norm = self._clipped_by(parts, max_norm, p)
+        if total_norm is None:
+            total_norm = self._as_norms(parts, p)[0]
+            self.local.scale_(clip_coef(total_norm, max_norm, self.wide))
         return self.result(total_norm)
 
     @torch.compiler.disable
@@ -117,7 +120,18 @@ class SpreadGrads:
                 "others elsewhere; a rank that holds nothing of a group gives it no params"
             )
 
+    def _clipped_by(self, parts: Tensor, max_norm: float | Tensor, p: float) -> Tensor | None:
+        """At once, where the extension has read the gradients and the host knows the norm."""
+        at_once = getattr(self._local, "clip_by_sum_", None)
+        if at_once is None or p not in (1, 2) or not isinstance(max_norm, float):
+            return None
+        return at_once(parts, max_norm, p, self.wide)
+
     def _norms(self, p: float) -> Tensor:
+        return self._as_norms(self._added(p), p)
+
+    def _added(self, p: float) -> Tensor:
+        """What is made a norm, of each label, added up over ranks."""
         plan, reduction, order = self.plan, self.reduction, abs(p)
         parts = self._parts(p)
         for step, is_open in zip(reduction.steps, reduction.open, strict=True):
@@ -137,6 +151,10 @@ class SpreadGrads:
             parts = _ranks.over(step, parts, order)
         if self.error is not None:
             raise self.error
+        return parts
+
+    def _as_norms(self, parts: Tensor, p: float) -> Tensor:
+        reduction = self.reduction
         if reduction.sends:
             _ranks.raise_if_told(parts)
         if reduction.tells_wide:

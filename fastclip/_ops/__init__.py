@@ -11,4 +11,4 @@ from .measure import empty_norm
 from .reference import count_rows, result_dtype
 from .rows import norm_of, widest
 from .schemas import clamp_, clip_coef, clip_norm_, define, norm, norms, record_, scale_
-from .transforms import is_differentiated, is_known, refused
+from .transforms import is_differentiated, is_known, is_transformed, refused

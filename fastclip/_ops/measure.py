@@ -18,7 +18,6 @@ from .pieces import (
     block_of,
     blocks,
     flat_parts,
-    floats,
     in_floats,
     put_together,
     room,
@@ -57,7 +56,8 @@ def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
     device = tensors[0].device
     vectors = [t for t in tensors if t.dim() < 2]
     found = iter(each(vectors, p).split(1) if vectors else ())
-    norms = [next(found) if t.dim() < 2 else _each_slice(t, p) for t in tensors]
+    copy = room(tensors) if _are_here(tensors) else None
+    norms = [next(found) if t.dim() < 2 else _each_slice(t, p, copy) for t in tensors]
     return torch.cat([n.to(device, widest(device)) for n in norms])
 
 
@@ -108,13 +108,11 @@ def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
     return norms
 
 
-def _rows_of_one(tensor: Tensor, p: float, copy: Tensor) -> list[Tensor]:
-    parts = flat_parts(tensor)
-    some = floats(parts, copy) if tensor.dtype in pieces.HALVES else parts
-    return [norm for part in some for norm in norms_in_rows(part, p)]
+def _rows_of_one(tensor: Tensor, p: float, copy: Tensor | None) -> list[Tensor]:
+    return [norm for part in flat_parts(tensor) for norm in norms_in_rows(part, p, copy)]
 
 
-def _each_slice(tensor: Tensor, p: float) -> Tensor:
+def _each_slice(tensor: Tensor, p: float, copy: Tensor | None) -> Tensor:
     if tensor.numel() > block_of(tensor) * len(tensor):
         return each(tensor.unbind(), p)
     rows, wide = tensor.flatten(1), widest(tensor.device)
@@ -123,7 +121,6 @@ def _each_slice(tensor: Tensor, p: float) -> Tensor:
     if not _are_here([tensor]) or p not in (1, 2):
         parts = rows.split(rows_of_block(rows))
         return torch.cat([norms_of_rows(converted(part, wide), p) for part in parts])
-    copy = room([rows])
     found = [
         norms_of_rows(in_floats(part, copy), p)
         for part in rows.split(max(1, pieces.COPY // rows.size(1)))
@@ -164,16 +161,10 @@ def _in_steps(tensor: Tensor, p: float) -> Tensor:
 
 def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """2-norms of the rows of all together, in some order."""
-    halves: list[Tensor] = []
-    norms = [torch.zeros(1, dtype=torch.float32, device="cpu")]
+    norms, copy = [torch.zeros(1, dtype=torch.float32, device="cpu")], room(tensors)
     for part in put_together(tensors):
-        if part.dtype in pieces.HALVES:
-            halves.append(part)
-        else:
-            norms += norms_in_rows(part, 2)
-    return norms + [
-        norm for part in floats(halves, room(halves)) for norm in norms_in_rows(part, 2)
-    ]
+        norms += norms_in_rows(part, 2, copy)
+    return norms
 
 
 def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:

@@ -71,32 +71,35 @@ def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield _flatten_dense_tensors(some)
 
 
-def room(tensors: Sequence[Tensor]) -> Tensor:
-    """Memory for copies of half precision in float32, one after another."""
-    size = min(COPY, sum(t.numel() for t in tensors))
-    return torch.empty(size, dtype=torch.float32, device="cpu")
+def room(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Memory for copies of half precision as float32: a line for each thread."""
+    if not any(t.dtype in HALVES for t in tensors):
+        return None
+    threads = torch.get_num_threads()
+    size = (COPY // (threads * ROW) + 1) * ROW
+    return torch.empty(threads, size, dtype=torch.float32, device="cpu")
 
 
-def in_floats(tensor: Tensor, copy: Tensor) -> Tensor:
+def in_floats(tensor: Tensor, copy: Tensor | None) -> Tensor:
     """As float32 or float64 without gaps: itself, or a copy."""
-    if tensor.dtype in HALVES:
-        return copy[: tensor.numel()].view(tensor.shape).copy_(tensor)
-    return tensor.contiguous()
+    if copy is None or tensor.dtype not in HALVES:
+        return tensor.contiguous()
+    return copy.view(-1)[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def floats(parts: list[Tensor], copy: Tensor) -> Iterator[Tensor]:
-    """Half precision as float32, one after another in the same memory, until all are through."""
-    filled = 0
-    for part in parts:
-        while len(part):
-            some = part[: len(copy) - filled]
-            copy[filled : filled + len(some)].copy_(some)
-            part, filled = part[len(some) :], filled + len(some)
-            if filled == len(copy):
-                yield copy
-                filled = 0
-    if filled:
-        yield copy[:filled]
+def in_float_rows(part: Tensor, copy: Tensor) -> Iterator[Tensor]:
+    """1-d halves as rows of ROW float32, and the rest, in the same memory one after another.
+
+    Each thread writes and reads a line of its own: what another has in its cache is far away.
+    """
+    for some in part.split(COPY):
+        line = len(some) // (len(copy) * ROW) * ROW
+        whole = line * len(copy)
+        if line:
+            lines = copy[:, :line].copy_(some[:whole].view(-1, line))
+            yield lines.unflatten(1, (-1, ROW))
+        if whole < len(some):
+            yield from in_rows(in_floats(some[whole:], copy), ROW)
 
 
 def in_rows(values: Tensor, size: int) -> list[Tensor]:

@@ -142,8 +142,10 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
         raise ValueError(f"group: expected indices from 0, got {min(group)}")
 
 
-def _alike(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
     """Lists of one dtype and device each."""
+    if len({t.dtype for t in tensors}) == len({t.device for t in tensors}) == 1:
+        return [list(tensors)]
     found = defaultdict(list)
     for tensor in tensors:
         found[tensor.dtype, tensor.device].append(tensor)
@@ -157,7 +159,7 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
         return
     zeros = means_zeros(coef)
     # The last ones to be measured are in the cache yet.
-    for some in _alike(reversed(tensors)):
+    for some in _alike(tensors[::-1]):
         here, wide = some[0].device, _wide(some[0])
         value = coef.to(here, wide)
         if is_transformed():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import pieces
-from .pieces import block_of, in_rows
+from .pieces import block_of, in_float_rows, in_rows
 from .transforms import is_known
 
 
@@ -33,13 +33,13 @@ def norm_of(values: Tensor, p: float) -> Tensor:
     return norms_of_rows(values[None], p)[0]
 
 
-def norms_in_rows(part: Tensor, p: float) -> list[Tensor]:
-    """Norms of 1-d values by rows of ROW elements, and of the rest."""
-    rows = in_rows(part, pieces.ROW)
-    if p == 1:
-        # What is made of them on the way stays in the cache.
-        rows = [some for r in rows for some in r.split(pieces.COPY // pieces.ROW)]
-    return [_norms_of_short_rows(some, p) for some in rows]
+def norms_in_rows(part: Tensor, p: float, copy: Tensor | None = None) -> list[Tensor]:
+    """Norms of 1-d values by rows of ROW elements, and of the rest; of halves in a `copy`."""
+    if copy is not None and part.dtype in pieces.HALVES:
+        return [_norms_of_short_rows(r, p).flatten() for r in in_float_rows(part, copy)]
+    # What is made of them on the way stays in the cache.
+    parts = part.split(pieces.COPY) if p == 1 else [part]
+    return [_norms_of_short_rows(r, p) for some in parts for r in in_rows(some, pieces.ROW)]
 
 
 def norms_of_rows(rows: Tensor, p: float) -> Tensor:
