@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _ops
 from ._arguments import Threshold, positive_order, threshold
-from ._decide import decide
+from ._decide import resolved
 from ._gradients import Gradients, NamedParameters, read
 from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
 from ._warnings import warn
@@ -84,8 +84,7 @@ class NormAccumulator:
         grads = self._take()
         if callable(max_norm):
             norm = grads.norm(self.p)
-            grads.scale_(decide(norm, max_norm, grads.is_wide()))
-            return grads.result(norm)
+            return grads.clip_norm_(resolved(max_norm, norm), self.p, norm)
         return grads.clip_norm_(max_norm, self.p)
 
     @contextmanager

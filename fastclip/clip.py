@@ -16,7 +16,7 @@ from ._arguments import (
     scalar,
     threshold,
 )
-from ._decide import decide, raise_if_nonfinite
+from ._decide import decide, raise_if_nonfinite, resolved
 from ._gradients import as_list, clipped_at_once, read, take
 from ._ops import clip_coef, is_differentiated
 from ._ranks import Kind
@@ -91,8 +91,11 @@ def clip_grad_norm_(
         )
     agree = nonfinite != "propagate"
     grads = read(items, foreach, process_group, Kind.of_order(p), agree)
-    if nonfinite == "propagate" and not callable(max_norm) and factor is None:
-        return grads.clip_norm_(max_norm, p)
+    if nonfinite == "propagate" and factor is None:
+        if not callable(max_norm):
+            return grads.clip_norm_(max_norm, p)
+        norm = grads.norm(p)
+        return grads.clip_norm_(resolved(max_norm, norm), p, norm)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
     if nonfinite == "error":
         raise_if_nonfinite(norm, p)

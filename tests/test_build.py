@@ -66,21 +66,28 @@ def test_an_extension_for_another_torch_is_left_alone_with_one_warning(copy):
 def test_the_walk_serves_ordinary_gradients(monkeypatch):
     # A guard against a fast path that silently stops being taken.
     calls = []
-    read_grads = _ops.extension.read_grads
+    built = _ops.extension
 
     class Spy:
-        def read_grads(self, items):
-            calls.append(read_grads(items))
-            return calls[-1]
+        def __getattr__(self, name):
+            def call(*args):
+                calls.append((name, getattr(built, name)(*args)))
+                return calls[-1][1]
+
+            return call
 
     monkeypatch.setattr(_ops, "extension", Spy())
     w = torch.nn.Parameter(torch.zeros(2))
     w.grad = torch.ones(2)
     fastclip.clip_grad_norm_([w], 1.0)
-    assert isinstance(calls[0], sys.modules["fastclip._C"].PlainGrads)
+    fastclip.clip_grad_norm_((p for p in [w]), torch.tensor(1.0))
+    assert [name for name, _ in calls] == ["clip_grad_norm_"] * 2
+    fastclip.clip_grad_norm_([w], lambda norm: norm)
+    assert isinstance(calls[-1][1], built.PlainGrads)
     w.grad = torch.ones(2).to_sparse()
+    calls.clear()
     fastclip.clip_grad_norm_([w], 1.0)
-    assert calls[1] is None
+    assert calls == [("clip_grad_norm_", None), ("read_grads", None)]
 
 
 def test_the_ops_are_seen_by_the_profiler():

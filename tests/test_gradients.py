@@ -1,4 +1,4 @@
-"""Three kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
+"""Four kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,6 +13,8 @@ from torch import Tensor
 from fastclip import _ops
 from fastclip._gradients import Gradients, SpreadGrads, read
 from fastclip._gradients.local import LocalGrads
+from fastclip._gradients.look import look
+from fastclip._gradients.plain import PlainGrads
 from fastclip._ranks import Kind
 
 VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
@@ -38,12 +40,16 @@ def plain(parameters: list[Tensor], kind: Kind) -> Any:
     return grads
 
 
-def local(parameters: list[Tensor], kind: Kind) -> Any:
+def plain_in_python(parameters: list[Tensor], kind: Kind) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops, "extension", None)
         grads = read(parameters, kind=kind)
-    assert type(grads) is LocalGrads
+    assert type(grads) is PlainGrads
     return grads
+
+
+def local(parameters: list[Tensor], kind: Kind) -> Any:
+    return look(parameters, True, None)
 
 
 def spread(parameters: list[Tensor], kind: Kind) -> Any:
@@ -65,7 +71,7 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=[plain, local, spread], ids=lambda make: make.__name__)
+@pytest.fixture(params=[plain, plain_in_python, local, spread], ids=lambda make: make.__name__)
 def make(request: pytest.FixtureRequest, _one_rank: None) -> Callable[..., Any]:
     return request.param
 
@@ -76,13 +82,13 @@ def floats(norms: Tensor) -> list[float]:
 
 def test_all_kinds_have_all_verbs():
     assert {"norm", "norms", "each_norms", "scale_", "scale_each_", "clamp_"} < set(VERBS)
-    kinds = [LocalGrads, SpreadGrads]
+    kinds = [PlainGrads, LocalGrads, SpreadGrads]
     kinds += [_ops.extension.PlainGrads] if _ops.extension else []
     for kind in kinds:
         assert not [verb for verb in VERBS if not hasattr(kind, verb)], kind
     for verb in VERBS:
         expected = inspect.signature(getattr(Gradients, verb)).parameters
-        for kind in (LocalGrads, SpreadGrads):
+        for kind in (PlainGrads, LocalGrads, SpreadGrads):
             found = inspect.signature(getattr(kind, verb)).parameters
             assert list(found.values()) == list(expected.values()), (kind, verb)
 

@@ -36,6 +36,12 @@ class PlainGrads {
     return op.call(std::forward<Args>(args)...);
   }
 
+  using MaybeNorm = std::optional<at::Tensor>;
+
+  Norms known(const MaybeNorm& norm) const {
+    return norm ? Norms(*norm) : known_ ? Norms(*known_) : std::nullopt;
+  }
+
   std::vector<at::Tensor> tensors_, wrappers_;
   std::vector<int64_t> slots_;
   std::optional<std::vector<at::Tensor>> known_;
@@ -132,17 +138,21 @@ class PlainGrads {
       bump_versions(tensors_), bump_versions(wrappers_);
     else
       scale_(at::scalar_tensor(coef, at::kDouble));
-    return at::scalar_tensor(total_norm, wide ? at::kDouble : at::kFloat);
+    // As a float it may be infinite.
+    return wide ? at::scalar_tensor(total_norm, at::kDouble)
+                : at::scalar_tensor(static_cast<float>(total_norm), at::kFloat);
   }
 
-  at::Tensor clip_norm_(double max_norm, double p) const {
+  // By their norm, which is measured if it is not given.
+  at::Tensor clip_norm_(double max_norm, double p, const MaybeNorm& norm = std::nullopt) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
-    return call(op, tensors_, max_norm, p, known_);
+    return call(op, tensors_, max_norm, p, known(norm));
   }
 
-  at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p) const {
+  at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p,
+                               const MaybeNorm& norm = std::nullopt) const {
     static const auto op = find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor");
-    return call(op, tensors_, max_norm, p, known_);
+    return call(op, tensors_, max_norm, p, known(norm));
   }
 };
 

@@ -50,8 +50,10 @@ PYBIND11_MODULE(_C, m) {
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
       .def("clip_by_sum_", &PlainGrads::clip_by_sum_)
-      .def("clip_norm_", &PlainGrads::clip_norm_)
-      .def("clip_norm_", &PlainGrads::clip_norm_tensor_);
+      .def("clip_norm_", &PlainGrads::clip_norm_, py::arg("max_norm"), py::arg("p"),
+           py::arg("norm") = std::nullopt)
+      .def("clip_norm_", &PlainGrads::clip_norm_tensor_, py::arg("max_norm"), py::arg("p"),
+           py::arg("norm") = std::nullopt);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,

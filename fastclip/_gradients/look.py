@@ -8,8 +8,8 @@ from torch import Tensor
 from .._ranks import Plan, placed
 from .local import LocalGrads, held
 
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SUPPORTED = (*_REAL, torch.complex32, torch.complex64, torch.complex128)
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUPPORTED = (*REAL, torch.complex32, torch.complex64, torch.complex128)
 _LAYOUTS = (torch.strided, torch.sparse_coo, torch.jagged)
 
 

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._ops import is_transformed, result_dtype
-from .look import overlaps
-
-_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_CLASSES = {Tensor, torch.nn.Parameter}
+from .look import REAL, overlaps
 
 
 class PlainGrads:
@@ -61,12 +58,12 @@ class PlainGrads:
         _ops.clamp_(self.tensors, bound)
 
     @torch.no_grad()
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        return _ops.clip_norm_(self.tensors, max_norm, p)
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+        return _ops.clip_norm_(self.tensors, max_norm, p, None if norm is None else [norm])
 
 
 def read_grads(parameters: list[Tensor]) -> PlainGrads | None:
-    if not {*map(type, parameters)} <= _CLASSES:
+    if not _are_tensors(parameters):
         return None
     if len({*map(id, parameters)}) < len(parameters):
         parameters = list({id(p): p for p in parameters}.values())
@@ -79,8 +76,8 @@ def take_tensors(tensors: list[Tensor]) -> PlainGrads | None:
 
 def _plain(tensors: list[Tensor], write: bool) -> PlainGrads | None:
     plain = (
-        {*map(type, tensors)} <= _CLASSES
-        and {t.dtype for t in tensors} <= _DTYPES
+        _are_tensors(tensors)
+        and {t.dtype for t in tensors} <= set(REAL)
         and len({t.device for t in tensors}) < 2
         and {t.layout for t in tensors} <= {torch.strided}
         and not is_transformed()
@@ -88,3 +85,7 @@ def _plain(tensors: list[Tensor], write: bool) -> PlainGrads | None:
         and (all(map(Tensor.is_contiguous, tensors)) or not (write and any(map(overlaps, tensors))))
     )
     return PlainGrads(tensors) if plain else None
+
+
+def _are_tensors(items: list[Tensor]) -> bool:
+    return {*map(type, items)} <= {Tensor, torch.nn.Parameter}

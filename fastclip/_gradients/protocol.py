@@ -41,8 +41,8 @@ class Gradients(Protocol):
     def clamp_(self, bound: float) -> None:
         """Clamp each element to [-bound, bound]."""
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        """`norm`, coefficient and `scale_` in one: returns the norm before as `result` does."""
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+        """`norm`, which may be given, coefficient and `scale_` in one: returns `result` of it."""
 
 
 class GradientsHere(Gradients, Protocol):

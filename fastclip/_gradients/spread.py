@@ -48,6 +48,9 @@ class SpreadGrads:
 
     @torch.compiler.disable
     def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._as_result(norms, dtype)
+
+    def _as_result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         plan, dtype = self.plan, dtype or (torch.float64 if self.wide else torch.float32)
         norms = norms.to(dtype)
         if plan.mesh is None or norms.dim():
@@ -92,13 +95,15 @@ class SpreadGrads:
         self.local.clamp_(bound)
 
     @torch.compiler.disable
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        parts = self._added(p)
-        total_norm = self._clipped_by(parts, max_norm, p)
-        if total_norm is None:
-            total_norm = self._as_norms(parts, p)[0]
-            self.local.scale_(clip_coef(total_norm, max_norm, self.wide))
-        return self.result(total_norm)
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+        if norm is None:
+            parts = self._added(p)
+            total_norm = self._clipped_by(parts, max_norm, p)
+            if total_norm is not None:
+                return self._as_result(total_norm)
+            norm = self._as_norms(parts, p)[0]
+        self.local.scale_(clip_coef(norm, max_norm, self.wide))
+        return self._as_result(norm)
 
     @torch.compiler.disable
     def added(self, counts: Tensor) -> Tensor:

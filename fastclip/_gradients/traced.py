@@ -51,8 +51,8 @@ class TracedGrads:
     def clamp_(self, bound: float) -> None:
         _local([tensor for tensor, _ in self.tensors]).clamp_(bound)
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        total_norm = self.norm(p)
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+        total_norm = self.norm(p) if norm is None else norm
         self.scale_(clip_coef(total_norm, max_norm, self.wide))
         return self.result(total_norm)
 
