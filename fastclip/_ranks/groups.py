@@ -1,5 +1,6 @@
 """Process groups, and the collectives over them: the sums, and what a rank tells the others."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -145,10 +146,15 @@ def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
+    step.group.allreduce([moved], _options(op)).wait()
+    return moved.to(values.device) if elsewhere else moved
+
+
+@functools.cache
+def _options(op: str) -> Any:
     options = dist.AllreduceOptions()
     options.reduceOp = getattr(dist.ReduceOp, op)
-    step.group.allreduce([moved], options).wait()
-    return moved.to(values.device) if elsewhere else moved
+    return options
 
 
 def is_same(number: int, steps: Iterable[Step]) -> bool:
