@@ -1,8 +1,6 @@
-"""`clip_grad_norm_`, with nothing to clip and with every call clipping; its cost for the host."""
+"""`clip_grad_norm_`, with nothing to clip and with every call clipping."""
 
 import itertools
-import statistics
-import time
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from models import parameters
 from torch.nn import utils
 
 import fastclip
-from fastclip import _ops
 from fastclip._ops import reference
 
 
@@ -45,34 +42,3 @@ def bench_clip(race, name, shapes, dtype, clips, device):
     work = f"{name}, {'clipped' if clips else 'unclipped'}"
     threshold = shrinking if clips else lambda: 1e9
     race(work, dtype, grads, contestants(made, threshold), writes=clips, restore=restore)
-
-
-def bench_host(benchmark, where):
-    """Host time of a call beyond its op: 300 parameters, gradients made anew before every call."""
-    if _ops.extension is None:
-        pytest.skip("the walk is part of the extension")
-    made = parameters([(64,)] * 300, "fp32", "cpu")
-    calls, kernels = [], []
-
-    def fresh() -> None:
-        for parameter in made:
-            parameter.grad = torch.ones_like(parameter)
-
-    def both() -> None:
-        fresh()
-        grads = _ops.extension.read_grads(made)
-        start = time.perf_counter()
-        grads.clip_norm_(1e9, 2.0)
-        kernels.append(time.perf_counter() - start)
-        fresh()
-        start = time.perf_counter()
-        fastclip.clip_grad_norm_(made, 1e9)
-        calls.append(time.perf_counter() - start)
-
-    benchmark.pedantic(both, iterations=100, rounds=5, warmup_rounds=1)
-    whole, kernel = (1e6 * statistics.median(times) for times in (calls, kernels))
-    host = (
-        f"300 parameters of 64, gradients fresh each call: {whole:.1f} µs a call, of which the op "
-        f"{kernel:.1f} µs, so {whole - kernel:.1f} µs beyond it."
-    )
-    benchmark.extra_info.update(where=where, host=host)

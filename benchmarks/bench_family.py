@@ -1,5 +1,5 @@
 """The rest of the family, beside what one would write by hand: clipping by tensor and by unit,
-rules, groups, a prepared clip and its numbers."""
+groups."""
 
 import itertools
 
@@ -8,7 +8,6 @@ import torch
 from conftest import medians
 from models import QUICK, gpt2, parameters, resnet50
 from torch import nn
-from torch.nn import utils
 
 import fastclip
 from fastclip import _ops
@@ -89,44 +88,6 @@ def bench_each(benchmark, where, request, name, kind, clips):
     )
     benchmark.extra_info.update(where=where, host=line, each=found, correct=True)
     print(line)
-
-
-def bench_clipper(benchmark, where, request):
-    quick = request.config.getoption("--quick")
-    layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(150)])
-    for parameter in layers.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    made = list(layers.parameters())
-    grads = _ops.extension.read_grads(made)
-    clipper = fastclip.GradClipper(layers, 1e9)
-    quiet = fastclip.GradClipper(layers, 1e9)
-    quiet._record = lambda norms: None
-    rules = fastclip.AutoClip(100), fastclip.ZClip()
-    calls = {
-        "kernel": lambda: grads.clip_norm_(1e9, 2.0),
-        "list": lambda: fastclip.clip_grad_norm_(made, 1e9),
-        "clipper": clipper.clip_,
-        "quiet": quiet.clip_,
-        "autoclip": lambda: fastclip.clip_grad_norm_(made, rules[0]),
-        "zclip": lambda: fastclip.clip_grad_norm_(made, rules[1]),
-        "module": lambda: fastclip.clip_grad_norm_(layers.parameters(), 1e9),
-        "torch": lambda: utils.clip_grad_norm_(layers.parameters(), 1e9),
-    }
-    found: dict[str, float] = {}
-    benchmark.pedantic(
-        lambda: found.update(medians(calls, 3 if quick else 50, 1e-3 if quick else 4e-3)), rounds=1
-    )
-    lines = [
-        f"GradClipper, 300 parameters of a module: {found['clipper']:.1f} µs a step, of which the "
-        f"op {found['kernel']:.1f}, so {found['clipper'] - found['kernel']:.1f} µs beyond it, and "
-        f"{found['clipper'] - found['quiet']:.1f} µs of that to record; clip_grad_norm_("
-        f"module.parameters()) {found['module']:.1f} µs, {found['module'] / found['clipper']:.1f} "
-        f"times, torch's {found['torch']:.1f} µs, {found['torch'] / found['clipper']:.1f} times.",
-        f"A rule adds to clip_grad_norm_(list), {found['list']:.1f} µs: AutoClip "
-        f"{found['autoclip'] - found['list']:.1f} µs, ZClip {found['zclip'] - found['list']:.1f}.",
-    ]
-    benchmark.extra_info.update(where=where, host="\n\n".join(lines), clipper=found)
-    print(*lines, sep="\n")
 
 
 def bench_groups(benchmark, where, request):

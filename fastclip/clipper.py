@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ._arguments import Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
-from ._gradients import Gradients, NamedParameters, aligned, read, read_by
+from ._gradients import Gradients, NamedParameters, aligned, clipped_at_once, read, read_by
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef, widest
 from ._ranks import Kind, as_groups, value_of
@@ -96,11 +96,14 @@ class GradClipper:
             TypeError: a gradient that cannot be clipped; gradients untouched.
         """
         self._look_again()
-        grads = self._read()
         if self.is_one and self.nonfinite == "propagate" and not callable(self.thresholds[0]):
-            total_norm = grads.clip_norm_(self.thresholds[0], self.p)
+            given = self.thresholds[0], self.p
+            total_norm = None if self.asked[0] else clipped_at_once(self._items, *given)
+            if total_norm is None:
+                total_norm = self._read().clip_norm_(*given)
             self._record(value_of(total_norm))
             return total_norm
+        grads = self._read()
         norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
         if self.nonfinite == "error":
             raise_if_nonfinite(norms, self.p)
