@@ -158,3 +158,19 @@ def test_every_function_runs_without_float64(call):
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=0)
     for one, other in zip(made, plain, strict=True):
         torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("p", [*ORDERS, 0.0, -1.0, -math.inf])
+def test_no_default_asks_for_a_value(p):
+    tensors = [t for dtype in HALF for t in awkward(dtype, "meta") if p > 0 or t.numel()]
+    group, one = [i % 3 for i in range(len(tensors))], torch.ones((), device="meta")
+    assert reference.norm(tensors, p).is_meta
+    for of, by_row in ((None, False), (group, False), (None, True)):
+        assert reference.norms(tensors, p, of, True, by_row).is_meta
+    for max_norm in (1.0, one):
+        assert reference.clip_norm_(tensors, max_norm, p).is_meta
+    count = sum(t.size(0) if t.dim() > 1 else 1 for t in tensors)
+    reference.scale_(tensors, one)
+    reference.scale_(tensors, one.expand(3), group)
+    reference.scale_(tensors, one.expand(count), None, True)
+    reference.clamp_(tensors, 1.0)

@@ -134,10 +134,12 @@ class PlainGrads {
     if (found < 0) return std::nullopt;
     const double total_norm = p == 2 ? std::sqrt(found) : found;
     const double coef = clip_coef_as(wide, total_norm, max_norm);
-    if (coef == 1)
-      bump_versions(tensors_), bump_versions(wrappers_);
-    else
+    if (coef != 1) {
       scale_(at::scalar_tensor(coef, at::kDouble));
+    } else {
+      bump_versions(tensors_);
+      bump_versions(wrappers_);
+    }
     // As a float it may be infinite.
     return wide ? at::scalar_tensor(total_norm, at::kDouble)
                 : at::scalar_tensor(static_cast<float>(total_norm), at::kFloat);

@@ -85,16 +85,13 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     for some in _alike(tensors):
         # torch refuses a bound that overflows the dtype.
         limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
-        # Two calls for all, which would read long tensors of the CPU from memory twice.
-        at_once = not is_transformed()
-        few = [t for t in some if at_once and (t.numel() < SMALL or not t.is_cpu)]
-        if few:
-            torch._foreach_clamp_min_(few, -limit)
-            torch._foreach_clamp_max_(few, limit)
-        if len(few) < len(some):
-            for tensor in some:
-                if not at_once or (tensor.numel() >= SMALL and tensor.is_cpu):
-                    tensor.clamp_(-limit, limit)
+        # Two calls for all, but for long tensors of the CPU, which two would read twice.
+        apart = is_transformed()
+        for tensor in [t for t in some if apart or (t.is_cpu and t.numel() >= SMALL)]:
+            tensor.clamp_(-limit, limit)
+        if short := [t for t in some if not apart and (not t.is_cpu or t.numel() < SMALL)]:
+            torch._foreach_clamp_min_(short, -limit)
+            torch._foreach_clamp_max_(short, limit)
 
 
 def clip_norm_(
@@ -211,8 +208,11 @@ def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
     if is_known(coefs) and bool((coefs == 1).all()):
         return
     coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
-    size = max(1, COPY * len(tensor) // max(1, tensor.numel()))
-    for start in range(0, len(tensor), size):
+    size = len(tensor)
+    if tensor.dtype != coefs.dtype:
+        # The copies stay in the cache.
+        size = max(1, COPY * size // max(1, tensor.numel()))
+    for start in range(0, len(tensor), max(1, size)):
         _multiply(tensor[start : start + size], coefs[start : start + size])
     zeros = means_zeros(coefs)
     if not is_known(coefs) or bool(zeros.any()):

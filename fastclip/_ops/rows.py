@@ -70,6 +70,7 @@ def _norms_of_short_rows(rows: Tensor, p: float) -> Tensor:
 
 
 def norms_of_segments(values: Tensor, lengths: list[int], p: float) -> Tensor:
-    powers = values.double().abs_() if p == 1 else values.double().square()
+    """Norms of order 1 or 2 of runs of values, one after another, in float64."""
+    powers = values.double().abs() if p == 1 else values.double().square()
     cuts = torch.tensor(lengths, device="cpu")
     return torch.segment_reduce(powers, "sum", lengths=cuts, initial=0) ** (1 / p)
