@@ -104,7 +104,10 @@ def write(record: dict[str, Any], lines: list[str]) -> None:
     heading = f"## {date} · {where['commit']} · {where['device']} · torch {where['torch']}"
     with (HERE / "RESULTS.md").open("a") as results:
         results.write("\n".join(["", heading, "", record["changed"], "", *lines, ""]))
-    path = HERE / "results" / f"{date}-{where['commit']}{'-gpu' * ('gpu' in record)}.json"
+    name, results = f"{date}-{where['commit']}{'-gpu' * ('gpu' in record)}", HERE / "results"
+    # A second run of a commit does not replace the first.
+    before = len(list(results.glob(f"{name}*.json")))
+    path = results / f"{name}{f'-{before + 1}' * bool(before)}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -28,16 +28,15 @@ def test_norm_matches_the_oracle(ops, device, dtype, p):
     assert ulps(norm, oracle(tensors, p)) <= 2
 
 
-@pytest.mark.parametrize("size", [5, 512, 513, 40_000])
-@pytest.mark.parametrize("p", ORDERS)
-def test_what_is_measured_stays_as_it_is(ops, device, dtype, size, p):
-    for shape in ((size,), (1, size), (size, 1)):
-        tensor = torch.randn(shape, device=device).to(dtype)
-        before = tensor.clone()
-        ops.norm([tensor], p)
-        ops.norms([tensor], p)
-        ops.norms([tensor], p, None, False, True)
-        assert torch.equal(tensor, before)
+@pytest.mark.parametrize("shape", [(5,), (512,), (513,), (40_000,), (1, 700), (5, 4)])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_what_is_measured_stays_as_it_is(ops, device, dtype, shape, p):
+    tensor = torch.randn(shape, device=device).to(dtype)
+    before = tensor.clone()
+    ops.norm([tensor], p)
+    ops.norms([tensor], p)
+    ops.norms([tensor], p, None, False, True)
+    assert torch.equal(tensor, before)
 
 
 @pytest.mark.parametrize("size", [300, 512, 513, 5000])
