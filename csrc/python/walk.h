@@ -122,9 +122,9 @@ class Attribute {
   mutable Py_ssize_t offset_ = 0;
 };
 
-// `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor; nothing
-// if anything of that is unusual, or wrong, for Python to look at. What it checks are not rules, only
-// that none of Python's can matter.
+// `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor.
+// Nothing if anything is unusual or wrong, for Python to look at: its rules are not repeated here,
+// what is checked is only that none of them can matter.
 inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
                                                 const py::object& max_norm,
                                                 const py::object& norm_type) {
