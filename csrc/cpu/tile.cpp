@@ -105,7 +105,10 @@ template <class scalar_t>
     for (int64_t j = 0; j < kWide; ++j)
       most[j] = std::max<bits_t>(most[j], bits[i + j] & kMagnitude);
   for (; i < n; ++i) most[0] = std::max<bits_t>(most[0], bits[i] & kMagnitude);
-  return widen(std::bit_cast<scalar_t>(*std::max_element(most, most + kWide)));
+  // By halves: a chain over the lanes would outlast a small tensor.
+  for (int64_t half = kWide / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j) most[j] = std::max(most[j], most[j + half]);
+  return widen(std::bit_cast<scalar_t>(most[0]));
 }
 
 template <class scalar_t>
