@@ -91,9 +91,9 @@ def clip_grad_norm_(
         )
     agree = nonfinite != "propagate"
     grads = read(items, foreach, process_group, Kind.of_order(p), agree)
-    if nonfinite == "propagate" and factor is None:
-        if not callable(max_norm):
-            return grads.clip_norm_(max_norm, p)
+    if nonfinite == "propagate" and factor is None and not callable(max_norm):
+        return grads.clip_norm_(max_norm, p)
+    if nonfinite == "propagate" and factor is None and p > 0:
         norm = grads.norm(p)
         return grads.clip_norm_(resolved(max_norm, norm), p, norm)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor

@@ -220,6 +220,15 @@ class TestNorm:
         assert same([single.grad], expected[1])
 
     @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
+    def test_a_rule_clips_as_the_number_it_returns(self, device, norm_type):
+        grads = [torch.rand(n, device=device) + 1 for n in (3, 2, 2)]
+        number = clipped(fastclip.clip_grad_norm_, grads, 0.5, norm_type)
+        seen = []
+        rule = clipped(fastclip.clip_grad_norm_, grads, lambda n: seen.append(n) or 0.5, norm_type)
+        assert same([rule[0], *rule[1]], [number[0], *number[1]])
+        assert float(seen[0]) == pytest.approx(float(number[0]), rel=1e-6)
+
+    @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
     def test_zero_size_tensor_counts_as_zero(self, device, norm_type):
         grads = [torch.zeros(0, device=device)]
         assert clipped(fastclip.clip_grad_norm_, grads, 1.0, norm_type)[0].item() == 0
@@ -655,6 +664,23 @@ def test_inference_tensors_are_clipped_in_inference_mode(device):
         made = parameters([torch.ones(4, device=device)])
         fastclip.clip_grad_norm_(made, 1.0)
         torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
+
+
+@pytest.mark.parametrize("reader", ["walk", "python"])
+def test_inference_tensors_stay_as_they_are_outside(monkeypatch, reader):
+    if reader == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    with torch.inference_mode():
+        grad = torch.tensor([3.0, 4.0])
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = grad
+    for call in (
+        lambda: fastclip.clip_grad_norm_([parameter], 1.0),
+        lambda: fastclip.clip_grad_value_([parameter], 1.0),
+    ):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+            call()
+    assert torch.equal(grad, torch.tensor([3.0, 4.0]))
 
 
 def test_meta_gradients_give_a_meta_norm():

@@ -497,8 +497,12 @@ def test_the_defaults_split_large_tensors(device, dtype, monkeypatch):
         for now, then in zip(reference.norms(tensors, p), each[i], strict=True):
             assert ulps(now, float(then)) <= 2
     halves = [t.clone() for t in tensors]
-    reference.scale_(halves, torch.tensor(0.5, device=device))
+    rows = sum(reference.count_rows(t) for t in tensors)
+    reference.scale_(halves, torch.full((rows,), 0.5, device=device), None, True)
     assert all(torch.equal(h, t * 0.5) for h, t in zip(halves, tensors, strict=True))
+    reference.clamp_(halves, 0.25)
+    clamped = [(t * 0.5).clamp(-0.25, 0.25) for t in tensors]
+    assert all(torch.equal(h, t) for h, t in zip(halves, clamped, strict=True))
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -44,7 +45,7 @@ enum class What { kGrads, kTensors };
 
 // Each step of a batch only follows one pointer of every item, so that the cache misses of
 // thousands of scattered objects overlap.
-constexpr Py_ssize_t kBatch = 16;
+constexpr Py_ssize_t kTogether = 16;
 
 // From tensors that have been prefetched to their gradients.
 inline void follow_grads(const at::Tensor** tensors, Py_ssize_t count) {
@@ -62,12 +63,13 @@ std::optional<PlainGrads> read(const py::object& list) {
   PlainGrads grads;
   grads.reserve(count);
   Addresses seen(what == What::kGrads ? count : 0);
-  for (Py_ssize_t begin = 0; begin < count; begin += kBatch) {
-    const Py_ssize_t batch = std::min(kBatch, count - begin);
-    c10::TensorImpl* impls[kBatch];
-    const at::Tensor* found[kBatch];
+  for (Py_ssize_t begin = 0; begin < count; begin += kTogether) {
+    const Py_ssize_t batch = std::min(kTogether, count - begin);
+    c10::TensorImpl* impls[kTogether];
+    const at::Tensor* found[kTogether];
     for (Py_ssize_t i = 0; i < batch; ++i) {
-      if (begin + i + kBatch < count) prefetch(items[begin + i + kBatch], sizeof(PyObject) + 8);
+      if (begin + i + kTogether < count)
+        prefetch(items[begin + i + kTogether], sizeof(PyObject) + 8);
       if (!THPVariable_CheckExact(items[begin + i])) return std::nullopt;
       found[i] = &THPVariable_Unpack(items[begin + i]);
       impls[i] = found[i]->unsafeGetTensorImpl();
@@ -123,27 +125,30 @@ class Attribute {
 };
 
 // `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor.
-// Nothing if anything is unusual or wrong, for Python to look at: its rules are not repeated here,
-// what is checked is only that none of them can matter.
+// Nothing if anything is unusual or wrong: then Python looks, whose rules are not repeated here.
 inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
                                                 const py::object& max_norm,
                                                 const py::object& norm_type) {
   if (!PyList_CheckExact(parameters.ptr()) && !PyTuple_CheckExact(parameters.ptr()))
     return std::nullopt;
+  // NaN for what is no number.
   const auto number = [](const py::object& value) {
     const bool is_number = PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr());
-    const double found = is_number ? PyFloat_AsDouble(value.ptr()) : -1;
-    if (PyErr_Occurred() != nullptr) PyErr_Clear();
-    return found;
+    const double found = is_number ? PyFloat_AsDouble(value.ptr()) : NAN;
+    if (PyErr_Occurred() == nullptr) return found;
+    PyErr_Clear();
+    return static_cast<double>(NAN);
   };
   const double p = number(norm_type), limit = number(max_norm);
   const bool is_tensor = THPVariable_CheckExact(max_norm.ptr());
-  if (!(p > 0) || !(limit >= 0 || is_tensor)) return std::nullopt;
-  if (is_tensor && THPVariable_Unpack(max_norm.ptr()).dim() != 0) return std::nullopt;
+  const at::Tensor threshold = is_tensor ? THPVariable_Unpack(max_norm.ptr()) : at::Tensor();
+  const bool is_usual =
+      is_tensor ? threshold.dim() == 0 && threshold.layout() == at::kStrided && !threshold.is_meta()
+                : limit >= 0;
+  if (!(p > 0) || !is_usual) return std::nullopt;
   const auto grads = read<What::kGrads>(parameters);
   if (!grads) return std::nullopt;
-  return is_tensor ? grads->clip_norm_tensor_(THPVariable_Unpack(max_norm.ptr()), p)
-                   : grads->clip_norm_(limit, p);
+  return is_tensor ? grads->clip_norm_tensor_(threshold, p) : grads->clip_norm_(limit, p);
 }
 
 // How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
@@ -169,13 +174,13 @@ class Wrapped {
     PlainGrads grads;
     grads.reserve(count);
     Addresses seen(what == What::kGrads ? count : 0);
-    for (size_t begin = 0; begin < count; begin += kBatch) {
-      const size_t batch = std::min<size_t>(kBatch, count - begin);
-      const at::Tensor *tensors[kBatch], *found[kBatch];
-      py::object wrappers[kBatch], inners[kBatch];
+    for (size_t begin = 0; begin < count; begin += kTogether) {
+      const size_t batch = std::min<size_t>(kTogether, count - begin);
+      const at::Tensor *tensors[kTogether], *found[kTogether];
+      py::object wrappers[kTogether], inners[kTogether];
       for (size_t i = 0; i < batch; ++i) {
-        if (begin + i + kBatch < count)
-          prefetch(PyList_GET_ITEM(list.ptr(), begin + i + kBatch), 2 * sizeof(PyObject));
+        if (begin + i + kTogether < count)
+          prefetch(PyList_GET_ITEM(list.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
         const py::handle item = PyList_GET_ITEM(list.ptr(), begin + i);
         if (!is_tensor(item)) return std::nullopt;
         tensors[i] = found[i] = &THPVariable_Unpack(item.ptr());

@@ -10,8 +10,8 @@ class Gradients(Protocol):
     """Gradients, or other tensors, of one call: n of them on this rank, in m groups.
 
     Norms and coefficients are float64, on the device of the first tensor, and no verb waits for it.
-    Of `PlainGrads` (csrc/python/grads.h), `LocalGrads` and `SpreadGrads` the last are those of all
-    ranks together, each of which calls the same verbs.
+    Of `PlainGrads` (csrc/python/grads.h; where that is not built plain.py), `LocalGrads` and
+    `SpreadGrads` the last are those of all ranks together, each of which calls the same verbs.
     """
 
     def __len__(self) -> int:
@@ -42,7 +42,10 @@ class Gradients(Protocol):
         """Clamp each element to [-bound, bound]."""
 
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        """`norm`, which may be given, coefficient and `scale_` in one: returns `result` of it."""
+        """`norm`, coefficient and `scale_` in one: returns the norm before as `result` does.
+
+        The norm may be given if p > 0.
+        """
 
 
 class GradientsHere(Gradients, Protocol):

@@ -117,7 +117,7 @@ def _each_slice(tensor: Tensor, p: float, copy: Tensor | None) -> Tensor:
         return each(tensor.unbind(), p)
     rows, wide = tensor.flatten(1), widest(tensor.device)
     if not rows.numel():
-        return torch.zeros(len(rows), dtype=wide, device=tensor.device)
+        return torch.full((len(rows),), empty_norm(p), dtype=wide, device=tensor.device)
     if not _are_here([tensor]) or p not in (1, 2):
         parts = rows.split(rows_of_block(rows))
         return torch.cat([norms_of_rows(converted(part, wide), p) for part in parts])

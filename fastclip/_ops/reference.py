@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import pieces
 from .coef import clip_coef, means_zeros
 from .measure import each, each_row, empty_norm, total
-from .pieces import COPY, SMALL
 from .rows import norm_of, widest
 from .transforms import converted, is_known, is_transformed
 
@@ -63,7 +63,7 @@ def scale_(
             f"coef: expected a 0-d tensor or one value for each of {slots} groups, "
             f"got shape {list(coef.shape)}"
         )
-    torch.autograd.graph.increment_version(tensors)
+    _note_writes(tensors)
     if not coef.dim():
         _scale(tensors, coef)
     elif rows:
@@ -80,16 +80,15 @@ def scale_(
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    _note_writes(tensors)
     for some in _alike(tensors):
         # torch refuses a bound that overflows the dtype.
         limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
         # Two calls for all, but for long tensors of the CPU, which two would read twice.
         apart = is_transformed()
-        for tensor in [t for t in some if apart or (t.is_cpu and t.numel() >= SMALL)]:
+        for tensor in [t for t in some if apart or (t.is_cpu and t.numel() >= pieces.SMALL)]:
             tensor.clamp_(-limit, limit)
-        if short := [t for t in some if not apart and (not t.is_cpu or t.numel() < SMALL)]:
+        if short := [t for t in some if not apart and (not t.is_cpu or t.numel() < pieces.SMALL)]:
             torch._foreach_clamp_min_(short, -limit)
             torch._foreach_clamp_max_(short, limit)
 
@@ -107,7 +106,7 @@ def clip_norm_(
         return total_norm.to(dtype)
     device = tensors[0].device
     total_norm = total_norm.to(device, widest(device))
-    torch.autograd.graph.increment_version(tensors)
+    _note_writes(tensors)
     _scale(tensors, clip_coef(total_norm, max_norm, dtype == torch.float64), False)
     return total_norm.to(dtype)
 
@@ -139,6 +138,16 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
         raise ValueError(f"group: expected indices from 0, got {min(group)}")
 
 
+def _note_writes(tensors: Sequence[Tensor]) -> None:
+    """Before any is written: torch finds out while it writes."""
+    if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
+        raise RuntimeError(
+            "a tensor made in inference mode cannot be changed in place outside of it; clone it"
+        )
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
+
+
 def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
     """Lists of one dtype and device each."""
     if len({t.dtype for t in tensors}) == len({t.device for t in tensors}) == 1:
@@ -163,7 +172,7 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
             for tensor in some:
                 _multiply(tensor, value)
         elif some[0].dtype == wide or here.type == "cpu":
-            # As a number is, which a float32 without dimensions is on the CPU.
+            # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
             torch._foreach_mul_(some, value)
         else:
             _scale_halves(some, value)
@@ -184,8 +193,8 @@ def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -
         return
     numbers, zeros = coef.tolist(), means_zeros(coef).tolist()
     changed = [(t, slot) for t, slot in zip(tensors, slots, strict=True) if numbers[slot] != 1]
-    values = {t.dtype: t for t, _ in changed}
-    values = {dtype: coef.to(_wide(t)).unbind() for dtype, t in values.items()}
+    alike = {t.dtype: t for t, _ in changed}
+    values = {dtype: coef.to(_wide(t)).unbind() for dtype, t in alike.items()}
     if changed:
         torch._foreach_mul_([t for t, _ in changed], [values[t.dtype][i] for t, i in changed])
     for tensor, slot in changed:
@@ -211,7 +220,7 @@ def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
     size = len(tensor)
     if tensor.dtype != coefs.dtype:
         # The copies stay in the cache.
-        size = max(1, COPY * size // max(1, tensor.numel()))
+        size = max(1, pieces.COPY * size // max(1, tensor.numel()))
     for start in range(0, len(tensor), max(1, size)):
         _multiply(tensor[start : start + size], coefs[start : start + size])
     zeros = means_zeros(coefs)
