@@ -67,8 +67,8 @@ def unscale_and_clip_(
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = _inverse_scale(scaler, optimizers)
     items = parameters_of(given)
-    _refuse_float16(items, inv_scale)
     grads = _read(items, p, process_group, measured)
+    _refuse_float16(items, grads, inv_scale)
     found = _measure(grads, max_norm, p, inv_scale)
     if inv_scale is None:
         grads.scale_(found.coef)
@@ -130,8 +130,8 @@ def clipped_step(
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
     items = parameters_of(given)
-    _refuse_float16(items, inv_scale)
     grads = _read(items, p, process_group, measured)
+    _refuse_float16(items, grads, inv_scale)
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     before, divisor = _optimizers.split(coef, grads.is_wide())
@@ -196,8 +196,10 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
     return scaler._scale.to(widest(scaler._scale.device)).reciprocal().float()
 
 
-def _refuse_float16(items: list[Tensor], inv_scale: Tensor | None) -> None:
-    for i, item in enumerate(items) if inv_scale is not None else ():
+def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | None) -> None:
+    if inv_scale is None or not grads.has(torch.float16):
+        return
+    for i, item in enumerate(items):
         if item.grad is not None and item.grad.dtype == torch.float16:
             raise ValueError(
                 f"the gradient of parameter {i} of the optimizer: float16 gradients are not "

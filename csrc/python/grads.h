@@ -45,7 +45,8 @@ class PlainGrads {
   std::vector<at::Tensor> tensors_, wrappers_;
   std::vector<int64_t> slots_;
   std::optional<std::vector<at::Tensor>> known_;
-  bool wide_ = false;
+  // A bit for each that there is.
+  uint64_t dtypes_ = 0;
 
  public:
   void reserve(size_t count) { tensors_.reserve(count); }
@@ -54,7 +55,7 @@ class PlainGrads {
   bool add(const at::Tensor& tensor) {
     if (!is_plain(tensor, tensors_)) return false;
     tensors_.push_back(tensor);
-    wide_ |= tensor.scalar_type() == at::kDouble;
+    dtypes_ |= uint64_t{1} << static_cast<unsigned>(tensor.scalar_type());
     return true;
   }
 
@@ -66,7 +67,9 @@ class PlainGrads {
 
   size_t size() const { return tensors_.size(); }
 
-  bool is_wide() const { return wide_; }
+  bool is_wide() const { return has(at::kDouble); }
+
+  bool has(at::ScalarType dtype) const { return dtypes_ >> static_cast<unsigned>(dtype) & 1; }
 
   std::vector<at::Device> devices() const {
     if (tensors_.empty()) return {};
@@ -75,7 +78,7 @@ class PlainGrads {
 
   // Norms are float64; what is returned of them is as precise as the gradients.
   at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {
-    return norms.to(dtype.value_or(wide_ ? at::kDouble : at::kFloat));
+    return norms.to(dtype.value_or(is_wide() ? at::kDouble : at::kFloat));
   }
 
   at::Tensor norm(double p) const {

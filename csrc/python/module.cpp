@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PlainGrads>(m, "PlainGrads")
       .def("__len__", &PlainGrads::size)
       .def("is_wide", &PlainGrads::is_wide)
+      .def("has", &PlainGrads::has)
       .def("result", &PlainGrads::result, py::arg("norms"), py::arg("dtype") = std::nullopt)
       .def("norm", &PlainGrads::norm)
       .def("slots", &PlainGrads::slots)

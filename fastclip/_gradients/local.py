@@ -47,6 +47,9 @@ class LocalGrads:
                 return self.norms(p)[0]
             return _ops.norm([_measured(t, p) for t in self.tensors], p, True)
 
+    def has(self, dtype: torch.dtype) -> bool:
+        return any(t.dtype == dtype for t in self.tensors)
+
     def is_wide(self) -> bool:
         return result_dtype(self.tensors) == torch.float64
 

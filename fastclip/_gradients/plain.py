@@ -27,6 +27,9 @@ class PlainGrads:
     def devices(self) -> list[torch.device]:
         return [t.device for t in self.tensors[:1]]
 
+    def has(self, dtype: torch.dtype) -> bool:
+        return any(t.dtype == dtype for t in self.tensors)
+
     def is_wide(self) -> bool:
         return result_dtype(self.tensors) == torch.float64
 

@@ -20,6 +20,9 @@ class Gradients(Protocol):
     def is_wide(self) -> bool:
         """Whether any is float64 or complex128."""
 
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether any on this rank is of this dtype."""
+
     def norm(self, p: float) -> Tensor:
         """The norm of all, of groups that of the first; 0-d."""
 

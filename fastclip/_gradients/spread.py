@@ -43,6 +43,9 @@ class SpreadGrads:
     def __len__(self) -> int:
         return len(self.local)
 
+    def has(self, dtype: torch.dtype) -> bool:
+        return self.error is None and self.local.has(dtype)
+
     def is_wide(self) -> bool:
         return self.wide
 
