@@ -40,14 +40,15 @@ class Ring(State):
         _ops.record_(*self._on(row.device), row)
 
     @property
-    def rows(self) -> Tensor:
-        """The ring as it lies there."""
-        return self._here["rows"]
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Rows and counter as they lie there."""
+        here = self._here
+        return here["rows"], here["steps"]
 
     def read(self) -> tuple[int, Tensor]:
         """How many steps there were, and the rows of the last of them, oldest first."""
         steps = int(self._here["steps"])
-        last = self.rows[:steps].cpu()
+        last = self._here["rows"][:steps].cpu()
         return steps, last.roll(-(steps % len(last)), 0) if steps > len(last) else last
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -98,10 +98,12 @@ class GradClipper:
         self._look_again()
         if self.is_one and self.nonfinite == "propagate" and not callable(self.thresholds[0]):
             given = self.thresholds[0], self.p
-            total_norm = None if self.asked[0] else clipped_at_once(self._items, *given)
+            # Of a threshold on the device a row holds more than the norm.
+            at_once = self._is_fixed and not self.asked[0]
+            total_norm = clipped_at_once(self._items, *given, self._ring) if at_once else None
             if total_norm is None:
                 total_norm = self._read().clip_norm_(*given)
-            self._record(value_of(total_norm))
+                self._record(value_of(total_norm))
             return total_norm
         grads = self._read()
         norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
@@ -189,9 +191,8 @@ class GradClipper:
         return {name: rule for name, rule in rules if hasattr(rule, "load_state_dict")}
 
     def _look_again(self) -> None:
-        for source in self._sources:
-            if not source.is_unchanged():
-                return self._find()
+        if not all(map(NamedParameters.is_unchanged, self._sources)):
+            self._find()
 
     def _find(self) -> None:
         owners: dict[int, tuple[str, int]] = {}
@@ -247,9 +248,7 @@ class GradClipper:
         steps, rows = self._ring.read()
         count = len(self.names)
         norms = rows[:, :count]
-        limits = rows[:, count:]
-        if self._is_fixed:
-            limits = rows.new_tensor(self.thresholds)
+        limits = rows.new_tensor(self.thresholds) if self._is_fixed else rows[:, count:]
         limits = limits.expand(norms.shape)
         # As they were: of norms that are float32, in float32.
         coefs, wide = clip_coef(norms, limits, False), clip_coef(norms, limits)

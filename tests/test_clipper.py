@@ -303,9 +303,9 @@ def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
 
 
 def test_a_ring_is_bounded_in_bytes():
-    assert len(_history.Ring(1).rows) == 131_072
-    assert len(_history.Ring(2000).rows) == (16 << 20) // (8 * 2000) == 1048
-    assert _history.Ring(3 << 20).rows.shape == (1, 3 << 20)
+    assert len(_history.Ring(1).tensors[0]) == 131_072
+    assert len(_history.Ring(2000).tensors[0]) == (16 << 20) // (8 * 2000) == 1048
+    assert _history.Ring(3 << 20).tensors[0].shape == (1, 3 << 20)
 
 
 # In a process of its own, where no memory was freed before that may be taken again.
@@ -324,7 +324,7 @@ for ring in rings:
     assert ring.read()[1].tolist() == [[2.0] * 2000]
 print(resident() - before)
 for ring in rings:
-    ring.rows.fill_(1)
+    ring.tensors[0].fill_(1)
 print(resident() - before)
 """
 
@@ -370,7 +370,7 @@ def test_the_log_leaves_the_cpu_and_no_other_place():
 
 def test_a_step_that_is_not_recorded_yet_is_zero_in_the_state():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), 1.0)
-    clipper._ring.rows.fill_(7)  # as memory may be found
+    clipper._ring.tensors[0].fill_(7)  # as memory may be found
     clipper.clip_()
     rows = clipper.state_dict()["log"]["rows"]
     assert rows[0] == 5

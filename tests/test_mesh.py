@@ -22,7 +22,7 @@ from ranks import World
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import _ops, _ranks
+from fastclip import _gradients, _ops, _ranks
 from fastclip._gradients import reading
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -763,6 +763,31 @@ def test_torch_agrees_where_it_is_right(world):
     world(2).run(torch_agrees)
 
 
+def straight() -> None:
+    for shape in ((2,), (1, 2)):
+        mesh = init_device_mesh("cpu", shape)
+        cut = [Shard(0)] * mesh.ndim
+        parameters = [
+            spread((6,), mesh, *cut),
+            spread((6, 2), mesh, *cut),
+            spread((4,), mesh, *cut),
+        ]
+        parameters[2].grad = None
+        fastclip.clip_grad_norm_(parameters, math.inf)
+        with pytest.MonkeyPatch.context() as patch:
+            # What takes the long road.
+            patch.setattr(_gradients.SpreadGrads, "__init__", None)
+            for p in (1, 2.0):
+                check(parameters, p)
+            clipper = fastclip.GradClipper(parameters, 0.1)
+            norm = clipper.clip_()
+        assert clipper.stats()["total_norm"] == [float(norm.full_tensor())]
+
+
+def test_one_sum_over_ranks_takes_the_short_road(world):
+    world(2).run(straight)
+
+
 def plans() -> None:
     made = 0
     real = _ranks.Plan.__init__
@@ -797,7 +822,7 @@ def plans() -> None:
             fastclip.clip_grad_norm_(parameters, 1e9, process_group=root["pp"])
         assert made == 5
         gc.disable()
-        replaced = weakref.ref(_ranks.plan._plans[0][parameters[0]._spec])
+        replaced = weakref.ref(_ranks.plan._plans[0][id(parameters[0]._spec)][0])
         check(parameters)
         assert made == 6
         assert replaced() is None
@@ -810,10 +835,11 @@ def plans() -> None:
     lone._spec = layout
     lone.grad = DTensor(torch.ones(3), layout, requires_grad=False)
     fastclip.clip_grad_norm_(lone, 1e9)
-    held, plan = len(_ranks.plan._plans[0]), weakref.ref(_ranks.plan._plans[0][layout])
+    plans = _ranks.plan._plans[0]
+    held, plan = len(plans), weakref.ref(plans[id(layout)][0])
     del lone, layout
     gc.collect()
-    assert len(_ranks.plan._plans[0]) < held
+    assert len(plans) < held
     assert plan() is None
     # Another layout may come to lie where one was that is gone.
     layout = copy.copy(parameters[0]._spec)

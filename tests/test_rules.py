@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import parameters
+from torch import nn
 
 import fastclip
 from fastclip import AutoClip, ZClip, _ops, rules
@@ -166,6 +167,30 @@ def test_any_callable_is_a_rule():
     with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0, got -1"):
         fastclip.clip_grad_norm_(made, lambda norm: -1)
     torch.testing.assert_close(made[0].grad, torch.tensor([0.15, 0.2]))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [2, True, np.float32(2), "2", torch.tensor([2.0]), nn.Parameter(torch.tensor(2.0))],
+    ids=lambda answer: type(answer).__name__,
+)
+def test_a_rule_is_asked_once_whatever_it_answers(answer):
+    asked = []
+    made = parameters([torch.tensor([3.0, 4.0])])
+    assert fastclip.clip_grad_norm_(made, lambda norm: asked.append(norm) or answer) == 5
+    torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8]) * float(answer))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [("two", TypeError), (None, TypeError), (math.nan, ValueError), (torch.ones(2), ValueError)],
+)
+def test_an_answer_that_is_no_threshold_raises_before_anything_changes(answer, error):
+    made = parameters([torch.tensor([3.0, 4.0])])
+    with pytest.raises(error, match="max_norm"):
+        fastclip.clip_grad_norm_(made, lambda norm: answer)
+    assert made[0].grad.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ class PlainGrads {
     return op.call(std::forward<Args>(args)...);
   }
 
+  // Whether the host can read and write it as one double.
+  static bool is_number(const at::Tensor& tensor) {
+    return tensor.is_cpu() && tensor.numel() == 1 && tensor.scalar_type() == at::kDouble &&
+           !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+           !c10::impl::dispatch_mode_enabled();
+  }
+
   using MaybeNorm = std::optional<at::Tensor>;
 
   Norms known(const MaybeNorm& norm) const {
@@ -74,6 +81,10 @@ class PlainGrads {
   std::vector<at::Device> devices() const {
     if (tensors_.empty()) return {};
     return {tensors_[0].device()};
+  }
+
+  bool is_on(at::Device device) const {
+    return !tensors_.empty() && tensors_[0].device() == device;
   }
 
   // Norms are float64; what is returned of them is as precise as the gradients.
@@ -125,16 +136,22 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // By what all ranks have added up of one norm of order 1 or 2: the norm itself or its square, 1-d
-  // of one float64. Returns the norm, float64 or float32. Nothing where the host cannot look at it,
-  // or if it is negative, which says that a rank takes no part.
+  // What ranks add up of one norm of order 1 or 2: the norm itself or its square, 1-d, float64.
+  at::Tensor part(double p) const {
+    at::Tensor norm = norms(p);
+    if (p != 2) return norm;
+    if (!is_number(norm)) return norm.mul(norm);
+    *norm.mutable_data_ptr<double>() *= *norm.const_data_ptr<double>();
+    return norm;
+  }
+
+  // By what all ranks have added up. Returns the norm, float64 or float32. Nothing where the host
+  // cannot look at the sum, or if it is negative, which says that a rank takes no part.
   std::optional<at::Tensor> clip_by_sum_(const at::Tensor& sum, double max_norm, double p,
                                          bool wide) const {
-    const bool is_known = sum.is_cpu() && sum.numel() == 1 && sum.scalar_type() == at::kDouble &&
-                          !sum.unsafeGetTensorImpl()->is_python_dispatch() &&
-                          !c10::impl::dispatch_mode_enabled();
-    const double found = is_known ? *sum.const_data_ptr<double>() : -1;
+    const double found = is_number(sum) ? *sum.const_data_ptr<double>() : -1;
     if (found < 0) return std::nullopt;
+    wide |= is_wide();
     const double total_norm = p == 2 ? std::sqrt(found) : found;
     const double coef = clip_coef_as(wide, total_norm, max_norm);
     if (coef != 1) {
@@ -158,6 +175,12 @@ class PlainGrads {
                                const MaybeNorm& norm = std::nullopt) const {
     static const auto op = find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor");
     return call(op, tensors_, max_norm, p, known(norm));
+  }
+
+  // A row of norms into a ring.
+  static void record_(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& row) {
+    static const auto op = find_op<RecordOp>("fastclip::record_");
+    call(op, rows, steps, row);
   }
 };
 

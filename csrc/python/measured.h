@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "clip.h"
 #include "grads.h"
 #include "unscale.h"
 
@@ -82,10 +83,10 @@ class [[gnu::visibility("hidden")]] Measured {
   // The common case of a clip, in one call of C++: after backward all of Python is cold. Nothing if
   // Python has to look, at the threshold or at a gradient; then nothing is done.
   std::optional<at::Tensor> clip_(const py::list& items, py::handle max_norm) {
-    const bool is_number = PyFloat_Check(max_norm.ptr()) && PyFloat_AS_DOUBLE(max_norm.ptr()) >= 0;
-    const auto grads = is_number ? take(items) : std::nullopt;
+    const Threshold threshold(max_norm);
+    const auto grads = threshold.is_usual() ? take(items) : std::nullopt;
     if (!grads) return std::nullopt;
-    return grads->clip_norm_(PyFloat_AS_DOUBLE(max_norm.ptr()), p_);
+    return threshold.clip_(*grads, p_);
   }
 
   virtual void forget() { std::ranges::fill(norms_, at::Tensor()); }

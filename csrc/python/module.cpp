@@ -6,9 +6,11 @@
 
 #include <vector>
 
+#include "clip.h"
 #include "measured.h"
 #include "walk.h"
 #include "watch.h"
+#include "wrapped.h"
 
 namespace fastclip {
 
@@ -35,8 +37,8 @@ PYBIND11_MODULE(_C, m) {
     return fastclip::cuda::refusal ? fastclip::cuda::refusal(device) : "not built";
   });
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
-  m.def("clip_grad_norm_", fastclip::clip_grad_norm);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
+  m.def("clip_grad_norm_", fastclip::clip_grad_norm);
   py::class_<PlainGrads>(m, "PlainGrads")
       .def("__len__", &PlainGrads::size)
       .def("is_wide", &PlainGrads::is_wide)
@@ -50,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
       .def("scale_", &PlainGrads::scale_)
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
+      .def("part", &PlainGrads::part)
       .def("clip_by_sum_", &PlainGrads::clip_by_sum_)
       .def("clip_norm_", &PlainGrads::clip_norm_, py::arg("max_norm"), py::arg("p"),
            py::arg("norm") = std::nullopt)

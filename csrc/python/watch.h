@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor_list.h"
+
 namespace fastclip {
 
 class [[gnu::visibility("hidden")]] Watch {
@@ -26,10 +28,14 @@ class [[gnu::visibility("hidden")]] Watch {
   // Whether each container has the very same items, or values, in the same order.
   bool is_unchanged() const {
     auto held = held_.begin();
-    return std::ranges::all_of(containers_, [&](const Container& container) {
-      return size_of(container.object) == container.size &&
-             for_each(container, [&](PyObject* item) { return *held++ == item; });
-    });
+    for (size_t i = 0; i < containers_.size(); ++i) {
+      prefetch_from(i);
+      const Container& container = containers_[i];
+      if (size_of(container.object) != container.size ||
+          !for_each(container, [&](PyObject* item) { return *held++ == item; }))
+        return false;
+    }
+    return true;
   }
 
  private:
@@ -38,6 +44,14 @@ class [[gnu::visibility("hidden")]] Watch {
     bool is_dict;
     Py_ssize_t size;
   };
+
+  // Containers lie scattered, and what they hold elsewhere again.
+  void prefetch_from(size_t i) const {
+    if (i + 2 * kAhead < containers_.size())
+      prefetch(containers_[i + 2 * kAhead].object.ptr(), sizeof(PyDictObject));
+    if (i + kAhead < containers_.size() && containers_[i + kAhead].is_dict)
+      prefetch(reinterpret_cast<PyDictObject*>(containers_[i + kAhead].object.ptr())->ma_keys, 128);
+  }
 
   static Py_ssize_t size_of(py::handle container) {
     return PyDict_Check(container.ptr()) ? PyDict_Size(container.ptr())

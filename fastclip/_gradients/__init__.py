@@ -1,8 +1,8 @@
 """From parameters to gradients that have verbs: measure, scale, clamp, clip.
 
 `read` and `take` return `Gradients`: plain ones, whose list the extension has read in C++; local
-ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops` and
-`_warnings`.
+ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops`,
+`_arguments` and `_warnings`.
 """
 
 from .local import held

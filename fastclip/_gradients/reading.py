@@ -14,13 +14,26 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _ops
-from .._ranks import NONE, Asked, Kind, Plan, as_groups, find, follow, is_spread, of_plain
+from .._arguments import fixed_threshold
+from .._ranks import (
+    NONE,
+    Asked,
+    Kind,
+    Plan,
+    as_groups,
+    find,
+    follow,
+    is_spread,
+    of_plain,
+    planned,
+    value_of,
+)
 from .._warnings import warn
 from . import plain
 from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
-from .spread import SpreadGrads
+from .spread import SpreadGrads, clipped_by
 from .traced import traced
 
 Tensors = Tensor | Iterable[Tensor]
@@ -48,10 +61,25 @@ def read(
     return _read(items, foreach, _asked(process_group), True, kind, agree)
 
 
-def clipped_at_once(parameters: list[Tensor], max_norm: Any, norm_type: Any) -> Tensor | None:
-    """`clip_grad_norm_` as it is called most; None where anything has to be looked at."""
+def clipped_at_once(
+    parameters: list[Tensor], max_norm: Any, norm_type: Any, ring: Any = None
+) -> Tensor | None:
+    """`clip_grad_norm_` as it is called most, its norm also added to a `Ring` if one is given.
+
+    None, and nothing is done, where anything has to be looked at. After backward all of Python is
+    cold, and every function on the way costs microseconds.
+    """
     extension = _extension()
-    return extension and extension.clip_grad_norm_(parameters, max_norm, norm_type)
+    if extension is None:
+        return None
+    log = None if ring is None else ring.tensors
+    total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, fixed_threshold, log)
+    plan = planned(parameters) if total_norm is None else None
+    if plan is not None:
+        total_norm = clipped_by(plan, parameters, max_norm, norm_type)
+        if total_norm is not None and ring is not None:
+            ring.add(value_of(total_norm))
+    return total_norm
 
 
 def take(

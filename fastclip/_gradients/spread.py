@@ -5,6 +5,7 @@ torch.compile leaves their verbs as they are: collectives and plans are no part 
 
 import math
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,13 +55,8 @@ class SpreadGrads:
         return self._as_result(norms, dtype)
 
     def _as_result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        plan, dtype = self.plan, dtype or (torch.float64 if self.wide else torch.float32)
-        norms = norms.to(dtype)
-        if plan.mesh is None or norms.dim():
-            return norms
-        if dtype not in plan.result_layouts:
-            plan.result_layouts[dtype] = _ranks.replicated(plan.mesh, dtype)
-        return _ranks.as_replicated(norms, plan.result_layouts[dtype])
+        norms = norms.to(dtype or (torch.float64 if self.wide else torch.float32))
+        return norms if norms.dim() else self.plan.result(norms)
 
     @torch.compiler.disable
     def norm(self, p: float) -> Tensor:
@@ -100,11 +96,16 @@ class SpreadGrads:
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
         if norm is None:
-            parts = self._added(p)
-            total_norm = self._clipped_by(parts, max_norm, p)
-            if total_norm is not None:
-                return self._as_result(total_norm)
-            norm = self._as_norms(parts, p)[0]
+            return self.clip_by_(self._added(p), max_norm, p)
+        self.local.scale_(clip_coef(norm, max_norm, self.wide))
+        return self._as_result(norm)
+
+    def clip_by_(self, parts: Tensor, max_norm: float | Tensor, p: float) -> Tensor:
+        """By what all ranks have added up of the norm."""
+        total_norm = self._clipped_by(parts, max_norm, p)
+        if total_norm is not None:
+            return self.plan.result(total_norm)
+        norm = self._as_norms(parts, p)[0]
         self.local.scale_(clip_coef(norm, max_norm, self.wide))
         return self._as_result(norm)
 
@@ -208,3 +209,22 @@ class SpreadGrads:
     def _here(self, norms: Tensor) -> Tensor:
         here = len(self.local) or self.plan.device is None
         return norms if here else norms.to(self.plan.device)
+
+
+def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor | None:
+    """`clip_norm_` of the gradients of `items`, if their norm is one sum over ranks.
+
+    None, and nothing is done, where anything has to be looked at.
+    """
+    line, numbers = plan.reduction.line, (int, float)
+    is_usual = line is not None and type(max_norm) in numbers and type(p) in numbers
+    if not (is_usual and p in (1, 2) and (limit := float(max_norm)) >= 0):
+        return None
+    grads = plan.read(items, True)
+    if not grads:
+        return None
+    part = _ranks.over_line(line, grads.part(p))
+    total_norm = grads.clip_by_sum_(part, limit, p, plan.wide)
+    if total_norm is not None:
+        return plan.result(total_norm)
+    return SpreadGrads(grads, plan).clip_by_(part, limit, p)

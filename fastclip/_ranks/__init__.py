@@ -5,8 +5,8 @@ Nothing but this room knows DTensors and collectives. It imports `_ops` and `_wa
 
 from .ddp import is_data_parallel, on_reduced_buckets
 from .groups import as_groups, is_alone, is_same, raise_if_told, told
-from .mesh import as_replicated, is_dtensor, local_of, placed, replicated, value_of
-from .parts import as_norm, as_parts, combined, over, spoiled
-from .plan import Plan, find, follow, is_spread, of_plain
+from .mesh import is_dtensor, local_of, placed, value_of
+from .parts import as_norm, as_parts, combined, over, over_line, spoiled
+from .plan import Plan, find, follow, is_spread, of_plain, planned
 from .reduction import NONE, Asked, Kind
 from .traced import cuts, joined, local_in_graph, replicated_in_graph

@@ -83,6 +83,13 @@ def over(step: Step, parts: Tensor, p: float, sizes: list[int] | None = None) ->
     return torch.cat(each)
 
 
+def over_line(line: list[Step], part: Tensor) -> Tensor:
+    """One part, of order 1 or 2, added up over the ranks of each step."""
+    for step in line:
+        part = groups.all_reduce(step, part, "SUM")
+    return part
+
+
 def _reduced(step: Step, parts: Tensor, p: float) -> Tensor:
     if p in (0, 1, 2):
         return groups.all_reduce(step, parts, "SUM")

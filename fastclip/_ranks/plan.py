@@ -12,13 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _ops
 from .._warnings import warn
 from .groups import groups_of
-from .mesh import INNER, LAYOUT, PARTS, is_dtensor, layout_of, local_of, placed
-from .reduction import Asked, Kind, reduction
+from .mesh import (
+    INNER,
+    LAYOUT,
+    PARTS,
+    as_replicated,
+    is_dtensor,
+    layout_of,
+    local_of,
+    placed,
+    replicated,
+)
+from .reduction import NONE, Asked, Kind, reduction
 
 
 class Plan:
@@ -45,7 +54,7 @@ class Plan:
         )
         # The only mesh, if there is one: of that is the result a DTensor.
         self.mesh = layouts[0].mesh if one else None
-        self.result_layouts: dict[torch.dtype, Any] = {}
+        self._result_layouts: dict[torch.dtype, Any] = {}
         self.direct = _ops.extension is not None and not any(
             p.is_partial() for layout in dtensors for p in layout.placements
         )
@@ -97,6 +106,15 @@ class Plan:
                 item.grad = wrapper
         return wrapper, local_of(wrapper)
 
+    def result(self, norm: Tensor) -> Tensor:
+        """A 0-d norm as the caller gets it."""
+        if self.mesh is None:
+            return norm
+        layout = self._result_layouts.get(norm.dtype)
+        if layout is None:
+            layout = self._result_layouts[norm.dtype] = replicated(self.mesh, norm.dtype)
+        return as_replicated(norm, layout)
+
     def _warn(self, what: str) -> None:
         if not self.warned:
             warn(
@@ -106,9 +124,10 @@ class Plan:
         self.warned = True
 
 
-# The plans of a list, kept with the layout of its first DTensor: a tensor that anything refers to
-# weakly could no longer be swapped, as Module.to() swaps parameters.
-_plans = tuple(WeakIdKeyDictionary() for _ in Kind)
+# The plans of a list, by the address of its first DTensor's layout, each with the reference that
+# takes it away when that layout dies: a tensor that anything refers to weakly could no longer be
+# swapped, as Module.to() swaps parameters.
+_plans: tuple[dict[int, tuple[Plan, Any]], ...] = tuple({} for _ in Kind)
 
 
 def is_spread(items: Sequence[Any]) -> bool:
@@ -129,11 +148,22 @@ def find(
         ValueError: of several groups two share more than this rank.
     """
     key = next((layout_of(item) for item in items if is_dtensor(item)), None)
-    known = None if key is None else _plans[kind].get(key)
+    plans, address = _plans[kind], id(key)
+    known, _ = plans.get(address, (None, None))
     plan, grads = follow(known, items, asked, at_once, write, kind)
     if key is not None and plan is not known:
-        _plans[kind][key] = plan
+        plans[address] = plan, weakref.ref(key, lambda _: plans.pop(address))
     return plan, grads
+
+
+def planned(items: Sequence[Tensor]) -> Plan | None:
+    """What `find` has made for a list that begins with a DTensor, of all together, if it still is.
+
+    `read` tells whether the plan is for these items.
+    """
+    key = getattr(items[0], LAYOUT, None) if items else None
+    plan, _ = _plans[Kind.TOTAL].get(id(key), (None, None))
+    return plan if plan is not None and plan.is_for(NONE) else None
 
 
 def follow(

@@ -80,6 +80,12 @@ class Reduction:
         one_each = self.members == flat and len(self.slots) == len(flat)
         return self.kind is not Kind.COUNT and one_each
 
+    @cached_property
+    def line(self) -> list[Step] | None:
+        """The steps over which one number is added up, if that is all there is to it."""
+        is_line = self.is_flat and len(self.slots) == 1 and not self.beyond
+        return [step for step in self.steps if step.members] if is_line else None
+
 
 def reduction(
     layouts: Sequence[Any], asked: Asked, kind: Kind, labels: Sequence[int] | None = None
