@@ -8,11 +8,14 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import setup
 from setuptools.command.sdist import sdist
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError:
+    sys.exit("No torch to build for. If you have one: pip install --no-build-isolation .")
 sys.path.insert(0, "csrc")
 import nvcc
 
@@ -31,26 +34,23 @@ class BuildWithNvcc(BuildExtension):
     def build_extension(self, extension):
         if WITH_CUDA:
             kernels = f"{self.build_temp}/launch.o"
-            self.mkpath(self.build_temp)
             self.spawn(nvcc.command(NVCC, kernels))
             nvcc.add(NVCC, kernels, extension)
         super().build_extension(extension)
 
 
-class WholeTree(sdist):
-    """What builds, tests and measures the package, not just what is compiled here."""
-
+class WholeTree(sdist):  # what builds, tests and measures, not just what is compiled here
     def make_release_tree(self, base_dir, files):
         found = [p for d in ("csrc", "tests", "benchmarks") for p in Path(d).rglob("*.*")]
-        found = [str(p) for p in found if p.suffix != ".pyc"]
-        super().make_release_tree(base_dir, sorted({*files, *found, "CHANGELOG.md", ".ci/run"}))
+        files = [*files, "CHANGELOG.md", ".ci/run", *(str(p) for p in found if p.suffix != ".pyc")]
+        super().make_release_tree(base_dir, sorted(set(files)))
 
 
 # OpenMP's symbols come from torch's runtime: a second one, linked here, would fight for the cores.
 compiled = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 sources = sorted(str(p) for p in Path("csrc").glob("**/*.cpp") if WITH_CUDA or "cuda" not in str(p))
-extension = CppExtension("fastclip._C", sources, extra_compile_args=compiled)
-extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
+flags = {"extra_compile_args": compiled, "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
+extension = CppExtension("fastclip._C", sources, **flags)
 minor = ".".join(torch.__version__.split(".")[:2])
 setup(
     ext_modules=[extension] if CPU == "1" else [],

@@ -43,6 +43,7 @@ def architectures(nvcc: str) -> list[str]:
 
 def command(nvcc: str, built: str) -> list[str]:
     """What compiles the kernels to the object `built`, every architecture at the same time."""
+    Path(built).parent.mkdir(parents=True, exist_ok=True)
     return [nvcc, *FLAGS.split(), "-t0", *architectures(nvcc), "-c", KERNELS, "-o", built]
 
 

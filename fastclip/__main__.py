@@ -83,6 +83,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastclip", description=fastclip.__doc__)
+    version = f"fastclip {fastclip.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="name", metavar="command", required=True)
     what = "print versions, paths, and which devices have compiled kernels"
     commands.add_parser("info", help=what, description=what)

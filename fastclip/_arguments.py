@@ -59,6 +59,11 @@ def scalar(name: str, value: Tensor) -> Tensor:
 
 def threshold(max_norm: Any) -> Any:
     """A number >= 0, a 0-d tensor, or a rule."""
+    if isinstance(max_norm, type):
+        raise TypeError(
+            f"max_norm: expected a number, a 0-d tensor or a rule, got the class "
+            f"{max_norm.__name__}; pass one that is made, as {max_norm.__name__}()"
+        )
     return max_norm if callable(max_norm) else fixed_threshold(max_norm)
 
 
@@ -87,6 +92,11 @@ def checked_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups that are measured, with names and thresholds."""
     found: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
+        if not isinstance(group, dict):
+            raise TypeError(
+                f"groups[{i}]: expected a dict such as "
+                f'{{"params": module, "max_norm": 1.0}}, got {type(group).__name__}'
+            )
         name = str(group.get("name", i))
         known_keys = {"params", "max_norm", "coef_of", "name", "process_group"}
         if unknown := set(group) - known_keys:

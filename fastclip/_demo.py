@@ -19,10 +19,11 @@ import fastclip
 INSTALL_EXTRA = 'pip install --no-build-isolation -e ".[demo]"'
 
 # Without clipping this learning rate ends training within ten steps or so, whatever the seed; at
-# half of it training survives. A higher threshold lets rounding part the two clipped runs.
+# half of it training survives. Above this threshold, which clips some 8 % of the steps, rounding
+# parts the two clipped runs.
 LEARNING_RATE = 0.7
 MOMENTUM = 0.9
-MAX_NORM = 0.5
+MAX_NORM = 0.75
 LAST = 20
 COLORS = ("tab:red", "skyblue", "navy", "tab:green")
 

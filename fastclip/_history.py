@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._decide import spared
 from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
@@ -51,6 +52,11 @@ class Ring(State):
         last = self._here["rows"][:steps].cpu()
         return steps, last.roll(-(steps % len(last)), 0) if steps > len(last) else last
 
+    def read_last(self) -> Tensor:
+        """The row of the last step, as `read` returns them."""
+        rows, steps = self.tensors
+        return rows[(steps - 1) % len(rows)].cpu()[: int(steps)]
+
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
         state["rows"][int(state["steps"]) :] = 0
@@ -80,6 +86,34 @@ class History(NamedTuple):
     norms: Tensor
     limits: Tensor
     coefs: Tensor
+
+
+def histories(
+    rows: Tensor,
+    names: Sequence[str],
+    thresholds: Sequence[float] | None,
+    leaders: Sequence[int],
+    nonfinite: str,
+) -> list[History]:
+    """Of each group: `rows` hold a norm of each, then its threshold if not all are numbers."""
+    norms = rows[:, : len(names)]
+    limits = rows[:, len(names) :] if thresholds is None else rows.new_tensor(thresholds)
+    limits = limits.expand(norms.shape)
+    # As they were: of norms that are float32, in float32.
+    coefs, wide = _ops.clip_coef(norms, limits, False), _ops.clip_coef(norms, limits)
+    coefs = coefs.where(norms == norms.float(), wide)
+    coefs = spared(coefs, norms, nonfinite)
+    coefs = spared(coefs[:, leaders], norms, nonfinite).clamp(min=0)
+    each = zip(names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
+    return [History(*one) for one in each]
+
+
+def last_of(history: History) -> dict[str, float]:
+    """The numbers of one group at its last step."""
+    if not len(history.norms):
+        raise ValueError("last: no step was recorded; call clip_() first")
+    names = "total_norm", "max_norm", "coef"
+    return {name: float(values[-1]) for name, values in zip(names, history[1:], strict=True)}
 
 
 def draw(steps: int, histories: Sequence[History], path: str | PathLike[str]) -> None:

@@ -17,16 +17,15 @@ from ._warnings import warn
 
 
 class NormAccumulator:
-    r"""Measure each gradient when backward has made it, and clip by the norm of all afterwards.
+    """Measure each gradient when backward has made it, and clip by the norm of all afterwards.
 
-    A gradient is read when it is in the cache anyway, and `clip_` only combines what was measured:
-    $(\sum_i \lVert g_i \rVert_p^p)^{1/p}$, then scales as `clip_grad_norm_` does. Under
-    `DistributedDataParallel` the averaged buckets are measured as they arrive. A gradient that was
-    changed since, by in-place operations or a new object, is measured again. What changes a
-    gradient without its version counter is not seen: writes through `.data`, collectives of
-    `torch.distributed`, replays of a CUDA graph. After those call `forget`. Where a scaler has
-    unscaled them, all are measured again: pass this as `measured` to `unscale_and_clip_` or
-    `clipped_step` instead.
+    A gradient is read when it is in the cache anyway, and `clip_` only puts the norms that were
+    measured together, then scales as `clip_grad_norm_` does. Under `DistributedDataParallel` the
+    averaged buckets are measured as they arrive. A gradient that was changed since, by in-place
+    operations or a new object, is measured again. What changes a gradient without its version
+    counter is not seen: writes through `.data`, collectives of `torch.distributed`, replays of a
+    CUDA graph. After those call `forget`. Where a scaler has unscaled them, all are measured again:
+    pass this as `measured` to `unscale_and_clip_` or `clipped_step` instead.
 
     `clip_` measures all gradients itself where the extension is not built; on several ranks without
     `DistributedDataParallel`, whose collectives would not be seen; and where a gradient is a

@@ -20,7 +20,6 @@ from ._decide import decide, raise_if_nonfinite, resolved
 from ._gradients import as_list, clipped_at_once, read, take
 from ._ops import clip_coef, is_differentiated
 from ._ranks import Kind
-from ._warnings import warn
 
 
 def clip_grad_norm_(
@@ -33,12 +32,12 @@ def clip_grad_norm_(
     nonfinite: str = "propagate",
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    r"""Scale the gradients in place so that their global norm is at most `max_norm`.
+    """Scale the gradients in place so that their global norm is at most `max_norm`.
 
-    $g \leftarrow g \cdot \min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$; nothing is
-    written where the coefficient is 1. One read if nothing is clipped, no wait for the device
-    unless `error_if_nonfinite`, the same bits on every call. `torch.compile` takes it whole; of
-    DTensors those of one mesh, without Partial ones, `process_group` and `nonfinite`.
+    Each gradient is multiplied by min(1, max_norm / (norm + 1e-6)); nothing is written where that
+    is 1. One read if nothing is clipped, no wait for the device unless `error_if_nonfinite`, the
+    same bits on every call. `torch.compile` takes it whole; of DTensors those of one mesh, without
+    Partial ones, `process_group` and `nonfinite`.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
@@ -106,14 +105,14 @@ def clip_grad_norm_(
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
-    r"""Clamp every element of the gradients in place to `[-clip_value, clip_value]`.
+    """Clamp every element of the gradients in place to `[-clip_value, clip_value]`.
 
-    $g_i \leftarrow \min(\max(g_i, -c), c)$; NaN stays NaN. One pass, no wait for the device.
+    NaN stays NaN. One pass, no wait for the device.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real floating dtypes and
             devices, or one tensor.
-        clip_value: c >= 0, rounded to each gradient's dtype.
+        clip_value: the bound, >= 0, rounded to each gradient's dtype.
         foreach: as in torch, but all run the same code here.
 
     Raises:
@@ -136,7 +135,7 @@ def get_total_norm(
     dtype: torch.dtype | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    r"""Return the norm of all `tensors` taken as one vector, $(\sum_i |x_i|^p)^{1/p}$.
+    """Return the norm of all `tensors` taken as one vector: the sum of |x|^p, to the power 1/p.
 
     One read, float64 above a tile, no wait for the device unless `error_if_nonfinite`.
 
@@ -180,7 +179,7 @@ def clip_grads_with_norm_(
     total_norm: Tensor,
     foreach: bool | None = None,
 ) -> None:
-    r"""Scale the gradients in place by `min(1, max_norm / (total_norm + 1e-6))`.
+    """Scale the gradients in place by `min(1, max_norm / (total_norm + 1e-6))`.
 
     The second half of `clip_grad_norm_`, for a norm that was measured or combined elsewhere. No
     wait for the device; nothing is written where the coefficient is 1.
@@ -208,18 +207,7 @@ def clip_grads_with_norm_(
             "get_total_norm returned, or torch.tensor(value)"
         )
     total_norm = scalar("total_norm", total_norm)
-    items = as_list(parameters, "parameters")
-    grads = read(items, foreach)
-    # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
-    if items and not len(grads) and not any(map(_may_have_grad, items)):
-        warn(
-            "fastclip.clip_grads_with_norm_: no parameter has a gradient, nothing was scaled; pass "
-            "the parameters whose .grad is to be scaled, not the gradients themselves"
-        )
+    grads = read(parameters, foreach)
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     with torch.set_grad_enabled(is_differentiated()):
         grads.scale_(clip_coef(precise, max_norm))
-
-
-def _may_have_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)

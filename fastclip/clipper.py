@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from ._arguments import Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
 from ._gradients import Gradients, NamedParameters, aligned, clipped_at_once, read, read_by
-from ._history import History, Ring, draw, stats_of
-from ._ops import clip_coef, widest
+from ._history import History, Ring, draw, histories, last_of, stats_of
+from ._ops import widest
 from ._ranks import Kind, as_groups, value_of
 from ._state import Shared
 
@@ -21,12 +21,11 @@ Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 
 
 class GradClipper:
-    r"""Clip the gradients of a model by their global norm, or by groups, at every step.
+    """Clip the gradients of a model by their global norm, or by groups, at every step.
 
-    Each group's gradients are scaled by $\min(1, \text{max\_norm} / (\lVert g \rVert_p + 10^{-6}))$
-    of its own norm, all groups in one pass over the data. Parameters are looked up once and again
-    when a module, an optimizer or a list holds others. No wait for the device, unless `nonfinite`
-    is `"error"`.
+    Each group's gradients are multiplied by min(1, max_norm / (norm + 1e-6)) of its own norm, all
+    groups in one pass. Parameters are looked up once, and again when a module, an optimizer or a
+    list holds others. No wait for the device, unless `nonfinite` is `"error"`.
 
     Args:
         parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several modules or
@@ -142,8 +141,19 @@ class GradClipper:
         The last 131 072 steps, or as many as 16 MiB hold at 8 bytes for each group and, if any
         threshold is not a number, 8 more: 1 048 steps of 2 000 groups.
         """
-        steps, histories = self._histories()
-        found = {h.name: stats_of(steps, h.norms, h.coefs) for h in histories}
+        steps, rows = self._ring.read()
+        found = {h.name: stats_of(steps, h.norms, h.coefs) for h in self._histories(rows)}
+        return found["total"] if self.is_one else found
+
+    def last(self) -> dict[str, Any]:
+        """Return `total_norm`, `max_norm` and `coef` of the last step, as numbers for a logger.
+
+        Of groups one such dict each, by name. Waits for the device, and fetches one step only.
+
+        Raises:
+            ValueError: no step was recorded.
+        """
+        found = {h.name: last_of(h) for h in self._histories(self._ring.read_last())}
         return found["total"] if self.is_one else found
 
     def plot(self, path: str | PathLike[str]) -> None:
@@ -153,7 +163,8 @@ class GradClipper:
             ImportError: no matplotlib.
             ValueError: no step was recorded.
         """
-        draw(*self._histories(), path)
+        steps, rows = self._ring.read()
+        draw(steps, self._histories(rows), path)
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, and the states of rules by their group; waits for the device.
@@ -244,16 +255,6 @@ class GradClipper:
             norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
         self._ring.add(norms)
 
-    def _histories(self) -> tuple[int, list[History]]:
-        steps, rows = self._ring.read()
-        count = len(self.names)
-        norms = rows[:, :count]
-        limits = rows.new_tensor(self.thresholds) if self._is_fixed else rows[:, count:]
-        limits = limits.expand(norms.shape)
-        # As they were: of norms that are float32, in float32.
-        coefs, wide = clip_coef(norms, limits, False), clip_coef(norms, limits)
-        coefs = coefs.where(norms == norms.float(), wide)
-        coefs = spared(coefs, norms, self.nonfinite)
-        coefs = spared(coefs[:, self.leaders], norms, self.nonfinite).clamp(min=0)
-        each = zip(self.names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
-        return steps, [History(*one) for one in each]
+    def _histories(self, rows: Tensor) -> list[History]:
+        fixed = self.thresholds if self._is_fixed else None
+        return histories(rows, self.names, fixed, self.leaders, self.nonfinite)

@@ -28,14 +28,13 @@ def unscale_and_clip_(
     process_group: Any = None,
     measured: NormAccumulator | None = None,
 ) -> Tensor:
-    r"""Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
+    """Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
 
     Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
-    of g / s, $g \leftarrow g / s \cdot \min(1, \text{max\_norm} / (n + 10^{-6}))$. One read and one
-    write, no wait for the device. `scaler.step` and `scaler.update` follow as ever. If the norm is
-    infinite or NaN the gradients are unscaled, not clipped, and `scaler.step` skips the step; under
-    a disabled scaler they are clipped as by `clip_grad_norm_`. It breaks a graph of
-    `torch.compile`.
+    of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). One read and one write, no wait for
+    the device. `scaler.step` and `scaler.update` follow as ever. If the norm is infinite or NaN the
+    gradients are unscaled, not clipped, and `scaler.step` skips the step; under a disabled scaler
+    they are clipped as by `clip_grad_norm_`. It breaks a graph of `torch.compile`.
 
     Args:
         scaler: the one that scaled the loss; a disabled one scales nothing.

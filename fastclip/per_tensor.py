@@ -15,11 +15,11 @@ from ._ranks import Kind
 def clip_grad_norms_(
     parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2.0
 ) -> Tensor:
-    r"""Scale each gradient in place so that its own norm is at most `max_norm`.
+    """Scale each gradient in place so that its own norm is at most `max_norm`.
 
-    $g_i \leftarrow g_i \cdot \min(1, \text{max\_norm} / (\lVert g_i \rVert_p + 10^{-6}))$; nothing
-    is written where the coefficient is 1. Two passes at most over all tensors together, no wait for
-    the device, the same bits on every call.
+    It is multiplied by min(1, max_norm / (norm + 1e-6)) of its own norm; nothing is written where
+    that is 1. Two passes at most over all tensors together, no wait for the device, the same bits
+    on every call.
 
     Args:
         parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
@@ -52,18 +52,18 @@ def clip_grad_norms_(
 def clip_grad_agc_(
     parameters: Tensor | Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
-    r"""Scale each unit's gradient in place to at most `clip_factor` times the norm of its weights.
+    """Scale each unit's gradient in place to at most `clip_factor` times the norm of its weights.
 
-    Adaptive gradient clipping: where $\lVert g_i \rVert > \lambda \max(\lVert w_i \rVert,
-    \epsilon)$, $g_i \leftarrow g_i \cdot \lambda \max(\lVert w_i \rVert, \epsilon) / \lVert g_i
-    \rVert$, for every unit i: a slice along the first dimension (an output of a linear or
-    convolution weight), or all of a tensor with fewer than two dimensions (bias, gain). One read of
-    weights and gradients, one write of what is clipped, no wait for the device.
+    Adaptive gradient clipping: a gradient g with weights w is scaled to the norm
+    clip_factor * max(||w||, eps) where it is above that. A unit is a slice along the first
+    dimension (an output of a linear or convolution weight), or all of a tensor with fewer than two
+    dimensions (bias, gain). One read of weights and gradients, one write of what is clipped, no
+    wait for the device.
 
     Args:
         parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes,
             DTensors in the same order on every rank. The paper leaves out the last linear layer.
-        clip_factor: lambda >= 0.
+        clip_factor: >= 0, the lambda of the paper.
         eps: >= 0, for weights that begin at 0.
 
     Raises:
@@ -91,10 +91,9 @@ def clip_grad_agc_(
 
 
 def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) -> Tensor:
-    r"""Scale the gradients in place so that their global norm is `norm`, from above or below.
+    """Scale the gradients in place so that their global norm is `norm`, from above or below.
 
-    $g \leftarrow g \cdot \text{norm} / \lVert g \rVert_2$; gradients that are all 0 stay so. One
-    read and one write, no wait for the device.
+    Gradients that are all 0 stay so. One read and one write, no wait for the device.
 
     Args:
         parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.

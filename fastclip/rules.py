@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _ops
 from ._state import CPU, State
+from ._warnings import warn
 
 
 def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: float) -> Tensor:
@@ -44,13 +45,12 @@ _autoclip = _ops.define(
 
 
 class AutoClip(State):
-    r"""The threshold is a percentile of the norms so far, this one included.
+    """The threshold is a percentile of the norms so far, this one included.
 
-    $\text{max\_norm}_t = \text{percentile}_p(\lVert g_1 \rVert, \dots, \lVert g_t \rVert)$ over the
-    last `history` finite norms, interpolated linearly as NumPy does. No wait for the device.
+    Of the last `history` finite norms, interpolated linearly as NumPy does. No wait for the device.
 
     Args:
-        percentile: p, 0 to 100; at 10 nine steps of ten are clipped.
+        percentile: 0 to 100; at 10 nine steps of ten are clipped.
         history: how many norms are kept, >= 1.
 
     Raises:
@@ -67,6 +67,11 @@ class AutoClip(State):
     def __init__(self, percentile: float = 10, history: int = 1000) -> None:
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+        if 0 < percentile < 1:
+            warn(
+                f"percentile: {percentile} is less than the first of a hundred; for the "
+                f"{100 * percentile:g}th pass {100 * percentile:g}"
+            )
         if not (isinstance(history, int) and history >= 1):
             raise ValueError(f"history: expected a whole number >= 1, got {history}")
         self.percentile, self.history = percentile, history
@@ -121,13 +126,12 @@ _zclip = _ops.define(
 
 
 class ZClip(State):
-    r"""Clip what stands out of a moving average of the norms, and the more the further.
+    """Clip what stands out of a moving average of the norms, and the more the further.
 
-    With mean m and standard deviation s of the norms so far, $z = (\lVert g \rVert - m) / (s +
-    10^{-6})$. Where z exceeds `z_threshold` the threshold is $m + \text{z\_threshold}^2 s / z$,
-    else there is none (inf). Then mean and variance move by 1 - alpha towards the norm as clipped.
-    They begin as those of the first `warmup_steps` norms, of which none is clipped. No wait for
-    the device.
+    With mean m and standard deviation s of the norms so far, z = (norm - m) / (s + 1e-6). Where z
+    exceeds `z_threshold` the threshold is m + z_threshold^2 * s / z, else there is none (inf). Then
+    mean and variance move by 1 - alpha towards the norm as clipped. They begin as those of the
+    first `warmup_steps` norms, of which none is clipped. No wait for the device.
 
     Args:
         alpha: the share of the old average, 0 to 1.

@@ -645,3 +645,41 @@ def test_a_gradient_that_cannot_be_measured_is_named_without_ranks():
     clipper = GradClipper(groups=[{"params": [weight], "max_norm": 1.0}])
     with pytest.raises(TypeError, match=r"parameters\[0\]: dtype torch.int32"):
         clipper.clip_()
+
+
+def test_last_is_the_last_step_of_stats():
+    made = parameters([torch.tensor([3.0, 4.0]), torch.tensor([1.0])])
+    one = GradClipper(made, 1.0)
+    two = GradClipper(
+        groups=[
+            {"params": made[0], "max_norm": lambda norm: norm / 2, "name": "a"},
+            {"params": made[1], "max_norm": math.inf, "name": "b"},
+        ]
+    )
+    for empty in (one, two):
+        with pytest.raises(ValueError, match="no step was recorded"):
+            empty.last()
+    for _ in range(3):
+        made[0].grad = torch.tensor([3.0, 4.0])
+        two.clip_()
+        one.clip_()
+        stats = one.stats()
+        assert one.last() == {
+            "total_norm": stats["total_norm"][-1],
+            "max_norm": 1.0,
+            "coef": stats["coef"][-1],
+        }
+        a, b = two.last()["a"], two.last()["b"]
+        assert (a["total_norm"], a["max_norm"], a["coef"]) == (5, 2.5, pytest.approx(0.5))
+        assert b == {
+            "total_norm": two.stats()["b"]["total_norm"][-1],
+            "max_norm": math.inf,
+            "coef": 1,
+        }
+
+
+def test_last_is_right_when_the_ring_is_full():
+    clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), math.inf)
+    clipper._ring.tensors[1].fill_(_history.Ring.STEPS)
+    clipper.clip_()
+    assert clipper.last()["total_norm"] == 5 == clipper.stats()["total_norm"][-1]

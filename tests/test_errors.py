@@ -1,6 +1,7 @@
 """Bad input raises an error that names the argument, what it got and the way out."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -166,3 +167,55 @@ def test_lazily_negated_complex_gradients_are_clipped():
         before = parameter.grad.clone()
         assert float(fastclip.clip_grad_norm_([parameter], 1.0)) == 5
         torch.testing.assert_close(parameter.grad.clone(), before / 5)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p, rule: fastclip.clip_grad_norm_(p, rule),
+        lambda p, rule: fastclip.GradClipper(p, rule),
+        lambda p, rule: fastclip.GradClipper(groups=[{"params": p, "max_norm": rule}]),
+        lambda p, rule: fastclip.NormAccumulator(p).clip_(rule),
+    ],
+)
+def test_a_rule_that_was_not_made_raises(clip):
+    made = parameters([torch.tensor([3.0, 4.0])])
+    with pytest.raises(TypeError, match=r"max_norm: .*the class AutoClip.*AutoClip\(\)"):
+        clip(made, fastclip.AutoClip)
+    assert made[0].grad.tolist() == [3, 4]
+
+
+def test_groups_that_are_no_dicts_raise():
+    linear = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r'groups\[0\]: expected a dict.*"max_norm".*got Linear'):
+        fastclip.GradClipper(groups=[linear, linear])
+
+
+def test_a_share_for_a_percentile_warns():
+    with pytest.warns(UserWarning, match="percentile: 0.9 .* pass 90") as seen:
+        fastclip.AutoClip(0.9)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for percentile in (0, 1, 90):
+            fastclip.AutoClip(percentile)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grads: fastclip.clip_grad_norm_(grads, 1.0),
+        lambda grads: fastclip.clip_grad_norm_(grads, 1.0, nonfinite="skip"),
+        lambda grads: fastclip.clip_grad_value_(grads, 1.0),
+        lambda grads: fastclip.clip_grad_norms_(grads, 1.0),
+        lambda grads: fastclip.clip_grad_agc_(grads),
+        lambda grads: fastclip.normalize_grad_(grads),
+        lambda grads: fastclip.GradClipper(grads, 1.0).clip_(),
+    ],
+)
+def test_gradients_instead_of_parameters_warn(change):
+    grads = [torch.tensor([3.0, 4.0])]
+    with pytest.warns(UserWarning, match="pass the parameters.*not the gradients") as seen:
+        change(grads)
+    assert seen[0].filename == __file__
+    assert grads[0].tolist() == [3, 4]

@@ -217,6 +217,13 @@ def test_every_public_name_is_typed_and_documented():
     assert found == {name for name in public if name.islower()}
 
 
+def test_help_is_plain_text():
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                assert not re.search(r"\\[a-zA-Z]{3}", ast.get_docstring(node) or ""), path
+
+
 def test_names_follow_the_house():
     for path in PYTHON + SOURCES:
         assert not re.search(r"(utils|common|helpers|misc|v\d)$", path.stem)

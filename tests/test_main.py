@@ -121,3 +121,10 @@ def test_a_bad_option_is_named_before_training(option, value, capsys):
         main(["demo", option, value])
     assert stop.value.code == 2
     assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_version_is_said(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fastclip {fastclip.__version__}\n"

@@ -63,11 +63,12 @@ inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
   if (!PyList_CheckExact(parameters.ptr()) && !PyTuple_CheckExact(parameters.ptr()))
     return std::nullopt;
   const double p = as_number(norm_type);
-  const bool is_rule = PyCallable_Check(max_norm.ptr()) != 0;
+  const bool is_rule = PyCallable_Check(max_norm.ptr()) != 0 && PyType_Check(max_norm.ptr()) == 0;
   const Threshold given(max_norm);
   if (!(p > 0) || !(is_rule || given.is_usual())) return std::nullopt;
   const auto grads = read<What::kGrads>(parameters);
-  if (!grads || (log && !grads->is_on(log->first.device()))) return std::nullopt;
+  if (!grads || grads->size() == 0 || (log && !grads->is_on(log->first.device())))
+    return std::nullopt;
   at::Tensor total_norm;
   if (is_rule) {
     const at::Tensor norm = grads->norm(p);

@@ -83,9 +83,7 @@ class PlainGrads {
     return {tensors_[0].device()};
   }
 
-  bool is_on(at::Device device) const {
-    return !tensors_.empty() && tensors_[0].device() == device;
-  }
+  bool is_on(at::Device device) const { return tensors_[0].device() == device; }
 
   // Norms are float64; what is returned of them is as precise as the gradients.
   at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {

@@ -58,7 +58,15 @@ def read(
             which torch has no foreach kernels.
     """
     items = as_list(parameters, "parameters")
-    return _read(items, foreach, _asked(process_group), True, kind, agree)
+    grads = _read(items, foreach, _asked(process_group), True, kind, agree)
+    # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
+    is_empty = getattr(grads, "error", None) is None and not len(grads)
+    if is_empty and items and not any(map(_may_have_grad, items)):
+        warn(
+            "fastclip: no parameter has a gradient, and nothing was changed; pass the parameters "
+            "whose .grad is to be clipped, not the gradients themselves"
+        )
+    return grads
 
 
 def clipped_at_once(
@@ -180,6 +188,10 @@ def _planned(
         if not plan.reduction.sends:
             raise
         return SpreadGrads(None, plan, agree, error)
+
+
+def _may_have_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
 
 
 def _asked(process_group: Any) -> Asked:
