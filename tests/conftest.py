@@ -1,5 +1,6 @@
 """Fixtures, the float64 oracle, and the tolerances, derived once from eps and the sizes."""
 
+import fcntl
 import functools
 import math
 import zlib
@@ -42,6 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Autograd counts devices at its first backward: an emulated one has to be there by then."""
     if any(item.get_closest_marker("emulated") for item in session.items) and not emulation.MISSING:
@@ -50,7 +52,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @functools.cache
 def emulated(cache: Path) -> Any:
-    return emulation.load(emulation.build(cache))
+    # Tests may run in several processes, of which the first one builds.
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = emulation.build(cache)
+    return emulation.load(library)
 
 
 # Few blocks, so that each has several spans. Small parameters make several launches of a list of
