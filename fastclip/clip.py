@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ._arguments import (
+    Nonfinite,
+    NormType,
     Threshold,
     at_least_zero,
     fixed_threshold,
@@ -26,11 +28,11 @@ from ._warnings import warn
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: Threshold,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     process_group: Any = None,
-    nonfinite: str = "propagate",
+    nonfinite: Nonfinite = "propagate",
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Scale the gradients in place so that their global norm is at most `max_norm`.
@@ -130,7 +132,7 @@ def clip_grad_value_(
 
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     dtype: torch.dtype | None = None,
