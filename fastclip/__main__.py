@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -107,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = options.pop("name")
     if name == "run" and not command:
         running.error("expected a script, -m and a module, or -c and code")
-    {"info": info, "demo": demo, "run": partial(run, command)}[name](**options)
+    called: dict[str, Callable[..., None]]
+    called = {"info": info, "demo": demo, "run": partial(run, command)}
+    called[name](**options)
 
 
 if __name__ == "__main__":

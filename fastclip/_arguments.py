@@ -1,17 +1,34 @@
 """Checks of what the public functions take: each once, with what it got and the way out."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ._ranks import value_of
 
 Threshold = float | Tensor | Callable[[Tensor], float | Tensor]
+NormType = float | Literal["inf"]
+Nonfinite = Literal["propagate", "error", "zero", "skip"]
+Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 
 
-def number(name: str, value: float) -> float:
+class _Params(TypedDict):
+    params: Source
+
+
+class Group(_Params, total=False):
+    """One of the groups of a `GradClipper`."""
+
+    max_norm: Threshold | None
+    coef_of: str
+    name: str
+    process_group: Any
+
+
+def number(name: str, value: float | str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -34,14 +51,14 @@ def positive(name: str, value: float | Tensor) -> float | Tensor | None:
     return None if checked == 1 else checked
 
 
-def order(norm_type: float) -> float:
+def order(norm_type: NormType) -> float:
     p = number("norm_type", norm_type)
     if p != p:
         raise ValueError("norm_type: expected a number or 'inf', got nan")
     return p
 
 
-def positive_order(norm_type: float) -> float:
+def positive_order(norm_type: NormType) -> float:
     p = order(norm_type)
     if not p > 0:
         raise ValueError(
@@ -76,7 +93,7 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
     return value
 
 
-def policy(nonfinite: str, error_if_nonfinite: bool = False) -> str:
+def policy(nonfinite: Nonfinite, error_if_nonfinite: bool = False) -> Nonfinite:
     if nonfinite not in ("propagate", "error", "zero", "skip"):
         raise ValueError(
             f"nonfinite: expected 'propagate', 'error', 'zero' or 'skip', got {nonfinite!r}"
@@ -88,7 +105,7 @@ def policy(nonfinite: str, error_if_nonfinite: bool = False) -> str:
     return "error" if error_if_nonfinite else nonfinite
 
 
-def checked_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def checked_groups(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The groups that are measured, with names and thresholds."""
     found: list[dict[str, Any]] = []
     for i, group in enumerate(groups):

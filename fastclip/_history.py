@@ -141,7 +141,7 @@ def draw(steps: int, histories: Sequence[History], path: str | PathLike[str]) ->
     figure.savefig(path)
 
 
-def _draw_one(axes, steps: int, history: History) -> None:
+def _draw_one(axes: Any, steps: int, history: History) -> None:
     _, norms, limits, coefs = history
     size = -(-len(norms) // COLUMNS)
     x = torch.arange(steps - len(norms) + 1, steps + 1, device=norms.device)
@@ -161,13 +161,15 @@ def _draw_one(axes, steps: int, history: History) -> None:
     if size == 1:
         axes.plot(x[clipped], norms[clipped], "o", ms=3, color="tab:orange", label="clipped")
     for i, step in enumerate(x[~norms.isfinite()].tolist()[:COLUMNS]):
-        label = None if i else "norm not finite"
-        axes.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6, label=label)
+        own = None if i else "norm not finite"
+        axes.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6, label=own)
     axes.set(yscale="log", xmargin=0.01, ylabel="gradient norm")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_bands(axes, middle: list[float], norms: Sequence[Tensor], clipped: Sequence[Tensor]):
+def _draw_bands(
+    axes: Any, middle: list[float], norms: Sequence[Tensor], clipped: Sequence[Tensor]
+) -> None:
     """From the least to the largest norm of some steps, and below the share that was clipped."""
     low = [float(part.nan_to_num(torch.inf).amin()) for part in norms]
     high = [float(part.nan_to_num(-1).amax()) for part in norms]

@@ -3,7 +3,6 @@
 import inspect
 import sys
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 from torch.nn.utils import clip_grad
@@ -11,7 +10,7 @@ from torch.nn.utils import clip_grad
 Undo = Callable[[], object]
 
 
-def _made_by_a_decorator(func: Callable[..., Any]) -> FunctionType:
+def _made_by_a_decorator(func: Callable[..., Any]) -> Callable[..., Any]:
     def calls(*args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 

@@ -41,7 +41,7 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # As multiprocessing does, which starts Python with the options it has itself; and all others.
-    flags = subprocess._args_from_interpreter_flags()
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags += ["-u"] * getattr(sys.stdout, "write_through", False) + ["-i"] * sys.flags.interactive
     for name, value in sys._xoptions.items():
         option = name if value is True else f"{name}={value}"
@@ -54,9 +54,14 @@ def start() -> None:
     counted = Counted(_site.STATS in sys._xoptions or _site.PLOT in sys._xoptions)
     patch_with(counted.wrap)
     process = os.getpid()
+
     # One of several ranks speaks, and no child that was forked.
+    def report() -> None:
+        if os.getpid() == process:
+            counted.report()
+
     if os.environ.get("RANK", "0") == "0":
-        atexit.register(lambda: os.getpid() == process and counted.report())
+        atexit.register(report)
 
 
 class Counted:
@@ -99,7 +104,8 @@ class Counted:
             limit = value_of(max_norm).reshape(()).to(norm)
         else:
             limit = norm.new_full((), float(max_norm))
-        self.ring.add(torch.stack((norm, limit)))
+        if self.ring is not None:
+            self.ring.add(torch.stack((norm, limit)))
 
     def report(self) -> None:
         if not self.calls:

@@ -86,7 +86,7 @@ class State:
         self._places = {CPU: torch.load(io.BytesIO(state["_places"]), weights_only=True)}
 
 
-class Shared(tuple):
+class Shared(tuple[Any, ...]):
     """Process groups: a copy has the same, and another process has none of them."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _ops
-from ._arguments import Threshold, positive_order, threshold
+from ._arguments import NormType, Threshold, positive_order, threshold
 from ._decide import resolved
 from ._gradients import Gradients, NamedParameters, read
 from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
@@ -53,7 +53,7 @@ class NormAccumulator:
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
 
-    def __init__(self, parameters: Any, norm_type: float = 2.0) -> None:
+    def __init__(self, parameters: Any, norm_type: NormType = 2.0) -> None:
         self.p = positive_order(norm_type)
         self._is_averaged = is_data_parallel(parameters)
         self._source = NamedParameters(parameters.module if self._is_averaged else parameters)
@@ -76,7 +76,9 @@ class NormAccumulator:
             TypeError, ValueError: bad input, named; gradients untouched.
         """
         self._look_again()
-        total_norm = None if self._measured is None else self._measured.clip_(self._items, max_norm)
+        total_norm: Tensor | None = None
+        if self._measured is not None:
+            total_norm = self._measured.clip_(self._items, max_norm)
         if total_norm is not None:
             return total_norm
         max_norm = threshold(max_norm)
@@ -139,8 +141,8 @@ class NormAccumulator:
         """All but what belongs to hooks, of which the parameters of a copy have none."""
         lost = self._has_lost_hooks or (bool(self._hooks) and not self._is_removed)
         source = NamedParameters(self._source.source)
-        found = {"_source": source, "_measured": None, "_hooks": [], "_has_lost_hooks": lost}
-        return {**vars(self), **found}
+        found = {"_source": source, "_measured": None, "_has_lost_hooks": lost}
+        return {**vars(self), **found, "_hooks": []}
 
     def _found(self) -> list[Tensor]:
         return list({id(item): item for _, item in self._source.find()}.values())
@@ -195,7 +197,8 @@ class NormAccumulator:
         """Whether it was paused before."""
         if self._measured is None:
             return False
-        before, self._measured.is_paused = self._measured.is_paused, is_paused
+        before: bool = self._measured.is_paused
+        self._measured.is_paused = is_paused
         return before
 
 

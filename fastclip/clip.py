@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ._arguments import (
+    Nonfinite,
+    NormType,
     Threshold,
     at_least_zero,
     fixed_threshold,
@@ -25,11 +27,11 @@ from ._ranks import Kind
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: Threshold,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     process_group: Any = None,
-    nonfinite: str = "propagate",
+    nonfinite: Nonfinite = "propagate",
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Scale the gradients in place so that their global norm is at most `max_norm`.
@@ -129,7 +131,7 @@ def clip_grad_value_(
 
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     dtype: torch.dtype | None = None,

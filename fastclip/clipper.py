@@ -1,23 +1,20 @@
 """A clip that is prepared once: groups with their own norms, a policy, and numbers to look at."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from ._arguments import Threshold, checked_groups, order, policy
+from ._arguments import Group, Nonfinite, NormType, Source, Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
 from ._gradients import Gradients, NamedParameters, aligned, clipped_at_once, read, read_by
 from ._history import History, Ring, draw, histories, last_of, stats_of
 from ._ops import widest
 from ._ranks import Kind, as_groups, value_of
 from ._state import Shared
-
-Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 
 
 class GradClipper:
@@ -56,10 +53,10 @@ class GradClipper:
         self,
         parameters: Source | None = None,
         max_norm: Threshold | None = None,
-        norm_type: float = 2.0,
-        nonfinite: str = "propagate",
+        norm_type: NormType = 2.0,
+        nonfinite: Nonfinite = "propagate",
         *,
-        groups: Sequence[dict[str, Any]] | None = None,
+        groups: Sequence[Group] | None = None,
         process_group: Any = None,
     ) -> None:
         if {parameters is not None, max_norm is not None} != {groups is None}:
@@ -194,7 +191,7 @@ class GradClipper:
     def __getstate__(self) -> dict[str, Any]:
         """All but what the next step finds again, and which no other clipper could use."""
         sources = [NamedParameters(source.source) for source in self._sources]
-        found = {"_fixed": {}, "_items": [], "_labels": [], "_plan": None}
+        found: dict[str, Any] = {"_fixed": {}, "_items": [], "_labels": [], "_plan": None}
         return {**vars(self), "_sources": sources, **found}
 
     def _stateful(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from . import _optimizers
-from ._arguments import Threshold, positive_order, threshold
+from ._arguments import NormType, Threshold, positive_order, threshold
 from ._decide import decide, spared
 from ._gradients import Gradients, read
 from ._ops import is_known, widest
@@ -24,7 +24,7 @@ def unscale_and_clip_(
     scaler: GradScaler,
     optimizer: Optimizers,
     max_norm: Threshold,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     process_group: Any = None,
     measured: NormAccumulator | None = None,
 ) -> Tensor:
@@ -83,7 +83,7 @@ def clipped_step(
     optimizer: Optimizers,
     max_norm: Threshold,
     scaler: GradScaler | None = None,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     process_group: Any = None,
     measured: NormAccumulator | None = None,
 ) -> Tensor:
@@ -146,7 +146,7 @@ def clipped_step(
     # Only a wrapper can still be refused: before another has stepped.
     for outer in sorted(given, key=lambda one: len(layers_of(one)), reverse=True):
         _optimizers.step(outer, divisor, found.is_bad, prepare)
-        if inv_scale is not None:
+        if scaler is not None and inv_scale is not None:
             _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
     return grads.result(found.norm)
 
@@ -183,7 +183,7 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
         raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
         return None
-    scaler._check_scale_growth_tracker("unscale_")
+    scale, _ = scaler._check_scale_growth_tracker("unscale_")
     for optimizer in optimizers:
         stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
         if stage is not OptState.READY:
@@ -192,7 +192,7 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
                 f"optimizer: {type(optimizer).__name__} has already been {done} since the last "
                 "scaler.update(); this does both, unscale and clip, once in each step"
             )
-    return scaler._scale.to(widest(scaler._scale.device)).reciprocal().float()
+    return scale.to(widest(scale.device)).reciprocal().float()
 
 
 def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | None) -> None:

@@ -146,7 +146,12 @@ class _Patches:
                     self._undo += adapt(module)
 
         sys.meta_path.insert(0, after := After(name, action))
-        self._undo.append(lambda: after in sys.meta_path and sys.meta_path.remove(after))
+
+        def undo() -> None:
+            if after in sys.meta_path:
+                sys.meta_path.remove(after)
+
+        self._undo.append(undo)
 
 
 _patches = _Patches()

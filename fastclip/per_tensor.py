@@ -6,14 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._arguments import at_least_zero, fixed_threshold, order
+from ._arguments import NormType, at_least_zero, fixed_threshold, order
 from ._gradients import aligned, as_list, read, take_weights
 from ._ops import clip_coef
 from ._ranks import Kind
 
 
 def clip_grad_norms_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2.0
+    parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: NormType = 2.0
 ) -> Tensor:
     """Scale each gradient in place so that its own norm is at most `max_norm`.
 

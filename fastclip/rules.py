@@ -11,6 +11,7 @@ csrc/cpu/rules.cpp has it again, as one call of C++ for some twenty of torch.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: f
     return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
 
 
-_autoclip = _ops.define(
+_autoclip: Callable[..., Tensor] = _ops.define(
     "autoclip_",
     "(Tensor(a!) norms, Tensor(b!) count, Tensor total_norm, float percentile) -> Tensor",
     lambda norms, count, total_norm, percentile: torch.empty_like(total_norm),
@@ -115,7 +116,7 @@ def _zclip_of(
     return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)
 
 
-_zclip = _ops.define(
+_zclip: Callable[..., Tensor] = _ops.define(
     "zclip_",
     "(Tensor(a!) steps, Tensor(b!) mean, Tensor(c!) variance, Tensor total_norm, float alpha, "
     "float z_threshold, int warmup_steps) -> Tensor",

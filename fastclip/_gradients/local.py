@@ -156,8 +156,9 @@ def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
     tensor = held(tensor.coalesce() if tensor.is_sparse else tensor)
     if _is_opaque(tensor):
         if not rows or tensor.dim() < 2:
-            return torch.linalg.vector_norm(tensor, p)
-        norms = torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())))
+            norm: Tensor = torch.linalg.vector_norm(tensor, p)
+            return norm
+        norms: Tensor = torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())))
         return norms.reshape(-1, 1)
     if not tensor.is_complex() or p == 2:
         return _stored(tensor, rows)

@@ -71,7 +71,8 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
             f"{name}: dtype {tensor.dtype} cannot be clipped; cast it to one of "
             f"{', '.join(str(d).removeprefix('torch.') for d in _SUPPORTED)}"
         )
-    has_holes = tensor.layout == torch.jagged and tensor.lengths() is not None
+    jagged = tensor.layout == torch.jagged
+    has_holes = jagged and tensor.lengths() is not None  # type: ignore[attr-defined]
     if tensor.layout not in _LAYOUTS or has_holes:
         raise TypeError(
             f"{name}: layout {tensor.layout}{' with holes' * has_holes} cannot be clipped; convert "

@@ -81,6 +81,7 @@ def clipped_at_once(
     if extension is None:
         return None
     log = None if ring is None else ring.tensors
+    total_norm: Tensor | None
     total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, fixed_threshold, log)
     plan = planned(parameters) if total_norm is None else None
     if plan is not None:
@@ -146,10 +147,11 @@ def _read(
         _check_foreach(grads, foreach)
         return grads
     if torch.compiler.is_compiling() and asked is NONE and kind is Kind.TOTAL and not agree:
-        found = traced(items, write)
+        found: Gradients | None = traced(items, write)
         if found is not None:
             return found
-    return _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
+    spread: Gradients = _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
+    return spread
 
 
 @torch.compiler.disable
@@ -187,7 +189,7 @@ def _planned(
     except (TypeError, ValueError, RuntimeError) as error:
         if not plan.reduction.sends:
             raise
-        return SpreadGrads(None, plan, agree, error)
+        return SpreadGrads(LocalGrads([], [], []), plan, agree, error)
 
 
 def _may_have_grad(tensor: Tensor) -> bool:

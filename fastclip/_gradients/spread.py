@@ -5,6 +5,7 @@ torch.compile leaves their verbs as they are: collectives and plans are no part 
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class SpreadGrads:
 
     def __init__(
         self,
-        local: GradientsHere | None,
+        local: GradientsHere,
         plan: Plan,
         agree: bool = False,
         error: Exception | None = None,
@@ -131,7 +132,7 @@ class SpreadGrads:
 
     def _clipped_by(self, parts: Tensor, max_norm: float | Tensor, p: float) -> Tensor | None:
         """At once, where the extension has read the gradients and the host knows the norm."""
-        at_once = getattr(self._local, "clip_by_sum_", None)
+        at_once: Callable[..., Tensor | None] | None = getattr(self._local, "clip_by_sum_", None)
         if at_once is None or p not in (1, 2) or not isinstance(max_norm, float):
             return None
         return at_once(parts, max_norm, p, self.wide)
@@ -217,8 +218,8 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
     None, and nothing is done, where anything has to be looked at.
     """
     line, numbers = plan.reduction.line, (int, float)
-    is_usual = line is not None and type(max_norm) in numbers and type(p) in numbers
-    if not (is_usual and p in (1, 2) and (limit := float(max_norm)) >= 0):
+    is_usual = type(max_norm) in numbers and type(p) in numbers
+    if line is None or not (is_usual and p in (1, 2) and (limit := float(max_norm)) >= 0):
         return None
     grads = plan.read(items, True)
     if not grads:

@@ -1,5 +1,7 @@
 """Gradients that are DTensors, in a graph of `torch.compile`: local shards and all-reduces."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from .look import check_supported
 class TracedGrads:
     """`Gradients` of one mesh, with the verbs that a graph holds."""
 
-    def __init__(self, items: list[Tensor], write: bool, mesh: object, dims: list) -> None:
+    def __init__(
+        self, items: list[Tensor], write: bool, mesh: object, dims: list[tuple[int, ...]]
+    ) -> None:
         found: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         # Every rank takes part in all sums that it owes, with a gradient or without one.
         self.cut = dict.fromkeys(dims)
@@ -57,7 +61,7 @@ class TracedGrads:
         return self.result(total_norm)
 
 
-def traced(items: list[Tensor], write: bool) -> TracedGrads | None:
+def traced(items: list[Tensor], write: bool) -> Any:
     """None if a graph cannot hold them, or if one is such that all ranks are to be told."""
     found = cuts(items, write)
     try:

@@ -60,13 +60,14 @@ def _norms_of_short_rows(rows: Tensor, p: float) -> Tensor:
         # In lanes, which the norm of order 1 does not add in.
         return rows.abs().sum(-1, dtype=dtype)
     if p in (1, 2) or math.isinf(p) or p <= 0:
-        norms = torch.linalg.vector_norm(rows, p, dim=-1, dtype=dtype)
+        norms: Tensor = torch.linalg.vector_norm(rows, p, dim=-1, dtype=dtype)
         exact = p == 2 and dtype == torch.float64 and is_known(norms)
         if not (exact and bool(norms.isinf().any())):
             return norms
     most = rows.abs().amax(-1)
     unit = most.where((most > 0) & most.isfinite(), 1)
-    return unit * torch.linalg.vector_norm(rows / unit[..., None], p, dim=-1)
+    norms = torch.linalg.vector_norm(rows / unit[..., None], p, dim=-1)
+    return unit * norms
 
 
 def norms_of_segments(values: Tensor, lengths: list[int], p: float) -> Tensor:

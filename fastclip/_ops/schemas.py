@@ -143,8 +143,8 @@ record_ = define(
     refused("GradClipper"),
 )
 
-norm = torch.ops.fastclip.norm
-norms = torch.ops.fastclip.norms
+norm: Callable[..., Tensor] = torch.ops.fastclip.norm
+norms: Callable[..., Tensor] = torch.ops.fastclip.norms
 scale_ = torch.ops.fastclip.scale_
 clamp_ = torch.ops.fastclip.clamp_
 
@@ -159,14 +159,15 @@ def clip_norm_(
     if tensors:
         max_norm = _as_traced(max_norm, tensors[0])
     ops = torch.ops.fastclip.clip_norm_
-    op = ops.tensor if isinstance(max_norm, Tensor) else ops.default
+    op: Callable[..., Tensor] = ops.tensor if isinstance(max_norm, Tensor) else ops.default
     return op(tensors, max_norm, p, norms)
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
     max_norm = _as_traced(max_norm, total_norm)
     ops = torch.ops.fastclip.clip_coef
-    return (ops.tensor if isinstance(max_norm, Tensor) else ops.default)(total_norm, max_norm, wide)
+    op: Callable[..., Tensor] = ops.tensor if isinstance(max_norm, Tensor) else ops.default
+    return op(total_norm, max_norm, wide)
 
 
 def _as_traced(number: float | Tensor, beside: Tensor) -> float | Tensor:

@@ -18,10 +18,11 @@ FLAGS = ("grad_scale", "found_inf", "_step_supports_amp_scaling")
 
 def check(outer: Optimizer) -> None:
     inner = layers_of(outer)[-1]
+    kind: type = type(inner)
     is_fused = all(group.get("fused") for group in inner.param_groups)
-    if is_fused and steps_as_torch(inner) and _divides(type(inner)):
+    if is_fused and steps_as_torch(inner) and _divides(kind):
         return
-    name = type(inner).__name__
+    name = kind.__name__
     name = name if inner is outer else f"{name} in {type(outer).__name__}"
     why = "as it is " if steps_as_torch(inner) else "has a step of its own, and "
     since = " and torch 2.12 or newer" if isinstance(inner, torch.optim.Adagrad) else ""
@@ -35,7 +36,7 @@ def check(outer: Optimizer) -> None:
 
 
 @functools.cache
-def _divides(kind: type[Optimizer]) -> bool:
+def _divides(kind: type[Any]) -> bool:
     """Whether its fused step does: a new one says so, a copy has forgotten."""
     kind = next(one for one in kind.__mro__ if one.__module__.startswith("torch.optim."))
     if "fused" not in inspect.signature(kind).parameters:

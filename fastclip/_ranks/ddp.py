@@ -12,8 +12,8 @@ from .groups import Step, all_reduce, device_of
 
 def is_data_parallel(module: object) -> bool:
     """Whether it averages in buckets, as all do but for the reducer in Python that is compiled."""
-    ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
-    return ddp and not module._use_python_reducer
+    kind = torch.nn.parallel.DistributedDataParallel
+    return isinstance(module, kind) and not module._use_python_reducer
 
 
 def on_reduced_buckets(
@@ -35,11 +35,16 @@ def on_reduced_buckets(
     # The module keeps the first argument of its hook, and could not be copied with a group there.
     group = module.process_group
 
-    def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    # torch looks at these annotations.
+    def hook(
+        _: None,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         number, parameters = bucket.index(), bucket.parameters()
         has_joined = torch._C._current_graph_task_id() == -1
 
         def measured(done: Any) -> Tensor:
+            average: Tensor
             (average,) = done.value()
             if not has_joined:
                 measure(number, parameters, average)
@@ -54,7 +59,9 @@ def on_reduced_buckets(
         # To the bit what the module does without a hook.
         buffer = bucket.buffer()
         buffer = buffer.div_(count) if buffer.is_sparse else buffer.mul_(1 / count)
-        return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(measured)
+        future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
+        averaged: torch.futures.Future[Tensor] = future.then(measured)
+        return averaged
 
     try:
         module.register_comm_hook(None, hook)
@@ -73,7 +80,7 @@ def _sharers(module: Any, group: Any, has_joined: bool) -> int:
     join = module._join_config
     asked = join.enable and join.is_first_joinable and not module._divide_by_initial_world_size
     if not asked:
-        return group.size()
+        return int(group.size())
     device = device_of(group)
     mine = torch.tensor([not has_joined], dtype=torch.float64, device=device)
     return int(all_reduce(Step(group, device, [0]), mine, "SUM"))

@@ -43,7 +43,7 @@ class Step(NamedTuple):
 def as_groups(process_group: Any) -> tuple[Any, ...]:
     if process_group is None:
         return ()
-    kinds = (dist.ProcessGroup, dist.DeviceMesh)
+    kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh)
     # Ranks add up over one group after the other: a set has another order in each process.
     several = isinstance(process_group, Sequence) and not isinstance(process_group, str)
     asked = tuple(process_group) if several else (process_group,)
@@ -61,7 +61,7 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
     """The process groups, a mesh's in the order of its dimensions."""
     groups: list[Any] = []
     for some in asked:
-        mesh = isinstance(some, dist.DeviceMesh)
+        mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         groups += map(some.get_group, range(some.ndim)) if mesh else [some]
     return groups
 
@@ -73,7 +73,7 @@ def reached(asked: Iterable[Any]) -> set[int]:
     me = dist.get_rank()
     reach = {me}
     for some in asked:
-        mesh = isinstance(some, dist.DeviceMesh)
+        mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
         # What is a step for this rank is one for those that it has come to, as in a grid.
@@ -132,7 +132,7 @@ def device_of(group: Any, wanted: str | None = None) -> torch.device:
         return torch.device(wanted)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     own = backends.get(accelerator.type) if accelerator is not None else None
-    if own is not None and own != backends.get("cpu"):
+    if accelerator is not None and own not in (None, backends.get("cpu")):
         return accelerator
     return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
 

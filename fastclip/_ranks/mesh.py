@@ -5,7 +5,7 @@ Their private `_spec` and `_local_tensor` cost nanoseconds where `to_local()` co
 
 import itertools
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ def crossing(meshes: Collection[Mesh], reach: set[int]) -> str | None:
     return None
 
 
-def is_dtensor(value: object) -> bool:
+def is_dtensor(value: object) -> TypeGuard["dist.tensor.DTensor"]:
     # Whoever has a DTensor has imported it; nobody else should have to.
     module = getattr(dist, "tensor", None)
     return module is not None and isinstance(value, module.DTensor)

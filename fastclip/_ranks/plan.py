@@ -97,9 +97,9 @@ class Plan:
             map(operator.eq, map(id, layouts), self.addresses)
         )
 
-    def local(self, item: Tensor, tensor: Tensor, name: str, write: bool) -> tuple[Tensor, Tensor]:
+    def local(self, item: Tensor, tensor: Any, name: str, write: bool) -> tuple[Tensor, Tensor]:
         """`tensor`, the gradient of an item or the item, placed as planned; and what is here."""
-        wrapper = placed(tensor, layout_of(item), name)
+        wrapper: Any = placed(tensor, layout_of(item), name)
         if wrapper is not tensor:
             self._warn(f"{name} is placed {tensor.placements}, not {wrapper.placements}")
             if write:
@@ -176,11 +176,12 @@ def follow(
     labels: Sequence[int] | None = None,
 ) -> tuple[Plan, Any]:
     """As `find`, by the `plan` at hand, or a new one if that is not for these items any more."""
-    known = plan is not None and plan.is_for(asked)
-    grads = plan.read(items, write) if known and at_once else None
-    if grads is None:
+    if plan is not None and not plan.is_for(asked):
+        plan = None
+    grads = plan.read(items, write) if plan is not None and at_once else None
+    if plan is None or grads is None:
         layouts = [layout_of(item) for item in items]
-        if not (known and plan.fits(layouts)):
+        if plan is None or not plan.fits(layouts):
             plan = Plan(items, layouts, asked, kind, labels)
         grads = plan.read(items, write) if at_once else None
     if kind is Kind.ROWS:

@@ -136,13 +136,15 @@ def reduction(
 
 # An owner, its label and its layout.
 Item = tuple[int, int, Any]
+# Of a mesh, empty without one.
+Place = tuple[tuple[int, ...], ...]
 
 
 def _slots(
     items: list[Item], meshes: dict[int, Mesh], reaches: list[set[int]], kind: Kind
-) -> dict[tuple[int, int], tuple[Slot, tuple]]:
+) -> dict[tuple[int, int], tuple[Slot, Place]]:
     """By owner and layout the slot, and the place of its mesh."""
-    found: dict[tuple[int, int], tuple[Slot, tuple]] = {}
+    found: dict[tuple[int, int], tuple[Slot, Place]] = {}
     for owner, label, layout in items:
         if (owner, id(layout)) in found:
             continue
@@ -156,12 +158,12 @@ def _slots(
     return found
 
 
-def _in_order(found: dict[tuple[int, int], tuple[Slot, tuple]]) -> list[tuple[int, Slot]]:
+def _in_order(found: dict[tuple[int, int], tuple[Slot, Place]]) -> list[tuple[int, Slot]]:
     """Owners and slots, in an order on which ranks agree, for they send each other bare vectors.
 
     Before all by what every rank of a mesh agrees on, so that all add up in the same order.
     """
-    places: dict[Slot, tuple] = {}
+    places: dict[Slot, Place] = {}
     for slot, place in found.values():
         places[slot] = min(place, places.get(slot, place))
     order = {slot: (sorted(o for o, _ in slot.groups), place) for slot, place in places.items()}

@@ -19,9 +19,10 @@ def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, list[Dims]] | None:
     None if a graph cannot hold them: several meshes, partial sums, a gradient that is placed
     otherwise than its parameter.
     """
-    mesh, found = None, []
+    mesh: Any = None
+    found: list[Dims] = []
     for item in items:
-        own = item.grad if write and item.grad is not None else item
+        own: Any = item.grad if write and item.grad is not None else item
         if is_dtensor(item) != is_dtensor(own):
             return None
         if not is_dtensor(item):
@@ -54,7 +55,7 @@ def joined(norms: dict[Dims, Tensor], p: float, mesh: Any) -> Tensor:
         odd = [_over(nan, "sum", mesh, d) for d, nan in nans.items()]
         each = torch.stack([extreme + nan for extreme, nan in zip(extremes, odd, strict=True)])
         return each.amax() if p > 0 else each.amin()
-    unit = 1.0
+    unit: float | Tensor = 1.0
     if p not in (1, 2) and p > 0:
         known = {d: norm.nan_to_num(0, posinf=0) for d, norm in norms.items()}
         most = torch.stack([_over(norm, "max", mesh, d) for d, norm in known.items()]).amax()

@@ -15,12 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+# Every process would wait for typing to be imported.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 # Options of the process that `run` makes of itself, in `sys._xoptions`; no child has them.
 RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
 
 
 class After:
     """A finder that runs `action` when a module was first imported, before it is used."""
+
+    ran: set[str]
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
@@ -43,8 +50,8 @@ class After:
             self._follow(loader)
         return spec
 
-    def _follow(self, loader: object) -> None:
-        run = getattr(loader, "exec_module", None)
+    def _follow(self, loader: Any) -> None:
+        run: Any = getattr(loader, "exec_module", None)
 
         # Whoever finds a module may only ask whether it is there.
         def exec_module(module: ModuleType) -> None:
@@ -67,7 +74,7 @@ class After:
             # Until Python 3.12 there are finders that have but `find_module`.
             find_spec = getattr(finder, "find_spec", None)
             if finder is not self and find_spec is not None:
-                spec = find_spec(name, path, target)
+                spec: importlib.machinery.ModuleSpec | None = find_spec(name, path, target)
                 if spec is not None:
                     return spec
         return None
@@ -78,7 +85,7 @@ def _patch(_: ModuleType) -> None:
         # This one, and no other of its name that the script has beside it.
         if "fastclip" not in sys.modules:
             file = Path(__file__).parents[1] / "__init__.py"
-            spec = importlib.util.spec_from_file_location("fastclip", file)
+            spec: Any = importlib.util.spec_from_file_location("fastclip", file)
             sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         from fastclip import _run, patching
@@ -105,7 +112,7 @@ def _run_the_next(ran: set[str]) -> None:
     here = Path(__file__).absolute().parent
     for path in paths[paths.index(here) + 1 if here in paths else 0 :]:
         spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [str(path)])
-        if spec is not None and spec.origin and spec.origin not in ran:
+        if spec and spec.loader and spec.origin and spec.origin not in ran:
             ran.add(spec.origin)
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
             return

@@ -71,12 +71,12 @@ def multi_tensor_scale(
     Reference: `amp_C.multi_tensor_scale` of NVIDIA apex.
     """
     most = take(list(tensor_lists[0])).norm(math.inf)
-    scale_into(*tensor_lists, scale)
+    scale_into(*tensor_lists, scale=scale)
     noop_flag.masked_fill_(~most.isfinite().to(noop_flag.device), 1)
 
 
 @torch.no_grad()
-def scale_into(sources: Sequence[Tensor], outs: Sequence[Tensor], scale: float) -> None:
+def scale_into(sources: Sequence[Tensor], outs: Sequence[Tensor], *, scale: float) -> None:
     """`multi_tensor_scale` without its flag."""
     if len(sources) != len(outs):
         raise ValueError(

@@ -12,6 +12,7 @@ except ImportError:
     from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 import torch
 
+from .._arguments import Group, Nonfinite, NormType
 from .._ranks import value_of
 from ..clipper import GradClipper
 
@@ -43,16 +44,16 @@ class GradClip(Callback):
     def __init__(
         self,
         max_norm: Any = None,
-        norm_type: float = 2.0,
-        nonfinite: str = "propagate",
+        norm_type: NormType = 2.0,
+        nonfinite: Nonfinite = "propagate",
         *,
-        groups: Callable[[torch.nn.Module], Sequence[dict[str, Any]]] | None = None,
+        groups: Callable[[torch.nn.Module], Sequence[Group]] | None = None,
         log_name: str | None = "grad_norm",
     ) -> None:
         if (max_norm is None) == (groups is None):
             raise TypeError("max_norm, groups: expected one of the two")
         self.max_norm, self.groups, self.log_name = max_norm, groups, log_name
-        self.how = {"norm_type": norm_type, "nonfinite": nonfinite}
+        self.how: dict[str, Any] = {"norm_type": norm_type, "nonfinite": nonfinite}
         self.clippers: list[GradClipper] = []
         self._saved: list[dict[str, Any]] = []
         self._has_state = hasattr(max_norm, "load_state_dict")
@@ -68,7 +69,7 @@ class GradClip(Callback):
         optimizers = trainer.optimizers
         if self.groups is None:
             is_copied = self._has_state and len(optimizers) > 1
-            copied = copy.deepcopy if is_copied else (lambda rule: rule)
+            copied: Callable[[Any], Any] = copy.deepcopy if is_copied else (lambda rule: rule)
             self.clippers = [GradClipper(o, copied(self.max_norm), **self.how) for o in optimizers]
         elif len(optimizers) > 1:
             raise ValueError("groups: expected one optimizer; with several pass max_norm")

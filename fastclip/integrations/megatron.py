@@ -17,7 +17,7 @@ def multi_tensor_scale(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], scale: float
 ) -> None:
     """apex's, without the look for infinities: Megatron-core does not read that flag."""
-    scale_into(*tensor_lists, scale)
+    scale_into(*tensor_lists, scale=scale)
 
 
 def adapt(module: ModuleType, wrap: Callable[..., Any]) -> list[Undo]:

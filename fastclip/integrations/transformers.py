@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .._arguments import Group, Nonfinite, NormType
 from .._warnings import warn
 from ..clipper import GradClipper
 
@@ -40,17 +41,17 @@ class GradClip(TrainerCallback, ExportableState):
     def __init__(
         self,
         max_norm: Any = None,
-        norm_type: float = 2.0,
-        nonfinite: str = "propagate",
+        norm_type: NormType = 2.0,
+        nonfinite: Nonfinite = "propagate",
         *,
-        groups: Callable[[torch.nn.Module], Sequence[dict[str, Any]]] | None = None,
+        groups: Callable[[torch.nn.Module], Sequence[Group]] | None = None,
     ) -> None:
         if (max_norm is None) == (groups is None):
             raise TypeError("max_norm, groups: expected one of the two")
         self.max_norm, self.groups = max_norm, groups
-        self.how = {"norm_type": norm_type, "nonfinite": nonfinite}
+        self.how: dict[str, Any] = {"norm_type": norm_type, "nonfinite": nonfinite}
         self._fresh = max_norm.state_dict() if hasattr(max_norm, "load_state_dict") else None
-        self.clipper: GradClipper | None = None
+        self.clipper: Any = None
         self._norms: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,64 @@
+"""Types, as mypy --strict sees them: of the package, of a script that uses it, and of typos."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typed_use
+
+import fastclip
+
+ROOT = Path(__file__).parent.parent
+TYPOS = """
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastclip import GradClipper, NormAccumulator, clip_grad_norm_, clip_grad_norms_
+
+model = nn.Linear(2, 2)
+clip_grad_norm_(model.parameters(), 1.0, nonfinite="skipp")  # arg-type
+clip_grad_norm_(model.parameters(), 1.0, norm_type="infinity")  # arg-type
+clip_grad_norm_(model, 1.0)  # arg-type
+clip_grad_norms_(model.parameters(), 1.0, "infinity")  # arg-type
+NormAccumulator(model, "infinity")  # arg-type
+GradClipper(model, 1.0, nonfinite="skipp")  # arg-type
+GradClipper(model, 1.0, norm_type="infinity")  # arg-type
+GradClipper(groups=[{"params": model, "max_nrom": 1.0}])  # typeddict-unknown-key
+GradClipper(groups=[{"max_norm": 1.0}])  # typeddict-item
+GradClipper(model, "1.0")  # arg-type
+"""
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> list[tuple[str, int, str]]:
+    """File, line and code of each error."""
+    api = pytest.importorskip("mypy.api")
+    place = tmp_path_factory.mktemp("mypy")
+    typos = place / "typos.py"
+    typos.write_text(TYPOS)
+    settings = f"--config-file={ROOT / 'pyproject.toml'}"
+    code = [ROOT / "fastclip", ROOT / "tests/typed_use.py", typos]
+    out, failed, status = api.run(
+        ["--strict", settings, f"--cache-dir={place / 'cache'}", *map(str, code)]
+    )
+    assert status == 1, out + failed
+    found = re.findall(r"^(.+?):(\d+): error: .*\[(.+)\]$", out, re.M)
+    assert f"Found {len(found)} errors" in out
+    return [(Path(path).name, int(line), code) for path, line, code in found]
+
+
+def test_types_of_the_package_and_of_a_script_agree(errors):
+    assert not [error for error in errors if error[0] != "typos.py"]
+
+
+def test_types_know_typos(errors):
+    lines = enumerate(TYPOS.splitlines(), 1)
+    expected = [("typos.py", i, line.split("# ")[1]) for i, line in lines if "# " in line]
+    assert [error for error in errors if error[0] == "typos.py"] == expected
+
+
+def test_typed_script_uses_every_public_name_and_runs():
+    text = Path(typed_use.__file__).read_text()
+    assert not [name for name in fastclip.__all__ if f"{name}(" not in text]
+    typed_use.main()

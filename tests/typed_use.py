@@ -1,0 +1,106 @@
+"""Every public name as a user's script has it; test_types.py has mypy look at it, and runs it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import fastclip
+from fastclip import AutoClip, GradClipper, NormAccumulator, ZClip
+
+
+def fresh() -> nn.Sequential:
+    """A model with gradients."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    model(torch.ones(2, 4, device="cpu")).sum().backward()
+    return model
+
+
+def drop_in() -> Tensor:
+    model = fresh()
+    total_norm: Tensor = fastclip.clip_grad_norm_(model.parameters(), 1.0)
+    fastclip.clip_grad_norm_(model.parameters(), total_norm, norm_type="inf")
+    fastclip.clip_grad_norm_(next(model.parameters()), 1, 3, nonfinite="skip", grad_scale=0.5)
+    fastclip.clip_grad_value_(model.parameters(), 0.1)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    total_norm = fastclip.get_total_norm(grads, norm_type=float("inf"), dtype=torch.float64)
+    fastclip.clip_grads_with_norm_(model.parameters(), 1.0, total_norm)
+    with fastclip.patch():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    fastclip.patch()
+    fastclip.unpatch()
+    return total_norm
+
+
+def per_tensor() -> dict[str, int]:
+    model = fresh()
+    norms: Tensor = fastclip.clip_grad_norms_(model.parameters(), norms_limit(model), norm_type=1)
+    fastclip.clip_grad_agc_(model.parameters(), clip_factor=0.02)
+    fastclip.normalize_grad_(model.parameters(), norm=float(norms.max()))
+    return fastclip.find_nonfinite(model)
+
+
+def norms_limit(model: nn.Module) -> Tensor:
+    return fastclip.get_total_norm(p.detach() for p in model.parameters())
+
+
+def rules() -> None:
+    def halved(total_norm: Tensor) -> float | Tensor:
+        return total_norm / 2
+
+    own: list[Callable[[Tensor], float | Tensor]] = [AutoClip(10, history=50), ZClip(), halved]
+    model = fresh()
+    for rule in own:
+        fastclip.clip_grad_norm_(model.parameters(), rule)
+        GradClipper(model, rule, nonfinite="zero").clip_()
+
+
+def groups(path: str | None = None) -> float:
+    model = fresh()
+    clipper = GradClipper(
+        groups=[
+            {"params": model[0], "max_norm": AutoClip(), "name": "first"},
+            {"params": model[2].named_parameters(), "coef_of": "first"},
+            {"params": [], "max_norm": None, "process_group": None},
+        ],
+        norm_type="inf",
+        nonfinite="error",
+    )
+    norms: Tensor = clipper.clip_()
+    state = clipper.state_dict()
+    clipper.load_state_dict(state)
+    if path is not None:
+        clipper.plot(path)
+    print(clipper.stats(), clipper.names)
+    return float(norms.sum()) + sum(clipper.norms_by_parameter().values())
+
+
+def in_the_step() -> Tensor:
+    model = fresh()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    with NormAccumulator(model, norm_type=2) as norms:
+        with norms.pause():
+            scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
+        scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
+        fastclip.clipped_step(optimizer, 1.0, scaler, measured=norms)
+        scaler.update()
+        scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
+        fastclip.unscale_and_clip_(scaler, [optimizer], ZClip(), norm_type=2)
+        scaler.step(optimizer)
+        scaler.update()
+        norms.forget()
+        total_norm: Tensor = norms.clip_(1.0)
+    return total_norm
+
+
+def main() -> None:
+    drop_in()
+    per_tensor()
+    rules()
+    groups()
+    in_the_step()
+
+
+if __name__ == "__main__":
+    main()
