@@ -1,5 +1,6 @@
 """Gradient clipping for PyTorch: one read, exact norms, one line to adopt."""
 
+from ._arguments import Group
 from .accumulator import NormAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .clipper import GradClipper
@@ -12,6 +13,7 @@ from .rules import AutoClip, ZClip
 __all__ = [
     "AutoClip",
     "GradClipper",
+    "Group",
     "NormAccumulator",
     "ZClip",
     "clip_grad_agc_",

@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = commands.add_parser("demo", help=what, description=what).add_argument
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=best, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--steps", type=_steps, default=400, help="of each of three runs (default: %(default)s)")
-    what = "a further run by a rule, which finds the threshold itself"
+    add("--steps", type=_steps, default=400, help="steps per run (default: %(default)s)")
+    what = "add a run by this rule, which finds the threshold itself"
     add("--rule", choices=RULES, help=what)
     add("--out", type=_out, default="fastclip-demo.png", help="picture path (default: %(default)s)")
     what = "run a script with torch's clipping functions replaced by fastclip's"
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     running = commands.add_parser("run", help=what, description=what, usage=usage)
     add = running.add_argument
     add("--stats", action="store_true", help="at the end, say what was called and clipped")
-    add("--plot", type=_picture, metavar="FILE", help="and draw the norms and what was clipped")
+    add("--plot", type=_picture, metavar="FILE", help="draw the norms and what was clipped")
     given, command = _split(sys.argv[1:] if arguments is None else list(arguments))
     options = vars(parser.parse_args(given))
     name = options.pop("name")

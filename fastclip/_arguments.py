@@ -20,7 +20,7 @@ class _Params(TypedDict):
 
 
 class Group(_Params, total=False):
-    """One of the groups of a `GradClipper`."""
+    """The type of one of the `groups` of a `GradClipper`, a dict."""
 
     max_norm: Threshold | None
     coef_of: str

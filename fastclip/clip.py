@@ -38,8 +38,8 @@ def clip_grad_norm_(
 
     Each gradient is multiplied by min(1, max_norm / (norm + 1e-6)); nothing is written where that
     is 1. One read if nothing is clipped, no wait for the device unless `error_if_nonfinite`, the
-    same bits on every call. `torch.compile` takes it whole; of DTensors those of one mesh, without
-    Partial ones, `process_group` and `nonfinite`.
+    same bits on every call. No graph break in `torch.compile`, but for `process_group`, errors, and
+    DTensors that are Partial, of several meshes or beside a `nonfinite` policy.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
@@ -54,15 +54,16 @@ def clip_grad_norm_(
             gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
             their meshes spread is counted, and what they replicate is counted once.
         nonfinite: what an infinite or NaN norm does: `"propagate"` into the gradients, as in
-            torch; `"zero"` them all; `"skip"`, leave them; `"error"`, as `error_if_nonfinite`.
-            On every rank alike, decided on the device, but for the error.
+            torch; `"zero"`: all become 0; `"skip"`: they stay as they are, and the caller skips the
+            step; `"error"`, as `error_if_nonfinite`. On every rank alike, decided on the device,
+            but for the error.
         grad_scale: factor > 0, a number or a 0-d tensor, by which the gradients are multiplied in
             the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
 
     Returns:
-        The norm before clipping, 0-d: float32, float64 if any gradient is, or any DTensor among the
-        parameters; on all ranks alike, but on a GPU no gradient of another rank of a
-        `process_group` counts for that. A replicated DTensor if all are DTensors of one mesh.
+        The norm before clipping, 0-d: float32, or float64 if any gradient is, or any DTensor among
+        the parameters (of a `process_group` on a GPU, only those of this rank count for that). A
+        replicated DTensor if all are DTensors of one mesh.
 
     A gradient that is not placed as its parameter, such as a `Partial` one, is redistributed and
     kept so: a collective of its size, for which every rank of its mesh must have it.

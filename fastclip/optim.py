@@ -91,9 +91,9 @@ def clipped_step(
 
     Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
     `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
-    once to be measured; the optimizer divides what it reads by the inverse coefficient and leaves
-    them clipped; float64 ones are scaled before it. No wait for the device, where a norm that is
-    not finite skips the step; but for the first step of SGD with dampening.
+    once to be measured; the optimizer scales them as it reads them, and leaves them clipped;
+    float64 ones are scaled before it. A norm that is not finite skips the step. No wait for the
+    device, but after the first step of SGD with dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with

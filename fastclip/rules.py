@@ -127,7 +127,7 @@ _zclip: Callable[..., Tensor] = _ops.define(
 
 
 class ZClip(State):
-    """Clip what stands out of a moving average of the norms, and the more the further.
+    """Clip outliers from a moving average of the norms, the further ones the more.
 
     With mean m and standard deviation s of the norms so far, z = (norm - m) / (s + 1e-6). Where z
     exceeds `z_threshold` the threshold is m + z_threshold^2 * s / z, else there is none (inf). Then

@@ -57,21 +57,18 @@ def rules() -> None:
 
 def groups(path: str | None = None) -> float:
     model = fresh()
-    clipper = GradClipper(
-        groups=[
-            {"params": model[0], "max_norm": AutoClip(), "name": "first"},
-            {"params": model[2].named_parameters(), "coef_of": "first"},
-            {"params": [], "max_norm": None, "process_group": None},
-        ],
-        norm_type="inf",
-        nonfinite="error",
-    )
+    own: list[fastclip.Group] = [
+        {"params": model[0], "max_norm": AutoClip(), "name": "first"},
+        {"params": model[2].named_parameters(), "coef_of": "first"},
+        fastclip.Group(params=[], max_norm=None, process_group=None),
+    ]
+    clipper = GradClipper(groups=own, norm_type="inf", nonfinite="error")
     norms: Tensor = clipper.clip_()
     state = clipper.state_dict()
     clipper.load_state_dict(state)
     if path is not None:
         clipper.plot(path)
-    print(clipper.stats(), clipper.names)
+    print(clipper.stats(), clipper.last(), clipper.names)
     return float(norms.sum()) + sum(clipper.norms_by_parameter().values())
 
 
