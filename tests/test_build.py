@@ -301,3 +301,10 @@ def test_the_extension_is_linked_to_no_cuda_and_holds_no_debug_sections():
     assert not [line for line in needed if "cuda" in line]
     assert ".text" in said
     assert ".debug" not in said
+
+
+def test_a_build_without_torch_says_how_to_build():
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install --no-build-isolation ." in result.stderr
