@@ -46,8 +46,7 @@ class WholeTree(sdist):  # what builds, tests and measures, not just what is com
         super().make_release_tree(base_dir, sorted(set(files)))
 
 
-# OpenMP's symbols come from torch's runtime: a second one, linked here, would fight for the cores.
-compiled = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+compiled = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
 sources = sorted(str(p) for p in Path("csrc").glob("**/*.cpp") if WITH_CUDA or "cuda" not in str(p))
 flags = {"extra_compile_args": compiled, "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
 extension = CppExtension("fastclip._C", sources, **flags)

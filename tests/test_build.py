@@ -291,14 +291,35 @@ def test_an_editable_install_works_beside_its_clone(tmp_path):
     assert "Requires-Dist: torch>=2.11\n" in (metadata / "METADATA").read_text()
 
 
+THREADS = """
+import os, torch
+from fastclip import _ops
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+tensor = torch.empty(1_000_000)
+before = count()
+_ops.norm([tensor], 2.0)
+print(count() - before)
+tensor.mul_(2)
+print(count() - before)
+"""
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux does")
+def test_kernels_and_torch_work_on_the_same_threads():
+    said = subprocess.check_output([sys.executable, "-c", THREADS], cwd=ROOT, text=True)
+    assert said.split() == ["3", "3"]
+
+
 @pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
 @pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf")
-def test_the_extension_is_linked_to_no_cuda_and_holds_no_debug_sections():
+def test_the_extension_is_linked_to_no_cuda_or_openmp_and_holds_no_debug_sections():
     command = ["readelf", "--wide", "--sections", "--dynamic", _ops.extension.__file__]
     said = subprocess.check_output(command, text=True)
     needed = [line for line in said.splitlines() if "(NEEDED)" in line]
     assert any("libtorch_cpu.so" in line for line in needed)
-    assert not [line for line in needed if "cuda" in line]
+    assert not [line for line in needed if "cuda" in line or "omp" in line]
     assert ".text" in said
     assert ".debug" not in said
 

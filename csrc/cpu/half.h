@@ -1,5 +1,5 @@
-// Sums and products of a run of float16 elements, by F16C where the processor has it. Exact to
-// float64, and the products rounded once, to nearest even.
+// Sums and products of a run of float16 elements, by F16C where the processor has it, by NEON on
+// ARM. Exact to float64, and the products rounded once, to nearest even.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastclip::cpu {
@@ -52,11 +54,25 @@ template <bool kSquares>
   }
   return i;
 }
+#elif defined(__aarch64__)
+// The compiler vectorises the sums, but no conversion to float16.
+inline int64_t multiply_neon(c10::Half* x, float coef, int64_t n) {
+  auto* bits = reinterpret_cast<uint16_t*>(x);
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + 4 <= n; i += 4) {
+    const float32x4_t values = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(bits + i)));
+    const float16x4_t products = vcvt_f16_f32(vmulq_n_f32(values, coef));
+    vst1_u16(bits + i, vreinterpret_u16_f16(products));
+  }
+  return i;
+}
 #endif
 
 // The sum of squares or magnitudes in float64, of the first elements; says of how many.
 template <bool kSquares>
-inline double sum_first(const c10::Half* x, int64_t n, int64_t& done) {
+inline double sum_first([[maybe_unused]] const c10::Half* x, [[maybe_unused]] int64_t n,
+                        int64_t& done) {
   done = 0;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"))
@@ -69,6 +85,8 @@ inline void multiply(c10::Half* x, float coef, int64_t n) {
   int64_t i = 0;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("f16c")) i = multiply_f16c(x, coef, n);
+#elif defined(__aarch64__)
+  i = multiply_neon(x, coef, n);
 #endif
   for (; i < n; ++i) x[i] = c10::Half(static_cast<float>(x[i]) * coef);
 }

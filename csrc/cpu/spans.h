@@ -6,12 +6,13 @@
 // changes a bit.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../tensor_list.h"
+#include "threads.h"
 
 namespace fastclip::cpu {
 
@@ -60,10 +61,10 @@ class Spans {
   // Calls work(first span, last span) on as many threads as the data deserves. One in a forked
   // child: the parent's threads are gone, and OpenMP would wait for them.
   template <class Work>
-  void parallel(Work&& work) const {
+  void parallel(const Work& work) const {
     const int64_t grain = 1 + size() * kGrain / std::max<int64_t>(1, tensors_.elements());
     if (size() > grain && getpid() != kLoadedBy) return work(0, size());
-    at::parallel_for(0, size(), grain, std::forward<Work>(work));
+    cpu::parallel(size(), grain, work);
   }
 
  private:
