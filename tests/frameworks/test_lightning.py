@@ -1,9 +1,7 @@
 """Lightning's Trainer and Fabric; the callback; the recipe for fused optimizers with a scaler."""
 
 import math
-import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,6 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy  # noqa: E402
 
 from fastclip.integrations.lightning import GradClip  # noqa: E402
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 class Module(LightningModule):
@@ -192,12 +188,14 @@ def test_bad_arguments_are_named():
             GradClip(**wrong)
 
 
-def recipe() -> type:
-    """README's plugin."""
-    found = re.search(r"```python\n((?:(?!```).)*class ClippedStep.*?)```", README, re.S)
-    names: dict[str, Any] = {}
-    exec(found[1], names)
-    return names["ClippedStep"]
+class ClippedStep(MixedPrecision):
+    """What a user writes in place of `precision="16-mixed"` for a fused optimizer."""
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+        loss = closure()
+        fastclip.clipped_step(optimizer, max_norm=1.0, scaler=self.scaler)
+        self.scaler.update()
+        return loss
 
 
 def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
@@ -206,7 +204,7 @@ def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
         trainer(2, **half, gradient_clip_val=1.0).fit(Module(fused=True), data())
     with pytest.raises(RuntimeError, match="are divided in its step"):
         trainer(2, **half, callbacks=[GradClip(1.0)]).fit(Module(fused=True), data())
-    plugin = recipe()("16-mixed", "cpu")
+    plugin = ClippedStep("16-mixed", "cpu")
     fused, plain, called = Module(fused=True), Module(), Module()
     trainer(20, plugins=[plugin]).fit(fused, data())
     half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
