@@ -14,8 +14,8 @@ from setuptools.command.sdist import sdist
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ModuleNotFoundError:
-    sys.exit("No torch to build for. If you have one: pip install --no-build-isolation .")
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. To build for the torch you have: pip install --no-build-isolation .")
 sys.path.insert(0, "csrc")
 import nvcc
 

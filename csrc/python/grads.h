@@ -83,6 +83,7 @@ class PlainGrads {
     return {tensors_[0].device()};
   }
 
+  // Of at least one.
   bool is_on(at::Device device) const { return tensors_[0].device() == device; }
 
   // Norms are float64; what is returned of them is as precise as the gradients.
