@@ -55,6 +55,12 @@ class State:
         for name, value in self._here.items():
             value.copy_(before[name])
 
+    def describe(self) -> str:
+        """Its class, its arguments, and how many norms it has seen; waits for the device."""
+        arguments = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        counts = {n: v.tolist() for n, v in self._here.items() if not v.is_floating_point()}
+        return f"{type(self).__name__} of {arguments} at {counts}"
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies on the CPU, of final names and shapes at any time; waits for the device."""
         return {name: value.to(CPU, copy=True) for name, value in self._here.items()}

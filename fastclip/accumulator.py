@@ -1,6 +1,6 @@
 """The norm gathered during backward, so that the clip is a decision and at most one write."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -12,7 +12,7 @@ from . import _ops
 from ._arguments import NormType, Threshold, positive_order, threshold
 from ._decide import resolved
 from ._gradients import Gradients, NamedParameters, read
-from ._ranks import is_alone, is_data_parallel, is_dtensor, on_reduced_buckets
+from ._ranks import is_alone, is_data_parallel, is_dtensor, is_spread, on_reduced_buckets
 from ._warnings import warn
 
 
@@ -97,7 +97,7 @@ class NormAccumulator:
         finally:
             self._pause(before or self._is_removed)
 
-    def take(self, parameters: Iterable[Tensor], norm_type: float) -> Gradients:
+    def take(self, parameters: list[Tensor], norm_type: float) -> Gradients:
         """The gradients of these parameters, with what was measured of them, which is forgotten.
 
         For `unscale_and_clip_` and `clipped_step`.
@@ -106,6 +106,9 @@ class NormAccumulator:
             ValueError: they are not those that were measured, or it was another norm.
         """
         self._look_again()
+        # Each rank may have others; of DTensors nothing was measured.
+        if is_spread(parameters) and norm_type == self.p:
+            return read(parameters, agree=True)
         ours, theirs = (
             {id(i) for i in some if i.grad is not None} for some in (self._items, parameters)
         )

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._agreement import check_agreement
 from ._arguments import Group, Nonfinite, NormType, Source, Threshold, checked_groups, order, policy
 from ._decide import decide, raise_if_nonfinite, resolved, spared
-from ._gradients import Gradients, NamedParameters, aligned, clipped_at_once, read, read_by
+from ._gradients import (
+    Gradients,
+    NamedParameters,
+    aligned,
+    clipped_at_once,
+    found_in_groups,
+    read,
+    read_by,
+)
 from ._history import History, Ring, draw, histories, last_of, stats_of
 from ._ops import widest
-from ._ranks import Kind, as_groups, value_of
+from ._ranks import Kind, as_groups, is_spread, value_of
 from ._state import Shared
 
 
@@ -35,7 +44,9 @@ class GradClipper:
             coefficient to scale it; a `"process_group"` of its own; a `"name"`, else its number.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
 
-    `torch.compile` takes `clip_` whole, but for groups and `process_group`.
+    Over ranks the first `clip_`, also of a copy and after a state was loaded, compares names,
+    numbers, rules and how many norms they have seen, and versions, and waits for the device.
+    `torch.compile` takes `clip_` whole after that, but for groups and `process_group`.
 
     Call `clip_` once before a CUDA graph captures it: that call makes the tensors. A copy, also by
     `pickle`, goes on from the same state; that of a module which holds its clipper clips the copy.
@@ -77,7 +88,7 @@ class GradClipper:
         self._items: list[Tensor] = []
         self._labels: list[int] = []
         self._plan: Any = None
-        self._is_checked = False
+        self._is_compared = False
         self._ring = Ring(len(groups) * (1 if self._is_fixed else 2))
         self._find()
 
@@ -89,6 +100,7 @@ class GradClipper:
 
         Raises:
             RuntimeError: a norm is not finite, on any rank, and `nonfinite` is `"error"`.
+            ValueError: ranks were made otherwise, or did not load the same state; on all ranks.
             TypeError: a gradient that cannot be clipped; gradients untouched.
         """
         self._look_again()
@@ -96,7 +108,8 @@ class GradClipper:
             given = self.thresholds[0], self.p
             # Of a threshold on the device a row holds more than the norm.
             at_once = self._is_fixed and not self.asked[0]
-            total_norm = clipped_at_once(self._items, *given, self._ring) if at_once else None
+            how = *given, self._ring, self._is_compared
+            total_norm = clipped_at_once(self._items, *how) if at_once else None
             if total_norm is None:
                 total_norm = self._read().clip_norm_(*given)
                 self._record(value_of(total_norm))
@@ -117,10 +130,10 @@ class GradClipper:
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
-        """Return the norm of each parameter's gradient by its name; waits for the device.
+        """Call this on all ranks: return the norm of each parameter's gradient by its name.
 
         Of order `norm_type`, 0 without a gradient. A DTensor's norm is that of the full gradient,
-        for which every rank calls this. Gradients are only read.
+        for which each rank waits for the others. Gradients are only read. Waits for the device.
         """
         self._look_again()
         grads = read(self._items, kind=Kind.EACH)
@@ -173,7 +186,7 @@ class GradClipper:
         return {"rules": rules, "log": self._ring.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of a clipper with the same arguments returned.
+        """Take over what `state_dict` of a clipper with the same arguments returned, on all ranks.
 
         Raises:
             ValueError: the rules of other groups or with other arguments, or other numbers a step.
@@ -187,12 +200,13 @@ class GradClipper:
         self._ring.load_state_dict(state["log"])
         for name, rule in own.items():
             rule.load_state_dict(state["rules"][name])
+        self._is_compared = False
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what the next step finds again, and which no other clipper could use."""
         sources = [NamedParameters(source.source) for source in self._sources]
         found: dict[str, Any] = {"_fixed": {}, "_items": [], "_labels": [], "_plan": None}
-        return {**vars(self), "_sources": sources, **found}
+        return {**vars(self), "_sources": sources, "_is_compared": False, **found}
 
     def _stateful(self) -> dict[str, Any]:
         rules = zip(self.names, self.thresholds, strict=True)
@@ -203,36 +217,25 @@ class GradClipper:
             self._find()
 
     def _find(self) -> None:
-        owners: dict[int, tuple[str, int]] = {}
-        items, labels, names = [], [], []
-        for label, source in enumerate(self._sources):
-            for name, parameter in source.find():
-                name = name if self.is_one else f"{self.names[label]}.{name}"
-                other, owner = owners.setdefault(id(parameter), (name, label))
-                if owner != label:
-                    for each in self._sources:
-                        each.forget()
-                    raise ValueError(
-                        f"groups: {other} and {name} are one parameter; leave it out of one group"
-                    )
-                if other == name:
-                    items.append(parameter)
-                    labels.append(label)
-                    names.append(name)
+        items, labels, names = found_in_groups(self._sources, None if self.is_one else self.names)
         same = labels == self._labels and list(map(id, items)) == list(map(id, self._items))
         # A plan is for these items in these groups.
         self._plan = self._plan if same else None
         self._items, self._labels, self._item_names = items, labels, names
+        self._is_spread = is_spread(items)
 
     def _read(self) -> Gradients:
+        if not self._is_compared and (self._is_spread or any(self.asked)):
+            check_agreement(self._read_now, self.names, self.thresholds, self.p, self.nonfinite)
+            self._is_compared = True
+        return self._read_now()
+
+    def _read_now(self) -> Gradients:
         agree = self.nonfinite != "propagate"
         if self.is_one and not self.asked[0]:
             return read(self._items, kind=Kind.of_order(self.p), agree=agree)
         grads = read_by(self._plan, self._items, self.asked, self._labels, self.p, agree)
         self._plan = grads.plan
-        if not (self.is_one or self._is_checked):
-            self._is_checked = True
-            grads.check_same(self.names)
         return grads
 
     def _limits(self, norms: Tensor) -> Tensor:

@@ -5,17 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import SpreadGrads, aligned, held, named, read
-from ._ops import widest
-from ._ranks import Kind, local_of
+from ._gradients import check_supported, held, named, take
+from ._ranks import local_of
 
 
 @torch.no_grad()
 def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
     """Return how many elements of each gradient are infinite or NaN, by the parameter's name.
 
-    Only of gradients that have any. One read of all, a second of those; waits for the device. A
-    DTensor's are those of the full gradient, for which every rank calls this.
+    Only of gradients that have any. One read of all, a second of those; waits for the device. It
+    tells what this rank holds, of a DTensor its shard, and any rank may call it alone.
 
     Args:
         parameters_or_module: a module, an optimizer, tensors, (name, tensor) pairs, or several
@@ -31,22 +30,19 @@ def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
     >>> find_nonfinite(layer)
     {'weight': 1}
     """
-    pairs = named(parameters_or_module)
-    items = [parameter for _, parameter in pairs]
-    if not items:
+    names: dict[Tensor, str] = {}
+    for name, item in named(parameters_or_module):
+        names.setdefault(item, name)
+    found = [(name, local_of(item.grad)) for item, name in names.items() if item.grad is not None]
+    if not found:
         return {}
-    grads = read(items, kind=Kind.EACH)
-    norms = aligned(grads.each_norms(float("inf")), items)
-    counts = norms.new_zeros(len(items), dtype=widest(norms.device))
-    for i in (~norms.isfinite()).nonzero().flatten().tolist():
-        if items[i].grad is not None:
-            counts[i] = _count(local_of(items[i].grad))
-    if isinstance(grads, SpreadGrads):
-        counts = grads.added(counts)
-    each = zip(pairs, counts.tolist(), strict=True)
-    return {name: int(count) for (name, _), count in each if count}
+    for name, grad in found:
+        check_supported(grad, f"the gradient of {name}", write=False)
+    norms = take([grad for _, grad in found]).each_norms(float("inf"))
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
+    return {name: _count(grad) for name, grad in (found[i] for i in bad)}
 
 
-def _count(tensor: Tensor) -> Tensor:
+def _count(tensor: Tensor) -> int:
     values = held(tensor.coalesce() if tensor.is_sparse else tensor)
-    return (~values.isfinite()).sum()
+    return int((~values.isfinite()).sum())

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import _optimizers
 from ._arguments import NormType, Threshold, positive_order, threshold
 from ._decide import decide, spared
-from ._gradients import Gradients, read
+from ._gradients import Gradients, fail, read
 from ._ops import is_known, widest
 from ._optimizers import as_list, layers_of, parameters_of
 from .accumulator import NormAccumulator
@@ -198,12 +198,13 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
 def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | None) -> None:
     if inv_scale is None or not grads.has(torch.float16):
         return
-    for i, item in enumerate(items):
-        if item.grad is not None and item.grad.dtype == torch.float16:
-            raise ValueError(
-                f"the gradient of parameter {i} of the optimizer: float16 gradients are not "
-                "unscaled, as in torch; keep the parameters in float32 under autocast"
-            )
+    dtypes = [item.grad.dtype if item.grad is not None else None for item in items]
+    at = dtypes.index(torch.float16)
+    why = (
+        f"the gradient of parameter {at} of the optimizer: float16 gradients are not unscaled, as "
+        "in torch; keep the parameters in float32 under autocast"
+    )
+    fail(grads, ValueError(why))
 
 
 def _note(scaler: GradScaler, optimizers: list[Optimizer], is_bad: Tensor, stage: OptState) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import NormType, at_least_zero, fixed_threshold, order
-from ._gradients import aligned, as_list, read, take_weights
+from ._gradients import aligned, as_list, each_norms_of, read, take_weights
 from ._ops import clip_coef
 from ._ranks import Kind
 
@@ -80,9 +80,7 @@ def clip_grad_agc_(
     clip_factor, eps = at_least_zero("clip_factor", clip_factor), at_least_zero("eps", eps)
     items = as_list(parameters, "parameters")
     grads = read(items, kind=Kind.ROWS)
-    # First, for a rank whose gradients cannot be clipped tells only those that it adds up with.
-    weights = take_weights(items, Kind.ROWS).each_norms(2.0, rows=True)
-    norms = grads.each_norms(2.0, rows=True)
+    weights, norms = each_norms_of([take_weights(items, Kind.ROWS), grads], 2.0, rows=True)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
     # A norm that is infinite or NaN is no reason to leave a gradient as it is.

@@ -37,7 +37,7 @@ if dist.is_available():
         parallelize_module,
     )
 
-ORDERS = [1.0, 2.0, 3.0, math.inf]
+ORDERS = [1.0, 2.0, 3.0, 8.0, math.inf]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def clips_as_one_process(build: Callable, p: float, reader: str) -> None:
     try:
         parameters, collectives = build(dist.get_world_size())
         taken = steps_of(lambda: check(parameters, p))
-        assert taken == collectives * (2 if p == 3 else 1), taken
+        assert taken == collectives * (2 if p == 8 else 1), taken
         grads = [q.grad for q in parameters]
         again = fastclip.get_total_norm(grads, p)
         assert ulps(full(again), oracle(grads_of(parameters), p)) <= 2
@@ -774,14 +774,17 @@ def straight() -> None:
         ]
         parameters[2].grad = None
         fastclip.clip_grad_norm_(parameters, math.inf)
+        clipper = fastclip.GradClipper(parameters, 0.1)
+        # The first time ranks compare what they clip by.
+        first = clipper.clip_()
         with pytest.MonkeyPatch.context() as patch:
             # What takes the long road.
             patch.setattr(_gradients.SpreadGrads, "__init__", None)
             for p in (1, 2.0):
                 check(parameters, p)
-            clipper = fastclip.GradClipper(parameters, 0.1)
             norm = clipper.clip_()
-        assert clipper.stats()["total_norm"] == [float(norm.full_tensor())]
+        found = [float(n.full_tensor()) for n in (first, norm)]
+        assert clipper.stats()["total_norm"] == found
 
 
 @pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
@@ -810,22 +813,23 @@ def plans() -> None:
                 DTensor(q.grad._local_tensor, q._spec, requires_grad=False) for q in parameters[::2]
             ]
             fastclip.get_total_norm([cut[0], torch.ones(3), cut[1]])
-        assert made == 1
+        # One for the parameters, one for the tensors.
+        assert made == 2
         # Another list with the same first parameter, another layout, another group.
         check(parameters[:2])
         check([*parameters[:2], spread((6, 2), mesh, Shard(0))])
-        assert made == 3
-        check(parameters)
         assert made == 4
+        check(parameters)
+        assert made == 5
         # A slice of a mesh is another object each time.
         root = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
         for _ in range(5):
             fastclip.clip_grad_norm_(parameters, 1e9, process_group=root["pp"])
-        assert made == 5
+        assert made == 6
         gc.disable()
         replaced = weakref.ref(_ranks.plan._plans[0][id(parameters[0]._spec)][0])
         check(parameters)
-        assert made == 6
+        assert made == 7
         assert replaced() is None
     finally:
         gc.enable()

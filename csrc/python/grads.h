@@ -4,7 +4,9 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -135,23 +137,19 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // What ranks add up of one norm of order 1 or 2: the norm itself or its square, 1-d, float64.
-  at::Tensor part(double p) const {
-    at::Tensor norm = norms(p);
-    if (p != 2) return norm;
-    if (!is_number(norm)) return norm.mul(norm);
-    *norm.mutable_data_ptr<double>() *= *norm.const_data_ptr<double>();
-    return norm;
+  // What ranks add up of one norm of order 1 or 2, the norm itself or its square, and zeros beside
+  // it; 1-d, float64.
+  at::Tensor part(double p, int64_t beside) const {
+    const at::Tensor norm = norms(p);
+    if (!is_number(norm)) return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, beside});
+    const double found = *norm.const_data_ptr<double>();
+    at::Tensor parts = at::zeros({1 + beside}, norm.options());
+    *parts.mutable_data_ptr<double>() = p == 2 ? found * found : found;
+    return parts;
   }
 
-  // By what all ranks have added up. Returns the norm, float64 or float32. Nothing where the host
-  // cannot look at the sum, or if it is negative, which says that a rank takes no part.
-  std::optional<at::Tensor> clip_by_sum_(const at::Tensor& sum, double max_norm, double p,
-                                         bool wide) const {
-    const double found = is_number(sum) ? *sum.const_data_ptr<double>() : -1;
-    if (found < 0) return std::nullopt;
-    wide |= is_wide();
-    const double total_norm = p == 2 ? std::sqrt(found) : found;
+  // By the norm of all ranks, which the host knows. Returns it, float64 or float32.
+  at::Tensor clip_by_known_(double total_norm, double max_norm, bool wide) const {
     const double coef = clip_coef_as(wide, total_norm, max_norm);
     if (coef != 1) {
       scale_(at::scalar_tensor(coef, at::kDouble));

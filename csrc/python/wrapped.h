@@ -54,7 +54,8 @@ class Attribute {
 
 // How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
 // attribute `layout` is, of a plain item None, and `slots` the norm to which its gradient counts.
-// Whoever made this answers for the layouts being alive. Gradients may have others, of equal parts.
+// Whoever made this answers for the layouts being alive. Gradients, and tensors that are measured,
+// may have others, of equal parts.
 class Wrapped {
  public:
   Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> slots, py::str layout,
@@ -70,7 +71,9 @@ class Wrapped {
   // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
   template <What what>
   std::optional<PlainGrads> read(const py::list& list) const {
-    const size_t count = list.size();
+    // Layouts are compared by Python, and meanwhile another thread may change list and gradients.
+    const py::tuple items(list);
+    const size_t count = items.size();
     if (count != layouts_.size()) return std::nullopt;
     PlainGrads grads;
     grads.reserve(count);
@@ -81,8 +84,8 @@ class Wrapped {
       py::object wrappers[kTogether], inners[kTogether];
       for (size_t i = 0; i < batch; ++i) {
         if (begin + i + kTogether < count)
-          prefetch(PyList_GET_ITEM(list.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
-        const py::handle item = PyList_GET_ITEM(list.ptr(), begin + i);
+          prefetch(PyTuple_GET_ITEM(items.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
+        const py::handle item = PyTuple_GET_ITEM(items.ptr(), begin + i);
         if (!is_tensor(item)) return std::nullopt;
         tensors[i] = found[i] = &THPVariable_Unpack(item.ptr());
         prefetch(found[i]->unsafeGetTensorImpl(), 64);
@@ -103,17 +106,19 @@ class Wrapped {
       }
       for (size_t i = 0; i < batch; ++i) {
         const size_t at = begin + i;
-        const py::handle item = PyList_GET_ITEM(list.ptr(), at);
+        const py::handle item = PyTuple_GET_ITEM(items.ptr(), at);
         // A gradient that is laid out so says it of its parameter too.
         if (!wrappers[i] && !is_laid_out(item, at)) return std::nullopt;
         if (!found[i]->defined()) continue;
         if (what == What::kGrads && !seen.insert(tensors[i]->unsafeGetTensorImpl())) continue;
+        // The items of a plan for parameters are those that it was made for; tensors may be others.
+        const bool is_planned = what == What::kTensors || is_laid_out(item, at);
         if (wrappers[i] && !is_laid_out(wrappers[i], at) &&
-            !(is_laid_out(item, at) && is_equal(wrappers[i], at)))
+            !(is_planned && is_equal(wrappers[i], at)))
           return std::nullopt;
         if (!grads.add(wrappers[i] ? THPVariable_Unpack(inners[i].ptr()) : *found[i]))
           return std::nullopt;
-        if (wrappers[i]) grads.note(*found[i]);
+        if (wrappers[i]) grads.note(THPVariable_Unpack(wrappers[i].ptr()));
         grads.note(slots_[at]);
       }
     }

@@ -6,7 +6,8 @@ ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops`,
 """
 
 from .local import held
-from .named import NamedParameters, named
+from .look import check_supported
+from .named import NamedParameters, found_in_groups, named
 from .protocol import Gradients
 from .reading import aligned, as_list, clipped_at_once, read, read_by, take, take_weights
-from .spread import SpreadGrads
+from .spread import SpreadGrads, each_norms_of, fail

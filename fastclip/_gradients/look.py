@@ -39,7 +39,7 @@ def look(
                 wrappers += [wrapper] * (wrapper is not tensor)
                 slot = plan.reduction.slot_of[position]
             check_supported(tensor, name, write)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             # The next ones may have to be placed, together with other ranks.
             errors.append(error)
         found.setdefault(id(item) if write else position, (tensor, slot))

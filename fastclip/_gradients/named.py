@@ -1,7 +1,7 @@
 """Parameters with their names, from whatever holds them: modules, optimizers, lists, pairs."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,35 @@ class NamedParameters:
         contents = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
         self._held = containers, contents
         return _ops.extension.Watch(containers)
+
+
+def found_in_groups(
+    sources: Sequence[NamedParameters], names: Sequence[str] | None
+) -> tuple[list[Tensor], list[int], list[str]]:
+    """Of all sources the parameters, each once, the numbers of their sources, and their names.
+
+    `names`, if given, are those of the sources, and begin the names of their parameters.
+
+    Raises:
+        ValueError: a parameter in two sources.
+    """
+    owners: dict[int, tuple[str, int]] = {}
+    items, labels, found = [], [], []
+    for label, source in enumerate(sources):
+        for name, parameter in source.find():
+            name = name if names is None else f"{names[label]}.{name}"
+            other, owner = owners.setdefault(id(parameter), (name, label))
+            if owner != label:
+                for each in sources:
+                    each.forget()
+                raise ValueError(
+                    f"groups: {other} and {name} are one parameter; leave it out of one group"
+                )
+            if other == name:
+                items.append(parameter)
+                labels.append(label)
+                found.append(name)
+    return items, labels, found
 
 
 def _lists(optimizers: list[Optimizer]) -> list[list[Any]]:

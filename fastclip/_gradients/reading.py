@@ -60,7 +60,7 @@ def read(
     items = as_list(parameters, "parameters")
     grads = _read(items, foreach, _asked(process_group), True, kind, agree)
     # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
-    is_empty = getattr(grads, "error", None) is None and not len(grads)
+    is_empty = getattr(grads, "failure", None) is None and not len(grads)
     if is_empty and items and not any(map(_may_have_grad, items)):
         warn(
             "fastclip: no parameter has a gradient, and nothing was changed; pass the parameters "
@@ -70,7 +70,11 @@ def read(
 
 
 def clipped_at_once(
-    parameters: list[Tensor], max_norm: Any, norm_type: Any, ring: Any = None
+    parameters: list[Tensor],
+    max_norm: Any,
+    norm_type: Any,
+    ring: Any = None,
+    over_ranks: bool = True,
 ) -> Tensor | None:
     """`clip_grad_norm_` as it is called most, its norm also added to a `Ring` if one is given.
 
@@ -83,7 +87,7 @@ def clipped_at_once(
     log = None if ring is None else ring.tensors
     total_norm: Tensor | None
     total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, fixed_threshold, log)
-    plan = planned(parameters) if total_norm is None else None
+    plan = planned(parameters) if total_norm is None and over_ranks else None
     if plan is not None:
         total_norm = clipped_by(plan, parameters, max_norm, norm_type)
         if total_norm is not None and ring is not None:
@@ -186,7 +190,7 @@ def _planned(
         grads = read_all() if grads is None else grads
         _check_foreach(grads, foreach)
         return SpreadGrads(grads, plan, agree)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         if not plan.reduction.sends:
             raise
         return SpreadGrads(LocalGrads([], [], []), plan, agree, error)

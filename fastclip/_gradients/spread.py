@@ -5,7 +5,7 @@ torch.compile leaves their verbs as they are: collectives and plans are no part 
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import _ranks
 from .._ops import clip_coef, empty_norm, is_known
-from .._ranks import Kind, Plan
-from .protocol import GradientsHere
+from .._ranks import NUMBERS, Failure, Kind, Plan, raise_if_failed
+from .protocol import Gradients, GradientsHere
 
 
 class SpreadGrads:
@@ -22,7 +22,7 @@ class SpreadGrads:
 
     They are plain tensors; `result` may make a DTensor of one. If the ranks `agree`, a norm that is
     not finite on one is so on all. `error` is why this rank cannot take part: it tells the others
-    in the collectives that it owes them, and is then raised.
+    in the sums that it owes them, and is then raised. What is sent depends on the plan alone.
     """
 
     def __init__(
@@ -32,21 +32,22 @@ class SpreadGrads:
         agree: bool = False,
         error: Exception | None = None,
     ) -> None:
-        self._local, self.plan, self.agree, self.error = local, plan, agree, error
+        self._local, self.plan, self.agree = local, plan, agree
+        self.failure = None if error is None else Failure(error)
         self.reduction = plan.reduction
         self.wide = plan.wide or (error is None and local.is_wide())
 
     @property
     def local(self) -> GradientsHere:
-        if self.error is not None:
-            raise self.error
+        if self.failure is not None:
+            raise self.failure.error
         return self._local
 
     def __len__(self) -> int:
         return len(self.local)
 
     def has(self, dtype: torch.dtype) -> bool:
-        return self.error is None and self.local.has(dtype)
+        return self.failure is None and self.local.has(dtype)
 
     def is_wide(self) -> bool:
         return self.wide
@@ -96,94 +97,70 @@ class SpreadGrads:
 
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        if norm is None:
-            return self.clip_by_(self._added(p), max_norm, p)
+        return self._clip_by_(self._norms(p)[0] if norm is None else norm, max_norm)
+
+    def clip_by_parts_(self, parts: Tensor, max_norm: float, p: float) -> Tensor:
+        """By the parts of one norm, added up over ranks already."""
+        return self._clip_by_(self._as_norms(self._combined(parts, p), p)[0], max_norm)
+
+    def _clip_by_(self, norm: Tensor, max_norm: float | Tensor) -> Tensor:
+        at_once: Callable[..., Tensor] | None = getattr(self.local, "clip_by_known_", None)
+        if at_once is not None and isinstance(max_norm, float) and is_known(norm):
+            return self.plan.result(at_once(float(norm), max_norm, self.wide))
         self.local.scale_(clip_coef(norm, max_norm, self.wide))
         return self._as_result(norm)
 
-    def clip_by_(self, parts: Tensor, max_norm: float | Tensor, p: float) -> Tensor:
-        """By what all ranks have added up of the norm."""
-        total_norm = self._clipped_by(parts, max_norm, p)
-        if total_norm is not None:
-            return self.plan.result(total_norm)
-        norm = self._as_norms(parts, p)[0]
-        self.local.scale_(clip_coef(norm, max_norm, self.wide))
-        return self._as_result(norm)
-
-    @torch.compiler.disable
-    def added(self, counts: Tensor) -> Tensor:
-        """Float64 counts, one for each item of an EACH plan, added up over ranks."""
-        for step in self.reduction.steps:
-            counts = _ranks.over(step, counts, 1) if step.members else counts
-        return counts
-
-    def check_same(self, names: list[str]) -> None:
-        """Of groups: what ranks send each other is bare. Waits for the device.
-
-        Raises:
-            ValueError: they have other names on another rank; on all ranks.
-        """
-        number = zlib.crc32("\0".join(names).encode())
-        if not _ranks.is_same(number, [*self.reduction.steps, *self.reduction.beyond]):
-            raise ValueError(
-                f"groups: expected the same on all ranks, in the same order, got {names} here and "
-                "others elsewhere; a rank that holds nothing of a group gives it no params"
-            )
-
-    def _clipped_by(self, parts: Tensor, max_norm: float | Tensor, p: float) -> Tensor | None:
-        """At once, where the extension has read the gradients and the host knows the norm."""
-        at_once: Callable[..., Tensor | None] | None = getattr(self._local, "clip_by_sum_", None)
-        if at_once is None or p not in (1, 2) or not isinstance(max_norm, float):
-            return None
-        return at_once(parts, max_norm, p, self.wide)
+    def find_differing(self, texts: list[str]) -> int | None:
+        """The first of the texts that is another on some rank; waits for the device."""
+        numbers = [zlib.crc32(text.encode()) for text in texts]
+        return _ranks.find_differing(numbers, [*self.reduction.steps, *self.reduction.beyond])
 
     def _norms(self, p: float) -> Tensor:
-        return self._as_norms(self._added(p), p)
-
-    def _added(self, p: float) -> Tensor:
-        """What is made a norm, of each label, added up over ranks."""
         plan, reduction, order = self.plan, self.reduction, abs(p)
+        sizes = None if plan.sizes is None else [*plan.sizes, *[1] * reduction.beside]
         parts = self._parts(p)
-        for step, is_open in zip(reduction.steps, reduction.open, strict=True):
-            if self.agree:
-                parts = _ranks.spoiled(parts, reduction.counts, step if is_open else None)
-            if step.members:
-                parts = _ranks.over(step, parts, order, plan.sizes)
-        if not reduction.is_flat:
-            parts = _ranks.combined(parts, reduction.members, order)
-            if self.error is not None:
-                # Also for a label of which this rank has nothing to add.
-                parts = torch.full_like(parts, -math.inf)
-        if reduction.tells_wide:
-            # With the norms goes whether a gradient is float64, for all to return the same dtype.
-            parts = torch.constant_pad_nd(parts, (0, 1), self.wide)
+        for step in reduction.steps if self.agree else reduction.adding:
+            parts = _ranks.over(step, parts, order, reduction.beside, sizes)
+        parts = self._combined(parts, p)
+        if reduction.beyond:
+            # For all to return the same dtype.
+            parts = torch.cat([parts, parts.new_full((1,), self.wide)])
         for step in reduction.beyond:
-            parts = _ranks.over(step, parts, order)
-        if self.error is not None:
-            raise self.error
-        return parts
+            parts = _ranks.over(step, parts, order, len(parts) - len(reduction.counts))
+        if self.failure is not None:
+            self.failure.raise_()
+        return self._as_norms(parts, p)
+
+    def _combined(self, parts: Tensor, p: float) -> Tensor:
+        of = self.reduction
+        return _ranks.combined(parts, of.members, of.beside, of.is_flat, abs(p))
 
     def _as_norms(self, parts: Tensor, p: float) -> Tensor:
         reduction = self.reduction
-        if reduction.sends:
-            _ranks.raise_if_told(parts)
-        if reduction.tells_wide:
+        if reduction.beyond:
             parts, wide = parts[:-1], parts[-1]
             self.wide = bool(wide) if is_known(wide) else self.wide
+        if reduction.beside:
+            parts, numbers = parts[:-NUMBERS], parts[-NUMBERS:]
+            raise_if_failed(numbers)
         return _ranks.as_norm(parts, p)
 
     def _parts(self, p: float) -> Tensor:
-        """What is added up, of all slots."""
-        plan, reduction = self.plan, self.reduction
-        if self.error is None:
+        """What is added up, of all slots, and what goes beside it."""
+        reduction = self.reduction
+        if self.failure is None:
             try:
-                return _ranks.as_parts(self._local_norms(p), p)
-            except (TypeError, ValueError, RuntimeError) as error:
+                parts = _ranks.as_parts(self._local_norms(p), p)
+                parts = torch.constant_pad_nd(parts, (0, reduction.beside))
+                if self.agree and reduction.beside > NUMBERS:
+                    parts = _ranks.flagged(parts, reduction.counts, reduction.beside)
+                return parts
+            except Exception as error:
                 if not reduction.sends:
                     raise
-                self.error = error
-        count = len(reduction.slots) if plan.sizes is None else sum(plan.sizes)
-        return _ranks.told(self.error, count, plan.device)
+                self.failure = Failure(error)
+        count = len(reduction.slots) if self.plan.sizes is None else sum(self.plan.sizes)
+        return self.failure.parts(count + reduction.beside - NUMBERS, self.plan.device)
 
     def _local_norms(self, p: float) -> Tensor:
         """The norms of all slots; what adds nothing for those that hold nothing here."""
@@ -212,6 +189,26 @@ class SpreadGrads:
         return norms if here else norms.to(self.plan.device)
 
 
+def fail(grads: Gradients, error: Exception) -> None:
+    """Raise an error; of gradients over ranks, which are then told, when they are measured."""
+    if not isinstance(grads, SpreadGrads) or not grads.reduction.sends:
+        raise error
+    grads.failure = grads.failure or Failure(error)
+
+
+def each_norms_of(some: Iterable[Gradients], p: float, rows: bool) -> list[Tensor]:
+    """`each_norms` of each of them. Ranks wait for all, also where some cannot be measured."""
+    found, errors = [], []
+    for grads in some:
+        try:
+            found.append(grads.each_norms(p, rows))
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return found
+
+
 def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor | None:
     """`clip_norm_` of the gradients of `items`, if their norm is one sum over ranks.
 
@@ -224,8 +221,16 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
     grads = plan.read(items, True)
     if not grads:
         return None
-    part = _ranks.over_line(line, grads.part(p))
-    total_norm = grads.clip_by_sum_(part, limit, p, plan.wide)
-    if total_norm is not None:
-        return plan.result(total_norm)
-    return SpreadGrads(grads, plan).clip_by_(part, limit, p)
+    try:
+        own = grads.part(p, plan.reduction.beside)
+    except Exception:
+        # The long road meets it again, and tells the other ranks.
+        return None
+    parts = _ranks.over_line(line, own)
+    if not is_known(parts):
+        return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)
+    part, flag, failures, _ = parts.tolist()
+    if failures:
+        raise_if_failed(parts[-NUMBERS:])
+    total_norm = part + flag if p == 1 else math.sqrt(part + flag)
+    return plan.result(grads.clip_by_known_(total_norm, limit, plan.wide or grads.is_wide()))

@@ -1,8 +1,7 @@
-"""Process groups, and the collectives over them: the sums, and what a rank tells the others."""
+"""Process groups, and the collectives over them."""
 
 import functools
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +11,6 @@ from torch import Tensor
 
 # A mesh keeps its ranks in a tensor, of which a mode, as FakeTensorMode, would make what it likes.
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-
-from .._ops import is_known
 
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
@@ -28,12 +25,9 @@ class Key(NamedTuple):
 
 Groups = dict[Key, Any]
 
-# Where a rank that cannot take part says why.
-WORD = "fastclip"
-
 
 class Step(NamedTuple):
-    """A collective: over whom, on which device, and of which parts."""
+    """A collective: over whom (in a graph the group's name), on which device, of which parts."""
 
     group: Any
     device: torch.device
@@ -66,18 +60,18 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
     return groups
 
 
-def reached(asked: Iterable[Any]) -> set[int]:
+def reached(asked: Iterable[Any]) -> frozenset[int]:
     """The ranks over which sums go: those of one thing that is asked for after the other."""
     if not asked:
-        return set()
+        return frozenset()
     me = dist.get_rank()
-    reach = {me}
+    reach = frozenset([me])
     for some in asked:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
         # What is a step for this rank is one for those that it has come to, as in a grid.
-        reach = {rank + other - me for rank in reach for other in ranks}
+        reach = frozenset(rank + other - me for rank in reach for other in ranks)
     return reach
 
 
@@ -100,8 +94,6 @@ def by_key(groups: Iterable[Any]) -> Groups:
 def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
     """The collectives over the groups that each label has asked for, in their order.
 
-    Those on the CPU, where it can be read, also take what comes after the labels.
-
     Raises:
         ValueError: two groups of a label share more than this rank.
     """
@@ -111,14 +103,20 @@ def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
         for key, group in by_key(some).items():
             found.setdefault(key, group)
             labels.setdefault(key, []).append(label)
-    steps = [Step(group, device_of(group), labels[key]) for key, group in found.items()]
-    for step in steps:
-        step.members.extend([len(groups)] * (step.device.type == "cpu"))
-    return steps
+    return [Step(group, device_of(group), labels[key]) for key, group in found.items()]
 
 
 def ranks_of(group: Any) -> Ranks:
     return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def age_of(group: Any) -> int:
+    """Its number among the groups that this rank is in, in the order in which they were made.
+
+    Ranks make a group together, so of two groups the older is the same one on all their ranks. The
+    private dict is the one that `get_process_group_ranks` reads, and nothing else has that order.
+    """
+    return list(dist.distributed_c10d._world.pg_group_ranks).index(group)
 
 
 def device_of(group: Any, wanted: str | None = None) -> torch.device:
@@ -143,6 +141,10 @@ def is_alone() -> bool:
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     """Reduces `values`, in place where they are on the step's device."""
+    if torch.compiler.is_compiling():
+        from torch.distributed._functional_collectives import all_reduce
+
+        return all_reduce(values, op.lower(), step.group)
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
@@ -157,30 +159,13 @@ def _options(op: str) -> Any:
     return options
 
 
-def is_same(number: int, steps: Iterable[Step]) -> bool:
-    """Whether it is the same on all ranks of the steps; waits for the device."""
+def find_differing(numbers: list[int], steps: Iterable[Step]) -> int | None:
+    """The first of the numbers that is another on some rank of the steps; waits for the device."""
     with without_modes():
-        both = torch.tensor([number, -number], dtype=torch.float64, device="cpu")
+        own = torch.tensor([*numbers, *(-n for n in numbers)], dtype=torch.float64, device="cpu")
+        most = own.clone()
         for step in steps:
-            both = all_reduce(step, both, "MAX")
-        return both.tolist() == [number, -number]
-
-
-def told(error: Exception, count: int, device: torch.device | None) -> Tensor:
-    """What a rank that cannot take part sends for as many parts: no sum of norms is negative."""
-    _store().set(WORD, f"{type(error).__name__}: {error} (on rank {dist.get_rank()})")
-    return torch.full((count,), -math.inf, dtype=torch.float64, device=device)
-
-
-def raise_if_told(parts: Tensor) -> None:
-    """Raises what another rank `told`, if that is known without a wait; else parts become NaN."""
-    if not (is_known(parts) and len(parts)):
-        return
-    # A minimum may be NaN.
-    if not float(parts.min()) >= 0 and bool(parts.isneginf().any()):
-        why = _store().get(WORD).decode() if _store().check([WORD]) else ""
-        raise RuntimeError(f"another rank could not take part, and nothing was changed: {why}")
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+            most = all_reduce(step, most, "MAX")
+        differs = (most != own).tolist()
+    both = zip(differs[: len(numbers)], differs[len(numbers) :], strict=True)
+    return next((i for i, pair in enumerate(both) if any(pair)), None)

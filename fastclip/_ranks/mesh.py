@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Groups, Key, Ranks, Step, device_of, ranks_of, without_modes
+from .groups import Groups, Key, Step, age_of, device_of, ranks_of, without_modes
 
 # Where a DTensor keeps its layout and what is on this rank; what of two layouts has to be equal.
 LAYOUT = "_spec"
@@ -23,11 +23,12 @@ class Slot(NamedTuple):
     """Gradients of one mesh that are spread over the same groups.
 
     Ranks send each other their slots bare, so what tells those apart is what all ranks of a mesh
-    know: its `ranks`. Left out where nothing is sent. `speaks` if this rank counts for the mesh.
+    know: which ranks it has, told by their `number`. 0 where nothing is sent. `speaks` if this rank
+    counts for the mesh.
     """
 
     groups: frozenset[Key]
-    ranks: Ranks
+    number: int
     speaks: bool
 
 
@@ -45,13 +46,18 @@ class Mesh:
     ranks of the mesh, and comes after all others.
     """
 
-    def __init__(self, mesh: Any) -> None:
+    def __init__(self, mesh: Any, others: Collection["Mesh"]) -> None:
         self.device_type, self.root = mesh.device_type, mesh._get_root_mesh()
         with without_modes():
             self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
             lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
             self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
-        self.place = (ranks, tuple(mesh.shape))
+        # What all its ranks know of it.
+        self.known = (ranks, tuple(mesh.shape))
+        self.number: int = 1 + len(others)
+        for other in others:
+            if other.ranks == ranks:
+                self.number = other.number
         self.groups: Groups = {}
         self.keys: list[Key] = []
         # A rank outside holds nothing.
@@ -63,7 +69,7 @@ class Mesh:
             if len(members) > 1:
                 self.groups[key] = group
 
-    def slot(self, placements: Sequence[Any], rows: bool, reach: set[int]) -> Slot:
+    def slot(self, placements: Sequence[Any], rows: bool, reach: frozenset[int]) -> Slot:
         """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0.
 
         All ranks of the mesh have the same sums: of those within `reach`, one speaks.
@@ -71,30 +77,39 @@ class Mesh:
         me = dist.get_rank()
         speaks = me == min(reach.intersection(self.ranks), default=me)
         if not self.keys:
-            return Slot(frozenset(), (), speaks)
+            return Slot(frozenset(), 0, speaks)
         whole = [p.is_replicate() or p.is_partial() for p in placements]
         if rows:
             whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
         sharded = [not w for w in whole]
         keys = itertools.compress(self.keys, sharded)
         spread = frozenset(key for key in keys if key in self.groups)
-        return Slot(spread, self.ranks if spread else (), speaks)
+        return Slot(spread, self.number if spread else 0, speaks)
 
 
 def steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
     """The collectives over all groups of the meshes, in the order of Note [order]."""
-    groups: Groups = {}
-    devices: dict[Key, torch.device] = {}
+    found: dict[Key, list[tuple[str, Any]]] = {}
     for mesh in meshes:
         for key, group in mesh.groups.items():
-            known = groups.setdefault(key, group)
-            groups[key] = min(known, group, key=lambda g: g.group_name)
-            devices[key] = device_of(groups[key], mesh.device_type)
-    members = {key: [i for i, slot in enumerate(slots) if key in slot.groups] for key in groups}
-    return [Step(groups[key], devices[key], members[key]) for key in sorted(groups)]
+            found.setdefault(key, []).append((mesh.device_type, group))
+    taken = {key: min(some, key=_precedence) for key, some in found.items()}
+    return [
+        Step(group, device_of(group, type_), [i for i, s in enumerate(slots) if key in s.groups])
+        for key, (type_, group) in sorted(taken.items(), key=lambda pair: pair[0])
+    ]
 
 
-def crossing(meshes: Collection[Mesh], reach: set[int]) -> str | None:
+def _precedence(choice: tuple[str, Any]) -> Any:
+    """Of groups of the same ranks all of those take the same one, whatever else each of them knows.
+
+    A group's name would not tell: that may be another on each of its ranks.
+    """
+    device_type, group = choice
+    return device_type == "cpu", device_type, age_of(group)
+
+
+def crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None:
     """What is wrong with meshes of one norm of which only this rank is in both, and no grid's.
 
     Each rank would then take the norm of other gradients, and shards of one gradient be scaled

@@ -1,8 +1,12 @@
 """Parts of norms: what is added up, over slots and over ranks, to make norms of.
 
-Float64, several packed in one vector; the ranks of a step have the same number of them in the same
-order. A new order of norms is a case of `as_parts`, `added`, `_reduced` (its collectives) and
-`as_norm`.
+Float64, several packed in one vector, which every rank of a step sends in one length and order:
+
+    over meshes     a part of each slot | a flag of each label | the numbers of failure.py
+    beyond          a part of each label | the numbers | whether a gradient is float64
+
+A flag is 0, or infinite or NaN if the label's norm is so on a rank. A new order of norms is a case
+of `as_parts`, `added`, `_reduced` (its collectives) and `as_norm`.
 """
 
 import math
@@ -12,55 +16,55 @@ from torch import Tensor
 
 from .._ops import norm_of
 from . import groups
+from .failure import NUMBERS
 from .groups import Step
+
+# Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
+# powers are added up. Norms of higher orders are put together relative to the largest.
+MOST_ADDED = 6
+
+
+def _adds(p: float) -> bool:
+    return p <= MOST_ADDED
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:
-    """What is added up instead of norms, as for an order of |p|: for p = 2 the squares.
+    """What is added up instead of norms, as for an order of |p|: their powers, if they fit.
 
     A norm of a negative order is one over the norm of what is one over each element.
     """
     norms = norms.reciprocal() if p < 0 else norms
-    return norms * norms if abs(p) == 2 else norms
+    return norms ** abs(p) if p and _adds(abs(p)) else norms
 
 
 def added(parts: Tensor, p: float) -> Tensor:
-    if p in (1, 2):
-        return parts.sum()
-    return norm_of(parts, p).masked_fill((parts < 0).any(), -math.inf)
+    return parts.sum() if p and _adds(p) else norm_of(parts, p)
 
 
 def as_norm(parts: Tensor, p: float) -> Tensor:
-    # What a rank that cannot take part has sent is no norm.
-    norms = parts.sqrt() if abs(p) == 2 else parts.where(parts >= 0, math.nan)
+    norms = parts ** (1 / abs(p)) if p and _adds(abs(p)) else parts
     return norms.reciprocal() if p < 0 else norms
 
 
-def combined(parts: Tensor, members: list[list[int]], p: float) -> Tensor:
-    """The parts of each list of members added up."""
-    if len(members) == 1:
-        return added(pick(parts, members[0]), p).reshape(1)
-    return torch.stack([added(pick(parts, some), p) for some in members])
+def flagged(parts: Tensor, counts: list[int], beside: int) -> Tensor:
+    """The parts, `counts` of each label, with the flags of what is not finite on this rank."""
+    slots, _, numbers = parts.split([len(parts) - beside, len(counts), NUMBERS])
+    sums = torch.stack([some.sum() for some in slots.split(counts)])
+    return torch.cat([slots, sums.masked_fill(sums.isfinite(), 0), numbers])
 
 
-def spoiled(parts: Tensor, counts: list[int], step: Step | None) -> Tensor:
-    """The parts, `counts` in each group: if one of a group is not finite, neither are the others.
+def combined(
+    parts: Tensor, members: list[list[int]], beside: int, is_flat: bool, p: float
+) -> Tensor:
+    """Of each label its members added up, with its flag; and the numbers.
 
-    Nor if one is not on another rank of the `step`, if there is one.
+    `is_flat`: the members of each label are the one part that it has.
     """
-    if step is None and len(counts) == len(parts):
-        return parts
-    sums = torch.stack([some.sum() for some in parts.split(counts)])
-    bad = sums.masked_fill(sums.isfinite(), 0)
-    if step is not None:
-        odd = (~sums.isfinite()).to(sums).masked_fill(sums.isneginf(), 2)
-        theirs = groups.all_reduce(step, odd, "MAX")
-        # What a rank has `told` goes on as that.
-        bad = bad.masked_fill((theirs > 0) & (bad == 0), math.nan).masked_fill(
-            theirs > 1, -math.inf
-        )
-    each = zip(parts.split(counts), bad.unbind(), strict=True)
-    return torch.cat([some + one for some, one in each])
+    flags = max(beside - NUMBERS, 0)
+    slots, odd, numbers = parts.split([len(parts) - beside, flags, beside - flags])
+    if not is_flat:
+        slots = torch.stack([added(pick(slots, some), p) for some in members])
+    return torch.cat([slots + odd if flags else slots, numbers]) if beside else slots
 
 
 def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
@@ -71,9 +75,14 @@ def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> T
     return torch.cat([each[i] for i in members]) if members else parts.new_zeros(1)
 
 
-def over(step: Step, parts: Tensor, p: float, sizes: list[int] | None = None) -> Tensor:
-    """The parts, the members of the step added up over its ranks; `sizes`: parts to a member."""
-    reduced = _reduced(step, pick(parts, step.members, sizes), p)
+def over(
+    step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None = None
+) -> Tensor:
+    """The parts, the members of the step added up over its ranks.
+
+    `sizes`: parts to a member. The last `beside` of them are no norms.
+    """
+    reduced = _reduced(step, pick(parts, step.members, sizes), p, beside)
     if len(reduced) == len(parts):
         return reduced
     each = list(parts.split(1 if sizes is None else sizes))
@@ -83,22 +92,31 @@ def over(step: Step, parts: Tensor, p: float, sizes: list[int] | None = None) ->
     return torch.cat(each)
 
 
-def over_line(line: list[Step], part: Tensor) -> Tensor:
-    """One part, of order 1 or 2, added up over the ranks of each step."""
+def over_line(line: list[Step], parts: Tensor) -> Tensor:
+    """The parts of one slot, of order 1 or 2, added up over the ranks of each step."""
     for step in line:
-        part = groups.all_reduce(step, part, "SUM")
-    return part
+        parts = groups.all_reduce(step, parts, "SUM")
+    return parts
 
 
-def _reduced(step: Step, parts: Tensor, p: float) -> Tensor:
-    if p in (0, 1, 2):
+def _reduced(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
+    if _adds(p):
         return groups.all_reduce(step, parts, "SUM")
-    # The maximum of a backend may lose a NaN, so that travels beside it, and so does what `told`.
-    odd = parts.isnan().to(parts.dtype).masked_fill(parts < 0, 2)
-    both = torch.cat([parts.masked_fill(odd > 0, 0), odd])
-    most, odd = groups.all_reduce(step, both, "MAX").chunk(2)
-    if not math.isinf(p):
-        # Relative to the largest, for no power to overflow.
-        unit = most.where((most > 0) & most.isfinite(), 1)
-        most = unit * groups.all_reduce(step, (parts / unit) ** p, "SUM") ** (1 / p)
-    return most.masked_fill(odd > 0, math.nan).masked_fill(odd > 1, -math.inf)
+    most = _largest(step, parts)
+    if math.isinf(p):
+        return most
+    norms, rest = most.split([len(most) - beside, beside])
+    # Relative to the largest, for no power to overflow.
+    unit = norms.where((norms > 0) & norms.isfinite(), 1)
+    powers = groups.all_reduce(step, (parts[: len(norms)] / unit) ** p, "SUM")
+    return torch.cat([(unit * powers ** (1 / p)).where(norms.isfinite(), norms), rest])
+
+
+def _largest(step: Step, parts: Tensor) -> Tensor:
+    """Of each part the largest, NaN above all: a backend's maximum of floats may lose that.
+
+    As whole numbers the bits of floats >= 0 are in the order of the floats, and NaN comes last.
+    """
+    whole = torch.int64 if parts.dtype == torch.float64 else torch.int32
+    bits = parts.masked_fill(parts.isnan(), math.nan).view(whole)
+    return groups.all_reduce(step, bits, "MAX").view(parts.dtype)

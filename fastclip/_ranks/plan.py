@@ -5,6 +5,7 @@ same collectives in the same order whatever it holds. Gradients that are not pla
 parameters are redistributed first, each by a collective of its size.
 """
 
+import functools
 import operator
 import weakref
 from collections.abc import Sequence
@@ -31,7 +32,11 @@ from .reduction import NONE, Asked, Kind, reduction
 
 
 class Plan:
-    """What is known of a list of parameters, or of tensors, as long as it has these layouts."""
+    """What is known of a list of parameters, or of tensors, as long as it has these layouts.
+
+    It is for the very layouts of parameters, and goes with them. Those of tensors that are only
+    measured may be new objects at each step: a plan for such keeps its own, to compare with.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Plan:
         asked: Asked,
         kind: Kind = Kind.TOTAL,
         labels: Sequence[int] | None = None,
+        keeps: bool = False,
     ) -> None:
         self.asked = asked
         self.reduction = reduction(layouts, asked, kind, labels)
@@ -48,7 +54,8 @@ class Plan:
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
         wide = (torch.float64, torch.complex128)
-        self.wide = any(layout.tensor_meta.dtype in wide for layout in dtensors)
+        # Tensors say it themselves; of parameters this rank may have no gradients.
+        self.wide = not keeps and any(layout.tensor_meta.dtype in wide for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
             layout.mesh == layouts[0].mesh for layout in layouts
         )
@@ -61,7 +68,8 @@ class Plan:
         if self.direct:
             of = self.reduction.slot_of
             self.wrapped = _ops.extension.Wrapped(layouts, of, LAYOUT, INNER, PARTS)
-        self._watch(layouts)
+        self._kept = layouts if keeps else None
+        self._watch([] if keeps else layouts)
         self.warned = False
 
     def _watch(self, layouts: list[Any]) -> None:
@@ -92,7 +100,9 @@ class Plan:
         ]
 
     def fits(self, layouts: Sequence[Any]) -> bool:
-        """Whether this is the plan for items of these layouts: they are the very same objects."""
+        """Whether this is the plan for items of these layouts."""
+        if self._kept is not None:
+            return len(layouts) == len(self._kept) and all(map(_is_equal, layouts, self._kept))
         return len(layouts) == len(self.addresses) and all(
             map(operator.eq, map(id, layouts), self.addresses)
         )
@@ -124,10 +134,25 @@ class Plan:
         self.warned = True
 
 
-# The plans of a list, by the address of its first DTensor's layout, each with the reference that
-# takes it away when that layout dies: a tensor that anything refers to weakly could no longer be
-# swapped, as Module.to() swaps parameters.
+# The plans of parameters, by the address of their first DTensor's layout, each with the reference
+# that takes it away when that layout dies: a tensor that anything refers to weakly could no longer
+# be swapped, as Module.to() swaps parameters.
 _plans: tuple[dict[int, tuple[Plan, Any]], ...] = tuple({} for _ in Kind)
+
+
+@functools.lru_cache(maxsize=16)
+def _last_plan(kind: Kind, count: int, mesh: int, placements: tuple[Any, ...]) -> list[Plan]:
+    """Where the last plan lies for so many tensors of which the first DTensor is placed so.
+
+    It keeps the mesh, whose address no other has meanwhile.
+    """
+    return []
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    return bool(one.mesh == other.mesh and one.placements == other.placements)
 
 
 def is_spread(items: Sequence[Any]) -> bool:
@@ -148,6 +173,11 @@ def find(
         ValueError: of several groups two share more than this rank.
     """
     key = next((layout_of(item) for item in items if is_dtensor(item)), None)
+    if key is not None and not write and kind in (Kind.TOTAL, Kind.COUNT):
+        last = _last_plan(kind, len(items), id(key.mesh), key.placements)
+        plan, grads = follow(last[0] if last else None, items, asked, at_once, write, kind)
+        last[:] = [plan]
+        return plan, grads
     plans, address = _plans[kind], id(key)
     known, _ = plans.get(address, (None, None))
     plan, grads = follow(known, items, asked, at_once, write, kind)
@@ -182,9 +212,10 @@ def follow(
     if plan is None or grads is None:
         layouts = [layout_of(item) for item in items]
         if plan is None or not plan.fits(layouts):
-            plan = Plan(items, layouts, asked, kind, labels)
+            keeps = not write and kind in (Kind.TOTAL, Kind.COUNT)
+            plan = Plan(items, layouts, asked, kind, labels, keeps)
         grads = plan.read(items, write) if at_once else None
     if kind is Kind.ROWS:
         # A layout does not tell them: plain tensors have none.
-        plan.sizes = [_ops.count_rows(local_of(item)) for item in items]
+        plan.sizes = [_ops.count_rows(local_of(i)) if isinstance(i, Tensor) else 1 for i in items]
     return plan, grads

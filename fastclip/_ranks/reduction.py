@@ -5,11 +5,12 @@ process groups that are asked for. Only these few float64 numbers travel.
 """
 
 import enum
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from .failure import NUMBERS
 from .groups import Step, groups_of, reached, steps_beyond
 from .mesh import Mesh, Slot, crossing, steps
 
@@ -52,39 +53,36 @@ class Reduction:
     # Of each label how many slots there are, and which of them count beyond their meshes.
     counts: list[int]
     members: list[list[int]]
-    # First over meshes, of slots, then over what is asked for, of labels.
+    # What is sent over meshes besides a part of each slot: see parts.py.
+    beside: int
+    # First over meshes, of slots; those that cut none are only for ranks to agree.
     steps: list[Step]
+    # Then over what is asked for, of labels.
     beyond: list[Step]
     # Why ranks cannot have one norm, if they cannot.
     crossing: str | None
 
-    @cached_property
+    @functools.cached_property
     def sends(self) -> bool:
         return bool(self.steps or self.beyond)
 
-    @cached_property
-    def tells_wide(self) -> bool:
-        """Whether a step beyond is over a group on the CPU, where one more number can be read."""
-        return any(len(self.counts) in step.members for step in self.beyond)
+    @functools.cached_property
+    def adding(self) -> list[Step]:
+        """The steps over meshes that cut a slot."""
+        return [step for step in self.steps if len(step.members) > self.beside]
 
-    @cached_property
-    def open(self) -> list[bool]:
-        """Of each step over meshes whether some label adds nothing to it."""
-        every = set(range(len(self.counts)))
-        return [{self.label_of[i] for i in step.members} != every for step in self.steps]
-
-    @cached_property
+    @functools.cached_property
     def is_flat(self) -> bool:
         """Whether every label has one slot, that counts beyond its mesh: all there is to it."""
         flat = [[i] for i in range(len(self.counts))]
         one_each = self.members == flat and len(self.slots) == len(flat)
         return self.kind is not Kind.COUNT and one_each
 
-    @cached_property
+    @functools.cached_property
     def line(self) -> list[Step] | None:
-        """The steps over which one number is added up, if that is all there is to it."""
-        is_line = self.is_flat and len(self.slots) == 1 and not self.beyond
-        return [step for step in self.steps if step.members] if is_line else None
+        """The steps over which the part of one slot is added up, if that is all there is to it."""
+        is_line = self.kind is Kind.TOTAL and self.is_flat and len(self.slots) == 1
+        return self.adding if is_line and self.steps and not self.beyond else None
 
 
 def reduction(
@@ -103,13 +101,13 @@ def reduction(
     labels = [0] * len(layouts) if labels is None else labels
     # Items that share a slot if they are placed alike.
     owners = labels if kind is Kind.TOTAL else range(len(layouts))
-    items = list(zip(owners, labels, layouts, strict=True))
     reaches = list(map(reached, asked))
-    meshes: dict[int, Mesh] = {}
-    for layout in layouts:
-        if layout is not None and id(layout.mesh) not in meshes:
-            meshes[id(layout.mesh)] = Mesh(layout.mesh)
-    found = _slots(items, meshes, reaches, kind)
+    places = _places(layouts, kind)
+    slot_at = functools.cache(Place.slot)
+    found = {
+        (owner, place): slot_at(place, reaches[label])
+        for owner, label, place in zip(owners, labels, places, strict=True)
+    }
     ordered = _in_order(found)
     slots = [slot for _, slot in ordered]
     index = {pair: i for i, pair in enumerate(ordered)}
@@ -120,61 +118,81 @@ def reduction(
     for i, (label, slot) in enumerate(zip(label_of, slots, strict=True)):
         counts[label] += 1
         members[label] += [i] * slot.speaks
+    meshes = {place.mesh: None for place in places if place.mesh is not None}
+    over_meshes, beyond = steps(meshes, slots), steps_beyond(groups)
+    flags = len(asked) if kind in (Kind.TOTAL, Kind.COUNT) else 0
+    beside = flags + NUMBERS if over_meshes or beyond else 0
+    for step in over_meshes:
+        step.members.extend(range(len(slots), len(slots) + beside))
+    for step in beyond:
+        step.members.extend(range(len(asked), len(asked) + NUMBERS + 1))
     return Reduction(
         kind=kind,
         groups=groups,
         slots=slots,
-        slot_of=[index[owner, found[owner, id(layout)][0]] for owner, _, layout in items],
+        slot_of=[index[o, found[o, place]] for o, place in zip(owners, places, strict=True)],
         label_of=label_of,
         counts=counts,
         members=members,
-        steps=steps(meshes.values(), slots),
-        beyond=steps_beyond(groups),
-        crossing=_crossing(items, meshes, reaches),
+        beside=beside,
+        steps=over_meshes,
+        beyond=beyond,
+        crossing=_crossing(labels, places, reaches),
     )
 
 
-# An owner, its label and its layout.
-Item = tuple[int, int, Any]
-# Of a mesh, empty without one.
-Place = tuple[tuple[int, ...], ...]
+class Place:
+    """Where all items lie that have one mesh and placements; plain ones have none."""
+
+    def __init__(self, mesh: Mesh | None, placements: Sequence[Any], rows: bool) -> None:
+        self.mesh, self.placements, self.rows = mesh, placements, rows
+
+    def slot(self, reach: frozenset[int]) -> Slot:
+        if self.mesh is None:
+            return Slot(frozenset(), 0, True)
+        return self.mesh.slot(self.placements, self.rows, reach)
 
 
-def _slots(
-    items: list[Item], meshes: dict[int, Mesh], reaches: list[set[int]], kind: Kind
-) -> dict[tuple[int, int], tuple[Slot, Place]]:
-    """By owner and layout the slot, and the place of its mesh."""
-    found: dict[tuple[int, int], tuple[Slot, Place]] = {}
-    for owner, label, layout in items:
-        if (owner, id(layout)) in found:
-            continue
+def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
+    """Of each item its place. There are few of them, and all beyond this counts by those."""
+    plain = Place(None, (), False)
+    meshes: dict[int, Mesh] = {}
+    found: dict[Any, Place] = {}
+    places = []
+    for layout in layouts:
         if layout is None:
-            found[owner, id(layout)] = Slot(frozenset(), (), True), ()
+            places.append(plain)
             continue
-        mesh = meshes[id(layout.mesh)]
         rows = kind is Kind.ROWS and len(layout.shape) > 1
-        slot = mesh.slot(layout.placements, rows, reaches[label])
-        found[owner, id(layout)] = slot, mesh.place
-    return found
+        key = id(layout.mesh), layout.placements, rows
+        if key not in found:
+            if key[0] not in meshes:
+                meshes[key[0]] = Mesh(layout.mesh, meshes.values())
+            found[key] = Place(meshes[key[0]], layout.placements, rows)
+        places.append(found[key])
+    return places
 
 
-def _in_order(found: dict[tuple[int, int], tuple[Slot, Place]]) -> list[tuple[int, Slot]]:
+def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
     """Owners and slots, in an order on which ranks agree, for they send each other bare vectors.
 
     Before all by what every rank of a mesh agrees on, so that all add up in the same order.
     """
-    places: dict[Slot, Place] = {}
-    for slot, place in found.values():
-        places[slot] = min(place, places.get(slot, place))
-    order = {slot: (sorted(o for o, _ in slot.groups), place) for slot, place in places.items()}
-    pairs = {(owner, slot) for (owner, _), (slot, _) in found.items()}
+    known: dict[Slot, tuple[Any, ...]] = {}
+    for slot, place in {(slot, place) for (_, place), slot in found.items()}:
+        mesh = place.mesh.known if place.mesh is not None else ()
+        known[slot] = min(mesh, known.get(slot, mesh))
+    order = {slot: (sorted(o for o, _ in slot.groups), mesh) for slot, mesh in known.items()}
+    pairs = {(owner, slot) for (owner, _), slot in found.items()}
     return sorted(pairs, key=lambda pair: (pair[0], order[pair[1]]))
 
 
-def _crossing(items: list[Item], meshes: dict[int, Mesh], reaches: list[set[int]]) -> str | None:
-    together: dict[int, dict[int, Mesh]] = {}
-    for _, label, layout in items:
-        if layout is not None:
-            together.setdefault(label, {})[id(layout.mesh)] = meshes[id(layout.mesh)]
-    each = (crossing(some.values(), reaches[label]) for label, some in together.items())
+def _crossing(
+    labels: Sequence[int], places: list[Place], reaches: list[frozenset[int]]
+) -> str | None:
+    together: dict[int, dict[Mesh, None]] = {}
+    for label, place in dict.fromkeys(zip(labels, places, strict=True)):
+        if place.mesh is not None:
+            together.setdefault(label, {})[place.mesh] = None
+    each = (crossing(some, reaches[label]) for label, some in together.items())
     return next(filter(None, each), None)

@@ -1,19 +1,32 @@
-"""DTensors in a graph of `torch.compile`, which holds no plan: one mesh, cut or replicated."""
+"""DTensors in a graph of `torch.compile`: what of a plan a graph holds, as constants."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .groups import Step
 from .mesh import is_dtensor
+from .reduction import NONE, Kind, reduction
 
 Dims = tuple[int, ...]
 
 
-def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, list[Dims]] | None:
+class Constants(NamedTuple):
+    """Of one norm, what `Reduction` says: the graph sends what is sent without it."""
+
+    slot_of: Dims
+    slots: int
+    members: list[list[int]]
+    is_flat: bool
+    beside: int
+    steps: list[Step]
+
+
+def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] | None:
     """The mesh, and of each item the dimensions of the mesh that cut it, none of a plain tensor.
 
     None if a graph cannot hold them: several meshes, partial sums, a gradient that is placed
@@ -26,7 +39,7 @@ def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, list[Dims]] | None:
         if is_dtensor(item) != is_dtensor(own):
             return None
         if not is_dtensor(item):
-            found.append(())
+            found.append((-1,))
             continue
         mesh = item.device_mesh if mesh is None else mesh
         if item.device_mesh != mesh or own.device_mesh != mesh:
@@ -34,7 +47,47 @@ def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, list[Dims]] | None:
         if item.placements != own.placements or any(p.is_partial() for p in own.placements):
             return None
         found.append(tuple(i for i, p in enumerate(own.placements) if p.is_shard()))
-    return mesh, found
+    return mesh, tuple(found)
+
+
+def constants(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
+    """None where a collective would not run on the device of the mesh."""
+    found = _constants(mesh, cuts)
+    if found is None:
+        return None
+    slot_of, slots, members, is_flat, beside, steps = found
+    device = torch.device(mesh.device_type)
+    return Constants(
+        slot_of,
+        slots,
+        [list(some) for some in members],
+        is_flat,
+        beside,
+        [Step(name, device, list(members)) for name, members in steps],
+    )
+
+
+# The compiler makes no constant but of numbers, names and tuples of those.
+@torch.compiler.assume_constant_result
+def _constants(mesh: Any, cuts: tuple[Dims, ...]) -> Any:
+    # torch hands a stand-in for a mesh to what it traces.
+    mesh = getattr(mesh, "real_obj", mesh)
+    shard, replicate = dist.tensor.Shard(0), dist.tensor.Replicate()
+    layouts = [
+        None
+        if dims == (-1,)
+        else SimpleNamespace(
+            mesh=mesh,
+            placements=tuple(shard if d in dims else replicate for d in range(mesh.ndim)),
+        )
+        for dims in cuts
+    ]
+    found = reduction(layouts, NONE, Kind.TOTAL)
+    if any(step.device.type != mesh.device_type for step in found.adding):
+        return None
+    steps = tuple((step.group.group_name, tuple(step.members)) for step in found.adding)
+    members = tuple(map(tuple, found.members))
+    return tuple(found.slot_of), len(found.slots), members, found.is_flat, found.beside, steps
 
 
 def local_in_graph(tensor: Tensor) -> Tensor:
@@ -44,29 +97,3 @@ def local_in_graph(tensor: Tensor) -> Tensor:
 def replicated_in_graph(value: Tensor, mesh: Any) -> Tensor:
     placements = [dist.tensor.Replicate()] * mesh.ndim
     return dist.tensor.DTensor.from_local(value, mesh, placements, run_check=False)
-
-
-def joined(norms: dict[Dims, Tensor], p: float, mesh: Any) -> Tensor:
-    """The p-norm of all, from those of what the same dimensions of a mesh cut, as it is here."""
-    if math.isinf(p):
-        extremes = [_over(norm, "max" if p > 0 else "min", mesh, d) for d, norm in norms.items()]
-        # What a maximum makes of NaN depends on the order.
-        nans = {d: norm.masked_fill(~norm.isnan(), 0) for d, norm in norms.items()}
-        odd = [_over(nan, "sum", mesh, d) for d, nan in nans.items()]
-        each = torch.stack([extreme + nan for extreme, nan in zip(extremes, odd, strict=True)])
-        return each.amax() if p > 0 else each.amin()
-    unit: float | Tensor = 1.0
-    if p not in (1, 2) and p > 0:
-        known = {d: norm.nan_to_num(0, posinf=0) for d, norm in norms.items()}
-        most = torch.stack([_over(norm, "max", mesh, d) for d, norm in known.items()]).amax()
-        unit = most.where(most > 0, 1)
-    sums = [_over((norm / unit) ** p, "sum", mesh, d) for d, norm in norms.items()]
-    return unit * torch.stack(sums).sum() ** (1 / p)
-
-
-def _over(value: Tensor, op: str, mesh: Any, dims: Dims) -> Tensor:
-    from torch.distributed._functional_collectives import all_reduce
-
-    for dim in dims:
-        value = all_reduce(value, op, (mesh, dim))
-    return value
