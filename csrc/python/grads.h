@@ -5,8 +5,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -38,9 +38,9 @@ class PlainGrads {
     return op.call(std::forward<Args>(args)...);
   }
 
-  // Whether the host can read and write it as one double.
-  static bool is_number(const at::Tensor& tensor) {
-    return tensor.is_cpu() && tensor.numel() == 1 && tensor.scalar_type() == at::kDouble &&
+  // Whether the host can read and write it as doubles.
+  static bool is_here(const at::Tensor& tensor) {
+    return tensor.is_cpu() && tensor.scalar_type() == at::kDouble && tensor.is_contiguous() &&
            !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
            !c10::impl::dispatch_mode_enabled();
   }
@@ -137,15 +137,27 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // What ranks add up of one norm of order 1 or 2, the norm itself or its square, and zeros beside
-  // it; 1-d, float64.
+  // What ranks add up of one norm of order 1 or 2, 1-d, float64: the norm itself or its square, and
+  // beside it a flag and numbers that are 0 where nothing is wrong.
   at::Tensor part(double p, int64_t beside) const {
     const at::Tensor norm = norms(p);
-    if (!is_number(norm)) return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, beside});
+    if (!is_here(norm)) return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, beside});
     const double found = *norm.const_data_ptr<double>();
-    at::Tensor parts = at::zeros({1 + beside}, norm.options());
-    *parts.mutable_data_ptr<double>() = p == 2 ? found * found : found;
+    at::Tensor parts = at::empty({1 + beside}, norm.options());
+    double* data = parts.mutable_data_ptr<double>();
+    *data = p == 2 ? found * found : found;
+    std::fill_n(data + 1, beside, 0.0);
     return parts;
+  }
+
+  // The norm that all ranks have added up. Nothing where the host cannot look at the parts, or
+  // where anything is wrong.
+  static std::optional<double> norm_of_parts(const at::Tensor& parts, double p) {
+    if (!is_here(parts)) return std::nullopt;
+    const double* found = parts.const_data_ptr<double>();
+    if (!std::all_of(found + 1, found + parts.numel(), [](double beside) { return beside == 0; }))
+      return std::nullopt;
+    return p == 2 ? std::sqrt(*found) : *found;
   }
 
   // By the norm of all ranks, which the host knows. Returns it, float64 or float32.

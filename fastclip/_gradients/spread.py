@@ -3,7 +3,6 @@
 torch.compile leaves their verbs as they are: collectives and plans are no part of a graph.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,7 +31,8 @@ class SpreadGrads:
         agree: bool = False,
         error: Exception | None = None,
     ) -> None:
-        self._local, self.plan, self.agree = local, plan, agree
+        self.plan, self.agree = plan, agree
+        self._local: Any = local
         self.failure = None if error is None else Failure(error)
         self.reduction = plan.reduction
         self.wide = plan.wide or (error is None and local.is_wide())
@@ -41,7 +41,8 @@ class SpreadGrads:
     def local(self) -> GradientsHere:
         if self.failure is not None:
             raise self.failure.error
-        return self._local
+        local: GradientsHere = self._local
+        return local
 
     def __len__(self) -> int:
         return len(self.local)
@@ -101,7 +102,7 @@ class SpreadGrads:
 
     def clip_by_parts_(self, parts: Tensor, max_norm: float, p: float) -> Tensor:
         """By the parts of one norm, added up over ranks already."""
-        return self._clip_by_(self._as_norms(self._combined(parts, p), p)[0], max_norm)
+        return self._clip_by_(self._as_norms(*self._combined(parts, p), p)[0], max_norm)
 
     def _clip_by_(self, norm: Tensor, max_norm: float | Tensor) -> Tensor:
         at_once: Callable[..., Tensor] | None = getattr(self.local, "clip_by_known_", None)
@@ -121,27 +122,38 @@ class SpreadGrads:
         parts = self._parts(p)
         for step in reduction.steps if self.agree else reduction.adding:
             parts = _ranks.over(step, parts, order, reduction.beside, sizes)
-        parts = self._combined(parts, p)
+        known = self._local.norm_of_parts(parts, p) if self._is_line(p) else None
+        if known is not None:
+            return parts.new_full((1,), known)
+        norms, numbers = self._combined(parts, p)
         if reduction.beyond:
             # For all to return the same dtype.
-            parts = torch.cat([parts, parts.new_full((1,), self.wide)])
-        for step in reduction.beyond:
-            parts = _ranks.over(step, parts, order, len(parts) - len(reduction.counts))
+            wide = norms.new_full((1,), self.wide)
+            parts = torch.cat([norms, numbers, wide])
+            for step in reduction.beyond:
+                parts = _ranks.over(step, parts, order, NUMBERS + 1)
+            norms, numbers, wide = parts.split([len(norms), NUMBERS, 1])
+            self.wide = bool(wide) if is_known(wide) else self.wide
         if self.failure is not None:
             self.failure.raise_()
-        return self._as_norms(parts, p)
+        return self._as_norms(norms, numbers, p)
 
-    def _combined(self, parts: Tensor, p: float) -> Tensor:
+    def _is_line(self, p: float) -> bool:
+        """Whether it is one part, that the extension knows to measure and to read at once."""
+        can = p in (1, 2) and not self.agree and hasattr(self._local, "part")
+        return can and self.reduction.line is not None
+
+    def _combined(self, parts: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """The parts of each label, and the numbers beside them."""
         of = self.reduction
-        return _ranks.combined(parts, of.members, of.beside, of.is_flat, abs(p))
+        if of.is_flat:
+            count = len(parts) - of.beside
+            norms, flags, numbers = parts[:count], parts[count:-NUMBERS], parts[-NUMBERS:]
+            return norms + flags if len(flags) else norms, numbers
+        return _ranks.combined(parts, of.members, of.beside, abs(p))
 
-    def _as_norms(self, parts: Tensor, p: float) -> Tensor:
-        reduction = self.reduction
-        if reduction.beyond:
-            parts, wide = parts[:-1], parts[-1]
-            self.wide = bool(wide) if is_known(wide) else self.wide
-        if reduction.beside:
-            parts, numbers = parts[:-NUMBERS], parts[-NUMBERS:]
+    def _as_norms(self, parts: Tensor, numbers: Tensor, p: float) -> Tensor:
+        if self.reduction.sends:
             raise_if_failed(numbers)
         return _ranks.as_norm(parts, p)
 
@@ -150,6 +162,9 @@ class SpreadGrads:
         reduction = self.reduction
         if self.failure is None:
             try:
+                if self._is_line(p):
+                    part: Tensor = self._local.part(p, reduction.beside)
+                    return part
                 parts = _ranks.as_parts(self._local_norms(p), p)
                 parts = torch.constant_pad_nd(parts, (0, reduction.beside))
                 if self.agree and reduction.beside > NUMBERS:
@@ -227,10 +242,8 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
         # The long road meets it again, and tells the other ranks.
         return None
     parts = _ranks.over_line(line, own)
-    if not is_known(parts):
-        return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)
-    part, flag, failures, _ = parts.tolist()
-    if failures:
-        raise_if_failed(parts[-NUMBERS:])
-    total_norm = part + flag if p == 1 else math.sqrt(part + flag)
-    return plan.result(grads.clip_by_known_(total_norm, limit, plan.wide or grads.is_wide()))
+    norm = grads.norm_of_parts(parts, p)
+    if norm is not None:
+        wide = plan.wide or grads.is_wide()
+        return plan.result(grads.clip_by_known_(norm, limit, wide))
+    return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)

@@ -47,8 +47,8 @@ class TracedGrads:
         parts = torch.constant_pad_nd(_ranks.as_parts(torch.stack(norms), p), (0, plan.beside))
         for step in plan.steps:
             parts = _ranks.over(step, parts, abs(p), plan.beside)
-        parts = _ranks.combined(parts, plan.members, plan.beside, plan.is_flat, abs(p))
-        return _ranks.as_norm(parts[:1], p)[0]
+        total, _ = _ranks.combined(parts, plan.members, plan.beside, abs(p))
+        return _ranks.as_norm(total, p)[0]
 
     def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         norms = norms.to(dtype or (torch.float64 if self.wide else torch.float32))

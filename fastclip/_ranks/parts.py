@@ -38,7 +38,10 @@ def as_parts(norms: Tensor, p: float) -> Tensor:
 
 
 def added(parts: Tensor, p: float) -> Tensor:
-    return parts.sum() if p and _adds(p) else norm_of(parts, p)
+    if p == 0:
+        # How many are not 0, but NaN if one is.
+        return norm_of(parts, 0) + 0 * parts.sum()
+    return parts.sum() if _adds(p) else norm_of(parts, p)
 
 
 def as_norm(parts: Tensor, p: float) -> Tensor:
@@ -47,42 +50,47 @@ def as_norm(parts: Tensor, p: float) -> Tensor:
 
 
 def flagged(parts: Tensor, counts: list[int], beside: int) -> Tensor:
-    """The parts, `counts` of each label, with the flags of what is not finite on this rank."""
+    """The parts, `counts` slots of each label, with flags of what is not finite on this rank."""
     slots, _, numbers = parts.split([len(parts) - beside, len(counts), NUMBERS])
     sums = torch.stack([some.sum() for some in slots.split(counts)])
     return torch.cat([slots, sums.masked_fill(sums.isfinite(), 0), numbers])
 
 
 def combined(
-    parts: Tensor, members: list[list[int]], beside: int, is_flat: bool, p: float
-) -> Tensor:
-    """Of each label its members added up, with its flag; and the numbers.
-
-    `is_flat`: the members of each label are the one part that it has.
-    """
-    flags = max(beside - NUMBERS, 0)
-    slots, odd, numbers = parts.split([len(parts) - beside, flags, beside - flags])
-    if not is_flat:
-        slots = torch.stack([added(pick(slots, some), p) for some in members])
-    return torch.cat([slots + odd if flags else slots, numbers]) if beside else slots
+    parts: Tensor, members: list[list[int]], beside: int, p: float
+) -> tuple[Tensor, Tensor]:
+    """Of each label its members added up, of which its flag is one; and the numbers."""
+    numbers = parts[len(parts) - min(beside, NUMBERS) :]
+    slots = parts[: len(parts) - len(numbers)]
+    each = [added(pick(slots, some), p).reshape(1) for some in members]
+    return each[0] if len(each) == 1 else torch.cat(each), numbers
 
 
 def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
     """Those parts, or a zero for none, picked without a copy of indices to the device."""
-    if len(members) == len(parts if sizes is None else sizes) > 0:
-        return parts
+    if not members:
+        return parts.new_zeros(1)
+    first, end = members[0], members[-1] + 1
+    if end - first == len(members):
+        # They lie together.
+        if sizes is not None:
+            first, end = sum(sizes[:first]), sum(sizes[:end])
+        return parts[first:end]
     each = parts.split(1 if sizes is None else sizes)
-    return torch.cat([each[i] for i in members]) if members else parts.new_zeros(1)
+    return torch.cat([each[i] for i in members])
 
 
 def over(
     step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None = None
 ) -> Tensor:
-    """The parts, the members of the step added up over its ranks.
+    """The parts, which may be written, the members of the step added up over its ranks.
 
     `sizes`: parts to a member. The last `beside` of them are no norms.
     """
-    reduced = _reduced(step, pick(parts, step.members, sizes), p, beside)
+    picked = pick(parts, step.members, sizes)
+    reduced = _reduced(step, picked, p, beside)
+    if reduced is picked and picked._is_view():
+        return parts
     if len(reduced) == len(parts):
         return reduced
     each = list(parts.split(1 if sizes is None else sizes))

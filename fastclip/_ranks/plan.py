@@ -48,6 +48,10 @@ class Plan:
         keeps: bool = False,
     ) -> None:
         self.asked = asked
+        if keeps:
+            # One for all that are equal: few are compared with many.
+            known: dict[Any, Any] = {None: None}
+            layouts = [known.setdefault(x and (id(x.mesh), x.placements), x) for x in layouts]
         self.reduction = reduction(layouts, asked, kind, labels)
         self.device = getattr(items[0], "device", None) if items else None
         # Of ROWS, how many each item has here.

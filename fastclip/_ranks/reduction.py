@@ -50,7 +50,8 @@ class Reduction:
     # Of each item its slot, and of each slot its label.
     slot_of: list[int]
     label_of: list[int]
-    # Of each label how many slots there are, and which of them count beyond their meshes.
+    # Of each label how many slots there are, and which of them count beyond their meshes; after
+    # those its flag, if it has one.
     counts: list[int]
     members: list[list[int]]
     # What is sent over meshes besides a part of each slot: see parts.py.
@@ -75,7 +76,7 @@ class Reduction:
     def is_flat(self) -> bool:
         """Whether every label has one slot, that counts beyond its mesh: all there is to it."""
         flat = [[i] for i in range(len(self.counts))]
-        one_each = self.members == flat and len(self.slots) == len(flat)
+        one_each = [some[:1] for some in self.members] == flat and len(self.slots) == len(flat)
         return self.kind is not Kind.COUNT and one_each
 
     @functools.cached_property
@@ -122,6 +123,8 @@ def reduction(
     over_meshes, beyond = steps(meshes, slots), steps_beyond(groups)
     flags = len(asked) if kind in (Kind.TOTAL, Kind.COUNT) else 0
     beside = flags + NUMBERS if over_meshes or beyond else 0
+    for label in range(max(beside - NUMBERS, 0)):
+        members[label].append(len(slots) + label)
     for step in over_meshes:
         step.members.extend(range(len(slots), len(slots) + beside))
     for step in beyond:
@@ -182,7 +185,9 @@ def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
     for slot, place in {(slot, place) for (_, place), slot in found.items()}:
         mesh = place.mesh.known if place.mesh is not None else ()
         known[slot] = min(mesh, known.get(slot, mesh))
-    order = {slot: (sorted(o for o, _ in slot.groups), mesh) for slot, mesh in known.items()}
+    # From the last step down: what the first steps take then often lies together, at the end.
+    orders = {slot: sorted((o for o, _ in slot.groups), reverse=True) for slot in known}
+    order = {slot: (orders[slot], mesh) for slot, mesh in known.items()}
     pairs = {(owner, slot) for (owner, _), slot in found.items()}
     return sorted(pairs, key=lambda pair: (pair[0], order[pair[1]]))
 

@@ -21,7 +21,6 @@ class Constants(NamedTuple):
     slot_of: Dims
     slots: int
     members: list[list[int]]
-    is_flat: bool
     beside: int
     steps: list[Step]
 
@@ -55,13 +54,12 @@ def constants(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
     found = _constants(mesh, cuts)
     if found is None:
         return None
-    slot_of, slots, members, is_flat, beside, steps = found
+    slot_of, slots, members, beside, steps = found
     device = torch.device(mesh.device_type)
     return Constants(
         slot_of,
         slots,
         [list(some) for some in members],
-        is_flat,
         beside,
         [Step(name, device, list(members)) for name, members in steps],
     )
@@ -87,7 +85,7 @@ def _constants(mesh: Any, cuts: tuple[Dims, ...]) -> Any:
         return None
     steps = tuple((step.group.group_name, tuple(step.members)) for step in found.adding)
     members = tuple(map(tuple, found.members))
-    return tuple(found.slot_of), len(found.slots), members, found.is_flat, found.beside, steps
+    return tuple(found.slot_of), len(found.slots), members, found.beside, steps
 
 
 def local_in_graph(tensor: Tensor) -> Tensor:
