@@ -63,6 +63,21 @@ def test_an_extension_for_another_torch_is_left_alone_with_one_warning(copy):
 
 
 @pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+def test_an_extension_that_does_not_load_is_left_alone_with_one_warning(copy):
+    """As one for another nightly build of the same minor version."""
+    path = Path(_ops.extension.__file__)
+    (copy / "fastclip" / path.name).write_bytes(
+        b"fastclip built for torch " + torch.__version__.encode() + b" "
+    )
+    result = run(copy)
+    assert result.stdout.startswith("5.0 [0.6, 0.8]")
+    assert result.stdout.endswith("None\n")
+    assert result.stderr.count("UserWarning") == 1
+    assert "plain-PyTorch ops are in use (" in result.stderr
+    assert _ops.REBUILD in result.stderr
+
+
+@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
 def test_the_walk_serves_ordinary_gradients(monkeypatch):
     # A guard against a fast path that silently stops being taken.
     calls = []

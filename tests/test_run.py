@@ -181,6 +181,30 @@ def test_a_script_without_torch_is_told(folder):
     assert (ran.stdout, ran.stderr) == ("done\n", "")
 
 
+FAILS = """
+import sys, types
+sys.modules["fastclip"] = types.ModuleType("fastclip")
+import torch
+print("trained")
+"""
+
+
+def test_a_rank_that_cannot_be_patched_stops_and_one_process_ends_with_status_1(folder):
+    (folder / "fails.py").write_text(FAILS)
+    why = f"fastclip run: torch is not patched in {sys.executable}: cannot import name '_run'"
+    alone = python(folder, "-m", "fastclip", "run", "fails.py")
+    assert (alone.stdout, alone.returncode) == ("trained\n", 1)
+    assert alone.stderr.startswith(why)
+    assert alone.stderr.count("\n") == 1
+    # Its own status is lost to ours, which says that it was not patched.
+    (folder / "fails.py").write_text(FAILS + "sys.exit(7)")
+    assert python(folder, "-m", "fastclip", "run", "fails.py").returncode == 1
+    for rank in ("0", "1"):
+        ran = python(folder, "-m", "fastclip", "run", "fails.py", WORLD_SIZE="2", RANK=rank)
+        assert (ran.stdout, ran.returncode) == ("", 1)
+        assert ran.stderr.startswith(why)
+
+
 @pytest.mark.parametrize(
     "command", [["-"], ["-c", "from train import *; print(dtype_of_a_norm())"]]
 )

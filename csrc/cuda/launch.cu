@@ -88,8 +88,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 void check(cudaError_t status, const char* what, int device) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error told here is not to be told again elsewhere
-  throw std::runtime_error("fastclip: " + std::string(what) + " on device " +
-                           std::to_string(device) + " failed: " + cudaGetErrorString(status));
+  throw std::runtime_error(
+      "fastclip: " + std::string(what) + " on device " + std::to_string(device) +
+      " failed: " + cudaGetErrorString(status) +
+      "; it may be the error of an earlier kernel, of any library: CUDA_LAUNCH_BLOCKING=1 shows "
+      "which");
 }
 
 int attribute(cudaDeviceAttr which, int device) {

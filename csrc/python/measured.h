@@ -50,6 +50,7 @@ class [[gnu::visibility("hidden")]] Measured {
   // are measured now. Nothing if any of them is not plain and Python has to look.
   std::optional<PlainGrads> take(const py::list& items) {
     const size_t count = seen_.size();
+    if (items.size() != count) return std::nullopt;
     std::vector<const at::Tensor*> found(count);
     std::vector<bool> is_live(count), is_stale(count);
     for (size_t i = 0; i < count; ++i) {
@@ -126,8 +127,10 @@ class [[gnu::visibility("hidden")]] Measured {
     return THPVariable_Unpack(PyList_GET_ITEM(items.ptr(), i));
   }
 
+  // kNone if it is another tensor now: hooks go with parameters, also where those are swapped.
   size_t index_of(const at::Tensor& parameter) const {
-    return index_.at(parameter.unsafeGetTensorImpl());
+    const auto found = index_.find(parameter.unsafeGetTensorImpl());
+    return found == index_.end() ? kNone : found->second;
   }
 
   // A float64 of one element; undefined if there is nothing to measure, or Python has to.
@@ -164,6 +167,7 @@ class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
   // A hook: backward has made, or added to, the gradient of this parameter.
   void see(const at::Tensor& parameter) {
     const size_t i = index_of(parameter);
+    if (i == kNone) return;
     norms_[i] = norm_of(parameter.grad());
     seen_[i].part = i;
     seen_[i].look(parameter.grad());
@@ -177,19 +181,25 @@ class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
       : Measured(items, p), is_touched_(items.size()) {}
 
   // A hook: backward has added to the gradient of this parameter, in its bucket.
-  void touch(const at::Tensor& parameter) { is_touched_[index_of(parameter)] = true; }
+  void touch(const at::Tensor& parameter) {
+    if (const size_t i = index_of(parameter); i != kNone) is_touched_[i] = true;
+  }
 
   // The averaged gradients of these parameters, and of no others, are in this bucket.
   void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
                   const at::Tensor& bucket) {
-    norms_.at(number) = norm_of(bucket);
+    // An error here would be one of backward, which other ranks wait for.
+    if (number >= norms_.size()) return forget();
+    norms_[number] = norm_of(bucket);
     for (Seen& seen : seen_)
       if (seen.part == number) seen.part = kNone;
-    for (const at::Tensor& parameter : parameters) seen_[index_of(parameter)].part = number;
+    for (const at::Tensor& parameter : parameters)
+      if (const size_t i = index_of(parameter); i != kNone) seen_[i].part = number;
   }
 
   // Backward is over: what it touched is now as its bucket was when that was measured.
   void settle(const py::list& items) {
+    if (items.size() != seen_.size()) return forget();
     for (size_t i = 0; i < seen_.size(); ++i) {
       seen_[i].look(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
       is_touched_[i] = false;

@@ -26,21 +26,25 @@ def _built_for(path: str) -> str:
 
 
 def _load() -> ModuleType | None:
-    """`_C`, or None if it is not built, or built for a torch of another minor version."""
+    """`_C`; None if it is not built, built for another minor version of torch, or does not load."""
     # In this package and nowhere else: an editable install of another checkout would be found.
     package = str(Path(__file__).parent.parent)
     spec = importlib.machinery.PathFinder.find_spec("fastclip._C", [package])
     if spec is None or spec.origin is None:
         return None
-    built_for = _built_for(spec.origin)
-    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        warnings.warn(
-            f"fastclip was built for torch {built_for} and this is torch {torch.__version__}: its "
-            f"plain-PyTorch ops are in use. To rebuild, in its checkout: {REBUILD}",
-            stacklevel=2,
-        )
-        return None
-    return importlib.import_module("fastclip._C")
+    built_for, why = _built_for(spec.origin), ""
+    if built_for.split(".")[:2] == torch.__version__.split(".")[:2]:
+        try:
+            return importlib.import_module("fastclip._C")
+        except ImportError as error:
+            # As of a nightly build, which may differ from another of the same version.
+            why = f" ({error})"
+    warnings.warn(
+        f"fastclip was built for torch {built_for} and this is torch {torch.__version__}: its "
+        f"plain-PyTorch ops are in use{why}. To rebuild, in its checkout: {REBUILD}",
+        stacklevel=2,
+    )
+    return None
 
 
 extension: Any = _load()

@@ -28,6 +28,7 @@ class After:
     """A finder that runs `action` when a module was first imported, before it is used."""
 
     ran: set[str]
+    is_done = False
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
@@ -80,7 +81,7 @@ class After:
         return None
 
 
-def _patch(_: ModuleType) -> None:
+def _patch(waiting: After) -> None:
     try:
         # This one, and no other of its name that the script has beside it.
         if "fastclip" not in sys.modules:
@@ -94,16 +95,34 @@ def _patch(_: ModuleType) -> None:
             _run.start()
         else:
             patching.patch()
+        waiting.is_done = True
     except Exception as error:
+        why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
+        # Other ranks are, and would wait for what torch's own functions do not send.
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+            sys.exit(why)
         # Another Python or torch among the children is no reason to stop it.
-        print(f"fastclip run: torch is not patched in {sys.executable}: {error}", file=sys.stderr)
+        print(why, file=sys.stderr)
 
 
-def _say_if_unused(waiting: After, process: int) -> None:
-    # One of several ranks speaks, and no child that was forked.
-    if waiting in sys.meta_path and os.getpid() == process and os.environ.get("RANK", "0") == "0":
-        why = "was never imported" if "torch" not in sys.modules else "could not be patched"
+def _end(waiting: After, process: int) -> None:
+    """Say that nothing was patched, and end with status 1 if torch was there.
+
+    Registered first, so that it is the last to run.
+    """
+    # No child that was forked.
+    if waiting.is_done or os.getpid() != process:
+        return
+    is_there = "torch" in sys.modules
+    # One of several ranks speaks; an error was told already.
+    if waiting in sys.meta_path and os.environ.get("RANK", "0") == "0":
+        why = "could not be patched" if is_there else "was never imported"
         print(f"fastclip run: torch {why} in this process", file=sys.stderr)
+    if is_there:
+        # Nothing else changes the status of a process that is ending.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
 
 
 def _run_the_next(ran: set[str]) -> None:
@@ -122,11 +141,11 @@ def _start() -> None:
     # One that ran the next may be run by that again, or by another copy of this.
     ran = next((finder.ran for finder in sys.meta_path if hasattr(finder, "ran")), None)
     if ran is None:
-        waiting = After("torch", _patch)
+        waiting = After("torch", lambda _: _patch(waiting))
         waiting.ran = ran = {__file__}
         sys.meta_path.insert(0, waiting)
         if RUN in sys._xoptions:
-            atexit.register(_say_if_unused, waiting, os.getpid())
+            atexit.register(_end, waiting, os.getpid())
     _run_the_next(ran)
 
 
