@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 
 
-class World:
-    """Processes of one gloo group. They live until a function fails in one, or hangs."""
+def join_gloo(rank: int, size: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size, self.folder = size, folder
+
+class World:
+    """Processes of one group. They live until a function fails in one, or hangs."""
+
+    def __init__(self, size: int, folder: Path, join: Callable[..., None] = join_gloo) -> None:
+        self.size, self.folder, self.join = size, folder, join
         self.ranks: list[tuple[Any, Connection]] = []
         self.started = 0
 
@@ -51,7 +55,9 @@ class World:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, theirs))
+            process = context.Process(
+                target=_serve, args=(rank, self.size, store, self.join, theirs)
+            )
             process.daemon = True
             process.start()
             self.ranks.append((process, ours))
@@ -62,9 +68,9 @@ class World:
             pipe.recv()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, join: Callable[..., None], pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    join(rank, size, store)
     pipe.send("ready")
     while True:
         function, args = pipe.recv()

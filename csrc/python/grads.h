@@ -141,8 +141,11 @@ class PlainGrads {
   // beside it a flag and numbers that are 0 where nothing is wrong.
   at::Tensor part(double p, int64_t beside) const {
     const at::Tensor norm = norms(p);
-    if (!is_here(norm)) return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, beside});
-    const double found = *norm.const_data_ptr<double>();
+    // None where there is no gradient.
+    const int64_t missing = 1 - norm.numel();
+    if (!is_here(norm))
+      return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, missing + beside});
+    const double found = missing ? 0 : *norm.const_data_ptr<double>();
     at::Tensor parts = at::empty({1 + beside}, norm.options());
     double* data = parts.mutable_data_ptr<double>();
     *data = p == 2 ? found * found : found;

@@ -1,0 +1,399 @@
+"""The law of collectives: what a rank sends in a call depends on the arguments, on how the
+parameters are laid out and on the process groups, and on nothing else that one rank may have alone.
+
+One process stands for a rank of a world of any size: its groups write down what they are asked to
+send, and send nothing. The same call is made as it is, and with something different; what was sent
+has to be the same.
+"""
+
+import contextlib
+import functools
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import World
+from torch import Tensor, nn
+
+import fastclip
+from fastclip import GradClipper, _ops
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+if dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+# What was sent: over which ranks, by which of the groups of these ranks, how, and how much.
+Sent = tuple[tuple[int, ...], int, str, str, torch.dtype, int]
+_sent: list[Sent] = []
+_made: list[tuple[int, ...]] = []
+
+# Worlds: the meshes of each, by their dimensions, and whether the groups' names rise or fall, as
+# names of groups do that are hashes of what else a rank is in.
+WORLDS: dict[str, tuple[dict[str, int], bool]] = {
+    "line": ({"dp": 2}, True),
+    "square": ({"dp": 2, "tp": 2}, True),
+    "renamed square": ({"dp": 2, "tp": 2}, False),
+    "cube": ({"pp": 2, "dp": 2, "tp": 2}, True),
+    "large": ({"dp": 512, "tp": 8}, True),
+}
+ORDERS = [1.0, 2.0, 2.0, 3.0, 8.0, math.inf, 0.0, 0.5, -1.0, -math.inf]
+POLICIES = ["propagate", "propagate", "zero", "skip", "error"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def join_recorded(rank: int, size: int, store: str, *, name: str) -> None:
+    """Make this process the last rank but one of the world."""
+
+    class Group(dist.ProcessGroup):
+        def __init__(self, rank: int, ranks: tuple[int, ...]) -> None:
+            super().__init__(rank, len(ranks))
+            self.ranks, self.number = ranks, _made.count(ranks)
+            _made.append(ranks)
+
+        @property
+        def group_name(self) -> str:
+            return dist.distributed_c10d._world.pg_names[self]
+
+        def getBackendName(self) -> str:  # noqa: N802
+            return "recorded"
+
+        def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
+            (one,) = tensors
+            how = str(options.reduceOp.op)
+            _sent.append((self.ranks, self.number, "all-reduce", how, one.dtype, one.numel()))
+            done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            done.set_result(tensors)
+            return torch._C._distributed_c10d._create_work_from_future(done)
+
+    def create(opts: Any, _: Any) -> dist.ProcessGroup:
+        ranks = opts.global_ranks_in_group or range(opts.group_size)
+        return Group(opts.group_rank, tuple(ranks))
+
+    dimensions, is_rising = WORLDS[name]
+    names = iter(range(10**6)) if is_rising else iter(range(2 * 10**6, 10**6, -1))
+    dist.distributed_c10d._process_group_name = lambda ranks, use_hashed_name: f"{next(names):07}"
+    dist.Backend.register_backend("recorded", create, extended_api=True, devices=["cpu"])
+    size = math.prod(dimensions.values())
+    store = dist.HashStore()
+    dist.init_process_group("recorded", store=store, rank=max(0, size - 2), world_size=size)
+
+
+@functools.cache
+def meshes(name: str) -> list[Any]:
+    """The meshes on which parameters lie: within a stage all of it, slices, and one made anew."""
+    dimensions, _ = WORLDS[name]
+    names = tuple(dimensions)
+    root = init_device_mesh("cpu", tuple(dimensions.values()), mesh_dim_names=names)
+    if "pp" in names:
+        root = root[names[1:]]
+        names = names[1:]
+    found = [root]
+    if len(names) > 1:
+        found += [root[name] for name in names]
+        # Experts on a mesh of their own, of the same ranks as a line of the other.
+        lines = root["tp"].mesh.tolist()
+        found.append(DeviceMesh("cpu", lines))
+    return found
+
+
+class Call:
+    """A list of parameters and what is called with it, drawn from a seed; made anew each time."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.rng, self.world = random.Random(f"{name} {seed}"), name
+        rng = self.rng
+        some = rng.sample(meshes(name), rng.randint(1, min(2, len(meshes(name)))))
+        self.specs = [self.spec(some) for _ in range(rng.randint(1, 6))]
+        self.p, self.policy = rng.choice(ORDERS), rng.choice(POLICIES)
+        self.function = rng.choice(list(CALLS))
+        self.group = self.process_group()
+        self.labels = [rng.randrange(2) for _ in self.specs]
+
+    def spec(self, some: list[Any]) -> tuple[Any, list[Any], tuple[int, ...], torch.dtype]:
+        rng = self.rng
+        mesh = rng.choice([*some, *some, None])
+        shape = tuple(rng.choice([0, 1, 2, 3, 5]) for _ in range(rng.randint(1, 3)))
+        ways = [Replicate(), *map(Shard, range(len(shape)))]
+        placements = [rng.choice(ways) for _ in range(mesh.ndim)] if mesh is not None else []
+        return mesh, placements, shape, rng.choice(DTYPES)
+
+    def process_group(self) -> Any:
+        if self.rng.random() < 0.7:
+            return None
+        world = dist.group.WORLD
+        if self.world == "cube":
+            return self.rng.choice([world, meshes("cube")[0]._get_root_mesh()["pp"]])
+        return world
+
+    def parameters(self) -> list[nn.Parameter]:
+        made = []
+        for mesh, placements, shape, dtype in self.specs:
+            tensor = torch.ones(shape, dtype=dtype)
+            if mesh is not None:
+                tensor = DTensor.from_local(tensor, mesh, placements, run_check=False)
+            parameter = nn.Parameter(tensor)
+            parameter.grad = torch.ones_like(parameter)
+            made.append(parameter)
+        return made
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the order of the list counts: each tensor has a norm of its own."""
+        return self.function in ("norms", "agc", "by parameter")
+
+    def sent(self, parameters: list[nn.Parameter], compiled: bool = False) -> list[Sent]:
+        _sent.clear()
+        function = CALLS[self.function]
+        if compiled:
+            function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(self, parameters)
+        return list(_sent)
+
+
+def clipper(call: Call, parameters: list[nn.Parameter], steps: int = 2) -> None:
+    made = GradClipper(parameters, 1.0, call.p, call.policy, process_group=call.group)
+    for _ in range(steps):
+        with contextlib.suppress(Exception):
+            made.clip_()
+
+
+def groups(call: Call, parameters: list[nn.Parameter]) -> None:
+    some = [[q for q, of in zip(parameters, call.labels, strict=True) if of == i] for i in (0, 1)]
+    given = [{"params": qs, "max_norm": 1.0, "process_group": call.group} for qs in some]
+    made = GradClipper(groups=given, norm_type=call.p, nonfinite=call.policy)
+    for _ in range(2):
+        with contextlib.suppress(Exception):
+            made.clip_()
+
+
+def stepped(
+    call: Call, parameters: list[nn.Parameter], in_step: bool, measured: bool = False
+) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    optimizer = torch.optim.SGD(parameters, lr=0.1, fused=in_step)
+    p = abs(call.p) or 2.0
+    norms = fastclip.NormAccumulator(parameters, p) if measured else None
+    group = None if measured else call.group
+    if in_step:
+        fastclip.clipped_step(optimizer, 1.0, scaler, p, group, norms)
+    else:
+        fastclip.unscale_and_clip_(scaler, optimizer, 1.0, p, group, norms)
+
+
+CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
+    "clip": lambda call, qs: fastclip.clip_grad_norm_(
+        qs, 1.0, call.p, nonfinite=call.policy, process_group=call.group
+    ),
+    "clip by 2": lambda call, qs: fastclip.clip_grad_norm_(qs, 1.0),
+    "rule": lambda call, qs: fastclip.clip_grad_norm_(qs, lambda norm: norm / 2),
+    "scaled": lambda call, qs: fastclip.clip_grad_norm_(qs, 1.0, grad_scale=0.5),
+    "total": lambda call, qs: fastclip.get_total_norm(
+        [q.detach() if q.grad is None else q.grad for q in qs], call.p, process_group=call.group
+    ),
+    "norms": lambda call, qs: fastclip.clip_grad_norms_(qs, 1.0, call.p),
+    "agc": lambda call, qs: fastclip.clip_grad_agc_(qs),
+    "normalize": lambda call, qs: fastclip.normalize_grad_(qs),
+    "value": lambda call, qs: fastclip.clip_grad_value_(qs, 1.0),
+    "nonfinite": lambda call, qs: fastclip.find_nonfinite(qs),
+    "by parameter": lambda call, qs: GradClipper(qs, 1.0, call.p).norms_by_parameter(),
+    "clipper": clipper,
+    "groups": groups,
+    "unscaled": lambda call, qs: stepped(call, qs, False),
+    "stepped": lambda call, qs: stepped(call, qs, True),
+    "measured": lambda call, qs: stepped(call, qs, call.policy == "skip", True),
+    "accumulated": lambda call, qs: fastclip.NormAccumulator(qs).clip_(1.0),
+}
+
+
+# What may be different on a rank: each changes the parameters, or what surrounds the call.
+
+
+def inner(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def some_of(rng: random.Random, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    return rng.sample(parameters, rng.randint(1, len(parameters)))
+
+
+def replaced(parameter: nn.Parameter, local: Tensor) -> None:
+    """Have another gradient of the same layout."""
+    parameter.grad_dtype = None
+    if isinstance(parameter, DTensor):
+        local = DTensor(local, parameter._spec, requires_grad=False)
+    parameter.grad = local
+
+
+def lacks(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in some_of(rng, parameters):
+        q.grad = None
+
+
+def frozen(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in some_of(rng, parameters):
+        q.grad = None
+        q.requires_grad_(False)
+
+
+def spoiled(rng: random.Random, parameters: list[nn.Parameter], by: float) -> None:
+    for q in some_of(rng, parameters):
+        inner(q.grad).fill_(by)
+
+
+def integer(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in some_of(rng, parameters):
+        replaced(q, torch.ones(inner(q).shape, dtype=torch.int32))
+
+
+def expanded(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in some_of(rng, parameters):
+        replaced(q, torch.ones((), dtype=q.dtype).expand(inner(q).shape))
+
+
+def half(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in some_of(rng, parameters):
+        replaced(q, torch.ones(inner(q).shape, dtype=torch.float16))
+
+
+def laid_out_anew(rng: random.Random, parameters: list[nn.Parameter]) -> None:
+    for q in parameters:
+        if isinstance(q, DTensor):
+            q.grad = DTensor.from_local(inner(q.grad), q.device_mesh, q.placements, run_check=False)
+
+
+DIFFERENCES: dict[str, Callable[[random.Random, list[nn.Parameter]], None]] = {
+    "nothing": lambda rng, qs: None,
+    "lacks": lacks,
+    "frozen": frozen,
+    "nan": functools.partial(spoiled, by=math.nan),
+    "inf": functools.partial(spoiled, by=math.inf),
+    "integer": integer,
+    "expanded": expanded,
+    "half": half,
+    "laid out anew": laid_out_anew,
+}
+
+
+@contextlib.contextmanager
+def broken(name: str) -> Iterator[None]:
+    """An op that raises what nobody expects."""
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("a private name of torch that has gone")
+
+    real, extension = getattr(_ops, name), _ops.extension
+    setattr(_ops, name, raises)
+    _ops.extension = None
+    try:
+        yield
+    finally:
+        setattr(_ops, name, real)
+        _ops.extension = extension
+
+
+def law(name: str, seeds: range) -> tuple[int, int, list[Any]]:
+    """How many calls were compared, how many of them sent anything, and which sent other things."""
+    compared, sending, odd = 0, 0, []
+    for seed in seeds:
+        call = Call(name, seed)
+        parameters = call.parameters()
+        usual = call.sent(parameters)
+        sending += bool(usual)
+        found = {"the plan kept": call.sent(parameters), "a new plan": call.sent(call.parameters())}
+        for difference, change in DIFFERENCES.items():
+            for kept in (False, True):
+                made = call.parameters()
+                if kept:
+                    call.sent(made)
+                change(random.Random(seed), made)
+                found[f"{difference}, {'plan kept' * kept}"] = call.sent(made)
+        if not call.is_listed and call.function != "groups":
+            made = call.parameters()
+            random.Random(seed).shuffle(made)
+            found["another order"] = call.sent(made)
+        for op in ("norm", "norms"):
+            with broken(op):
+                found[f"{op} is broken"] = call.sent(call.parameters())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_ops, "extension", None)
+            found["no extension"] = call.sent(call.parameters())
+        compared += len(found)
+        odd += [
+            (seed, call.function, call.p, call.policy, difference, usual, sent)
+            for difference, sent in found.items()
+            if sent != usual
+        ]
+    return compared, sending, odd
+
+
+def compiled_law(name: str, seeds: range) -> tuple[int, list[Any]]:
+    """How many graphs sent what is sent without them, and which did not."""
+    compared, odd = 0, []
+    for seed in seeds:
+        call = Call(name, seed)
+        call.function, call.group, call.policy = "clip", None, "propagate"
+        # A graph holds one mesh.
+        one = next(mesh for mesh, *_ in call.specs)
+        call.specs = [spec for spec in call.specs if spec[0] in (None, one)]
+        usual = call.sent(call.parameters())
+        for change in (DIFFERENCES["nothing"], lacks):
+            torch._dynamo.reset()
+            made = call.parameters()
+            change(random.Random(seed), made)
+            sent = call.sent(made, compiled=True)
+            compared += 1
+            if sent != usual:
+                odd.append((seed, call.p, [s[1:3] for s in call.specs], usual, sent))
+    return compared, odd
+
+
+def which_group(name: str) -> list[Sent]:
+    """What is sent over ranks that have two groups, by which of them."""
+    root, _, _, experts = meshes(name)
+    call = Call(name, 0)
+    call.specs = [(root, [Shard(0), Shard(0)], (2,), torch.float32)]
+    call.specs += [(experts, [Shard(0)], (2,), torch.float32)]
+    call.function = "clip by 2"
+    return call.sent(call.parameters())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[Callable[[str], World]]:
+    folder = tmp_path_factory.mktemp("recorded")
+
+    @functools.cache
+    def made(name: str) -> World:
+        return World(1, folder, functools.partial(join_recorded, name=name))
+
+    yield made
+    for name in WORLDS:
+        made(name).stop()
+
+
+@pytest.mark.parametrize("name", ["line", "square", "cube", "large"])
+def test_what_is_sent_depends_on_arguments_layouts_and_groups_alone(world, name):
+    ((compared, sending, odd),) = world(name).run(law, name, range(100), seconds=120)
+    assert not odd, f"{len(odd)} of {compared}: {odd[0]}"
+    assert compared > 2000
+    assert sending >= 50
+
+
+@pytest.mark.parametrize("name", ["line", "square", "large"])
+def test_a_graph_sends_what_is_sent_without_it(world, name):
+    ((compared, odd),) = world(name).run(compiled_law, name, range(5), seconds=120)
+    assert not odd, f"{len(odd)} of {compared}: {odd[0]}"
+
+
+def test_of_two_groups_of_the_same_ranks_all_take_the_same(world):
+    one, other = (world(name).run(which_group, name)[0] for name in ("square", "renamed square"))
+    assert one
+    assert one == other
