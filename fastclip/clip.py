@@ -52,11 +52,13 @@ def clip_grad_norm_(
         foreach: as in torch, but all run the same code here.
         process_group: ranks that hold other parameters (pipeline stages, local shards), whose
             gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
-            their meshes spread is counted, and what they replicate is counted once.
+            their meshes spread is counted, and what they replicate is counted once. Over ranks, all
+            pass the same parameters of a mesh, with or without gradients.
         nonfinite: what an infinite or NaN norm does: `"propagate"` into the gradients, as in
             torch; `"zero"`: all become 0; `"skip"`: they stay as they are, and the caller skips the
             step; `"error"`, as `error_if_nonfinite`. On every rank alike, decided on the device,
-            but for the error.
+            but for the error. `"zero"` and `"skip"` also keep the weights of the ranks on GPUs
+            whole where another rank raises: the norm is NaN there.
         grad_scale: factor > 0, a number or a 0-d tensor, by which the gradients are multiplied in
             the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
 
@@ -70,7 +72,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite on some rank and `error_if_nonfinite`; a gradient is
-            expanded.
+            expanded; another rank cannot clip, if the host has the norm.
         TypeError, ValueError: bad input, named; gradients untouched.
 
     Reference: Pascanu et al. 2013, arXiv:1211.5063; `torch.nn.utils.clip_grad_norm_`.

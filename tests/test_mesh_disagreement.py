@@ -1,5 +1,7 @@
 """Ranks that do not agree on what is finite, on input, on meshes: none waits, none is misled."""
 
+import copy
+import datetime
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastclip
-from fastclip import GradClipper
+from fastclip import GradClipper, _agreement, _ops, _ranks
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,110 @@ def test_a_rank_that_cannot_tells_the_others_for_many_norms(world):
     world(2).run(one_of_many_cannot)
 
 
+def nan_beside_failure(p: float) -> None:
+    """What is not finite on one rank does not swallow what another one says."""
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    for policy, value in itertools.product(("propagate", "zero", "skip"), (math.nan, math.inf)):
+        parameters = [spread((4,), mesh, Shard(0)), plain(3)]
+        if rank == 0:
+            here(parameters[0].grad).fill_(value)
+        else:
+            expanded(parameters[1])
+        before = here(parameters[0].grad).clone()
+        with pytest.raises(RuntimeError, match=r"memory location[\s\S]*parameters\[1\]"):
+            fastclip.clip_grad_norm_(parameters, 1e-3, p, nonfinite=policy)
+        assert torch.equal(here(parameters[0].grad).nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 8.0, math.inf, 0.0])
+def test_a_nan_does_not_swallow_that_a_rank_cannot_clip(world, p):
+    world(2).run(nan_beside_failure, p, seconds=30)
+
+
+def raises_oddly(*_: Any, **__: Any) -> Any:
+    raise AttributeError("a private name of torch that has gone")
+
+
+def unexpected(size: int, has_store: bool) -> None:
+    """An error that nobody foresaw, on one rank or two; with and without a store for its reason."""
+    mesh = init_device_mesh("cpu", (size,)) if size == 2 else grid()
+    # Adaptive clipping adds up over ranks what is cut by columns.
+    parameters = [spread((8, 8), mesh, *[Shard(1)] * mesh.ndim), plain(3)]
+    groups = [{"params": [q], "max_norm": 1.0} for q in parameters]
+    clipper, many = GradClipper(parameters, 1.0), GradClipper(groups=groups)
+    clipper.clip_()
+    many.clip_()
+    calls = [
+        lambda: fastclip.clip_grad_norm_(parameters, 1.0),
+        lambda: fastclip.clip_grad_norm_(parameters, 1.0, math.inf, nonfinite="skip"),
+        lambda: fastclip.clip_grad_norms_(parameters, 1.0),
+        lambda: fastclip.clip_grad_agc_(parameters),
+        lambda: fastclip.normalize_grad_(parameters),
+        lambda: fastclip.clipped_step(torch.optim.SGD(parameters, 0.1, fused=True), 1.0),
+        lambda: fastclip.NormAccumulator(parameters).clip_(1.0),
+        clipper.clip_,
+        many.clip_,
+    ]
+    for failing, call in itertools.product({1, size - 1}, calls):
+        fails = dist.get_rank() == failing or (failing == 3 and dist.get_rank() == 1)
+        with pytest.MonkeyPatch.context() as patch:
+            if fails:
+                patch.setattr(_ops, "extension", None)
+                patch.setattr(_ops, "norms", raises_oddly)
+                patch.setattr(_ops, "norm", raises_oddly)
+            patch.setattr(_ranks.failure, "PATIENCE", datetime.timedelta(seconds=0.5))
+            if not has_store:
+                patch.setattr(_ranks.failure, "_store", raises_oddly)
+            with pytest.raises(AttributeError if fails else RuntimeError) as caught:
+                call()
+        if failing == 1 and has_store:
+            assert "a private name of torch" in str(caught.value)
+        assert fails or "another rank could not take part" in str(caught.value)
+    assert fastclip.clip_grad_norm_(parameters, 1.0).isfinite()
+
+
+@pytest.mark.parametrize("has_store", [True, False])
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_error_that_nobody_foresaw_is_told_too(world, size, has_store):
+    world(size).run(unexpected, size, has_store, seconds=60)
+
+
+def half_under_a_scaler() -> None:
+    """Torch refuses to unscale float16; only one rank has such a gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    cut, own = spread((4,), mesh, Shard(0)), plain(3)
+    if dist.get_rank():
+        own.grad_dtype = None
+        own.grad = torch.ones(3, dtype=torch.float16)
+    optimizer = torch.optim.SGD([cut, own], 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises((ValueError, RuntimeError), match="float16 gradients are not unscaled"):
+        fastclip.unscale_and_clip_(scaler, optimizer, 1.0)
+
+
+def test_a_gradient_that_cannot_be_unscaled_is_told(world):
+    world(2).run(half_under_a_scaler, seconds=30)
+
+
+def compiled_on_one_rank() -> None:
+    mesh, rank = grid(), dist.get_rank()
+    for p in (2.0, 1.0, math.inf, 8.0):
+        parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), plain(3)]
+        parameters += [spread((6,), mesh, Shard(0), Replicate()) for _ in range(2)]
+        parameters += [spread((6,), mesh, Replicate(), Shard(0))]
+        expected = oracle(grads_of(parameters), p)
+        torch._dynamo.reset()
+        clip = lambda: fastclip.clip_grad_norm_(parameters, expected / 2, p)  # noqa: B023, E731
+        norm = torch.compile(clip, backend="aot_eager", fullgraph=True)() if rank == 2 else clip()
+        assert ulps(full(norm), expected) <= 3
+        assert oracle(grads_of(parameters), p) == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_a_rank_may_be_compiled_alone(world):
+    world(4).run(compiled_on_one_rank, seconds=120)
+
+
 def one_adds_nothing(nonfinite: str) -> None:
     """What is wrong on rank 1 is of a tensor for which rank 0 speaks, or of a group of its own."""
     mesh, world = init_device_mesh("cpu", (2,)), dist.group.WORLD
@@ -325,6 +431,54 @@ def other_groups() -> None:
 
 def test_groups_are_the_same_on_all_ranks(world):
     world(2).run(other_groups)
+
+
+def differing(size: int) -> None:
+    """What ranks have to have alike before they clip together, and every time anew."""
+    mesh, rank = init_device_mesh("cpu", (size,)), dist.get_rank()
+    last = rank == size - 1
+    parameters = [spread((4 * size,), mesh, Shard(0)), plain(2)]
+    seen = fastclip.AutoClip(50)
+    for norm in (1.0, 2.0):
+        seen(torch.tensor(norm, dtype=torch.float64))
+    restored = fastclip.AutoClip(50)
+    restored.load_state_dict(seen.state_dict())
+    for mine, topic in (
+        (dict(max_norm=2.0 if last else 1.0), "thresholds and rules ['2.0']"),
+        (dict(max_norm=1.0, norm_type=1 if last else 2), "norm_type and nonfinite [1.0"),
+        (dict(max_norm=1.0, nonfinite="skip" if last else "zero"), "norm_type and nonfinite"),
+        (dict(max_norm=fastclip.AutoClip(50) if last else restored), "at {'count': 0}"),
+        (dict(max_norm=fastclip.AutoClip(51 if last else 50)), "{'percentile': 51"),
+        (dict(max_norm=fastclip.ZClip() if last else fastclip.AutoClip(50)), "ZClip of"),
+    ):
+        before = here(parameters[0].grad).clone()
+        with pytest.raises(ValueError, match="expected the same on all ranks") as caught:
+            GradClipper(parameters, **mine).clip_()
+        assert not last or topic in str(caught.value), topic
+        assert torch.equal(here(parameters[0].grad), before)
+    clipper = GradClipper(parameters, fastclip.AutoClip(50))
+    assert steps_of(clipper.clip_) == 2
+    assert steps_of(clipper.clip_) == 1
+    assert steps_of(copy.deepcopy(clipper).clip_) == 2
+    state = clipper.state_dict()
+    clipper.load_state_dict(state)
+    if last:
+        clipper.thresholds[0].load_state_dict(fastclip.AutoClip(50).state_dict())
+    with pytest.raises(ValueError, match=r"thresholds and rules .*AutoClip of .* at"):
+        clipper.clip_()
+    clipper.load_state_dict(state)
+    assert steps_of(clipper.clip_) == 2
+    # A rank of another build rounds otherwise.
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            patch.setattr(_agreement, "has_kernels", lambda device: device == "none")
+        with pytest.raises(ValueError, match="versions and kernels"):
+            GradClipper(parameters, 1.0).clip_()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_clippers_compare_what_they_clip_by_at_the_first_step(world, size):
+    world(size).run(differing, size, seconds=30)
 
 
 # Meshes and groups that are no grid.

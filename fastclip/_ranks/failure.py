@@ -50,15 +50,16 @@ def raise_if_failed(numbers: Tensor) -> None:
     """Raise what another rank has sent in its numbers, if the host can read them without a wait."""
     if not is_known(numbers):
         return
-    failures, marks = numbers.tolist()
+    failures, marks = map(int, numbers.tolist())
     if not failures:
         return
     why = "its own error says why"
-    # The one rank that failed may be counted by several that heard of it.
-    with contextlib.suppress(Exception):
-        key = _key(int(marks / failures))
-        _store().wait([key], PATIENCE)
-        why = _store().get(key).decode()
+    # The one rank that failed is counted by all that heard of it. Of several no mark is known.
+    mark, rest = divmod(marks, failures)
+    if not rest:
+        with contextlib.suppress(Exception):
+            _store().wait([_key(mark)], PATIENCE)
+            why = _store().get(_key(mark)).decode()
     raise RuntimeError(f"another rank could not take part, and nothing was changed: {why}")
 
 
