@@ -442,6 +442,28 @@ def test_a_gradient_that_backward_left_out_is_not_what_its_bucket_holds():
     assert ulps(norm, oracle([item.grad for item in items], 2.0)) <= 2
 
 
+@needs_hooks
+def test_what_was_not_there_from_the_beginning_is_no_error_of_backward():
+    """An error in a hook would end backward on one rank, while others wait for its gradients."""
+    items, other = [nn.Parameter(torch.zeros(3)) for _ in range(2)], nn.Parameter(torch.zeros(3))
+    for item in (*items, other):
+        item.grad = torch.randn(3)
+    one, many = (
+        make(items, 2.0) for make in (_ops.extension.MeasuredGrads, _ops.extension.MeasuredBuckets)
+    )
+    one.see(other)
+    many.touch(other)
+    many.see_bucket(0, [other], torch.ones(3))
+    many.see_bucket(7, items, torch.ones(6))
+    many.settle(items)
+    # A list that has lost some is for Python to look at.
+    many.settle(items[:1])
+    assert one.take(items[:1]) is None
+    for measured in (one, many):
+        norm = measured.take(items).norm(2.0)
+        assert ulps(norm, oracle([item.grad for item in items], 2.0)) <= 2
+
+
 def averaged_by_hand() -> None:
     module = net()
     norms = NormAccumulator(module)

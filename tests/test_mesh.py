@@ -53,6 +53,10 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def grads_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [full(p.grad).detach().clone() for p in parameters if p.grad is not None]
 
@@ -856,6 +860,76 @@ def plans() -> None:
 
 def test_a_plan_is_made_once_and_goes_with_its_parameters(world):
     world(2).run(plans)
+
+
+def fresh_layouts(reader: str) -> None:
+    """Tensors whose layouts are new objects at every step, as gradients of tensor parallel ones."""
+    mesh, rank, made = init_device_mesh("cpu", (2,)), dist.get_rank(), []
+    real, extension = _ranks.Plan.__init__, _ops.extension
+
+    def counted(self: Any, *args: Any) -> None:
+        made.append(self)
+        real(self, *args)
+
+    def tensors(dtype: torch.dtype, *ways: Any) -> list[Tensor]:
+        local = torch.full((3,), 1.0 + rank, dtype=dtype)
+        return [DTensor.from_local(local, mesh, [way], run_check=False) for way in ways]
+
+    _ranks.Plan.__init__ = counted
+    _ops.extension = extension if reader == "walk" else None
+    try:
+        for step in range(5):
+            # The same placements, another dtype: the norm is of theirs.
+            dtype = torch.float64 if step == 2 else torch.float32
+            norm = fastclip.get_total_norm(tensors(dtype, Shard(0), Shard(0), Replicate()))
+            assert norm.dtype == dtype
+            expected = 2 * 3 * (1 + 4) + 3 * (1 + rank) ** 2
+            assert float(norm) == pytest.approx(expected**0.5, rel=1e-6)
+        assert len(made) == 1
+        # As many, placed otherwise behind the first.
+        norm = fastclip.get_total_norm(tensors(torch.float32, Shard(0), Replicate(), Replicate()))
+        expected = 3 * (1 + 4) + 2 * 3 * (1 + rank) ** 2
+        assert float(norm) == pytest.approx(expected**0.5, rel=1e-6)
+        assert len(made) == 2
+    finally:
+        _ranks.Plan.__init__, _ops.extension = real, extension
+
+
+@pytest.mark.parametrize("reader", ["walk", "python"])
+def test_tensors_that_are_placed_as_before_have_the_plan_of_before(world, reader):
+    world(2).run(fresh_layouts, reader)
+
+
+def shrinking_list() -> None:
+    """Python compares layouts, and meanwhile the list loses its parameters, as by a thread."""
+    mesh, compared, shrinks = init_device_mesh("cpu", (2,)), 0, False
+
+    class Slow(Shard):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            if shrinks:
+                del parameters[1:]
+                compared += 1
+            return isinstance(other, Shard) and other.dim == self.dim
+
+        __hash__ = Shard.__hash__
+
+    for _ in range(20):
+        parameters = [spread((64,), mesh, Shard(0)) for _ in range(100)]
+        fastclip.clip_grad_norm_(parameters, 1.0)
+        for parameter in parameters:
+            local = here(parameter.grad)
+            parameter.grad = DTensor.from_local(local, mesh, [Slow(0)], run_check=False)
+        expected = oracle(grads_of(parameters), 2)
+        parameter, compared, shrinks = None, 0, True
+        norm = fastclip.clip_grad_norm_(parameters, 1.0)
+        shrinks = False
+        assert ulps(full(norm), expected) <= 2
+        assert compared == 100
+
+
+def test_a_list_that_shrinks_while_it_is_read_is_read_to_its_end(world):
+    world(2).run(shrinking_list, seconds=30)
 
 
 def wide_on_one_rank(dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import math
 import secrets
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,5 +68,5 @@ def _key(mark: int) -> str:
     return f"fastclip/{mark}"
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()

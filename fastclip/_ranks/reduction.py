@@ -105,10 +105,8 @@ def reduction(
     reaches = list(map(reached, asked))
     places = _places(layouts, kind)
     slot_at = functools.cache(Place.slot)
-    found = {
-        (owner, place): slot_at(place, reaches[label])
-        for owner, label, place in zip(owners, labels, places, strict=True)
-    }
+    keys = list(zip(owners, places, strict=True))
+    found = {k: slot_at(k[1], reaches[label]) for k, label in zip(keys, labels, strict=True)}
     ordered = _in_order(found)
     slots = [slot for _, slot in ordered]
     index = {pair: i for i, pair in enumerate(ordered)}
@@ -119,21 +117,15 @@ def reduction(
     for i, (label, slot) in enumerate(zip(label_of, slots, strict=True)):
         counts[label] += 1
         members[label] += [i] * slot.speaks
-    meshes = {place.mesh: None for place in places if place.mesh is not None}
-    over_meshes, beyond = steps(meshes, slots), steps_beyond(groups)
     flags = len(asked) if kind in (Kind.TOTAL, Kind.COUNT) else 0
-    beside = flags + NUMBERS if over_meshes or beyond else 0
-    for label in range(max(beside - NUMBERS, 0)):
+    beside, over_meshes, beyond = _collectives(places, slots, groups, flags)
+    for label in range(flags if beside else 0):
         members[label].append(len(slots) + label)
-    for step in over_meshes:
-        step.members.extend(range(len(slots), len(slots) + beside))
-    for step in beyond:
-        step.members.extend(range(len(asked), len(asked) + NUMBERS + 1))
     return Reduction(
         kind=kind,
         groups=groups,
         slots=slots,
-        slot_of=[index[o, found[o, place]] for o, place in zip(owners, places, strict=True)],
+        slot_of=[index[key[0], found[key]] for key in keys],
         label_of=label_of,
         counts=counts,
         members=members,
@@ -174,6 +166,20 @@ def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
             found[key] = Place(meshes[key[0]], layout.placements, rows)
         places.append(found[key])
     return places
+
+
+def _collectives(
+    places: Sequence[Place], slots: Sequence[Slot], groups: list[list[Any]], flags: int
+) -> tuple[int, list[Step], list[Step]]:
+    """How many numbers go beside slots; the steps over meshes, and beyond, with all members."""
+    meshes = dict.fromkeys(place.mesh for place in places if place.mesh is not None)
+    over_meshes, beyond = steps(meshes, slots), steps_beyond(groups)
+    beside = flags + NUMBERS if over_meshes or beyond else 0
+    for step in over_meshes:
+        step.members.extend(range(len(slots), len(slots) + beside))
+    for step in beyond:
+        step.members.extend(range(len(groups), len(groups) + NUMBERS + 1))
+    return beside, over_meshes, beyond
 
 
 def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
