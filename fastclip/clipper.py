@@ -224,13 +224,11 @@ class GradClipper:
         self._items, self._labels, self._item_names = items, labels, names
         self._is_spread = is_spread(items)
 
-    def _read(self) -> Gradients:
-        if not self._is_compared and (self._is_spread or any(self.asked)):
-            check_agreement(self._read_now, self.names, self.thresholds, self.p, self.nonfinite)
+    def _read(self, is_first: bool = False) -> Gradients:
+        if not (self._is_compared or is_first) and (self._is_spread or any(self.asked)):
+            given = self.names, self.thresholds, self.p, self.nonfinite
+            check_agreement(lambda: self._read(is_first=True), *given)
             self._is_compared = True
-        return self._read_now()
-
-    def _read_now(self) -> Gradients:
         agree = self.nonfinite != "propagate"
         if self.is_one and not self.asked[0]:
             return read(self._items, kind=Kind.of_order(self.p), agree=agree)

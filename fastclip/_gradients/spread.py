@@ -146,11 +146,12 @@ class SpreadGrads:
     def _combined(self, parts: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """The parts of each label, and the numbers beside them."""
         of = self.reduction
-        if of.is_flat:
-            count = len(parts) - of.beside
-            norms, flags, numbers = parts[:count], parts[count:-NUMBERS], parts[-NUMBERS:]
-            return norms + flags if len(flags) else norms, numbers
-        return _ranks.combined(parts, of.members, of.beside, abs(p))
+        if not of.is_flat:
+            return _ranks.combined(parts, of.members, of.beside, abs(p))
+        if not of.sends:
+            return parts, parts[:0]
+        norms, flags = parts[: -of.beside], parts[-of.beside : -NUMBERS]
+        return norms + flags if len(flags) else norms, parts[-NUMBERS:]
 
     def _as_norms(self, parts: Tensor, numbers: Tensor, p: float) -> Tensor:
         if self.reduction.sends:
@@ -244,6 +245,5 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
     parts = _ranks.over_line(line, own)
     norm = grads.norm_of_parts(parts, p)
     if norm is not None:
-        wide = plan.wide or grads.is_wide()
-        return plan.result(grads.clip_by_known_(norm, limit, wide))
+        return plan.result(grads.clip_by_known_(norm, limit, plan.wide or grads.is_wide()))
     return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)

@@ -46,8 +46,12 @@ def on_reduced_buckets(
         def measured(done: Any) -> Tensor:
             average: Tensor
             (average,) = done.value()
-            if not has_joined:
-                measure(number, parameters, average)
+            try:
+                if not has_joined:
+                    measure(number, parameters, average)
+            except Exception:
+                # Raised here it would end backward, while other ranks wait. The clip measures anew.
+                forget()
             return average
 
         if has_joined:

@@ -39,8 +39,10 @@ class Failure:
         return parts
 
     def raise_(self) -> None:
-        """Leave the reason for the others, and raise. The sums come first: the store may be gone,
-        and a rank that waits for it would have the others wait."""
+        """Leave the reason for the others, and raise: after the sums.
+
+        The store may be gone, and a rank that waits for it would have the others wait.
+        """
         with contextlib.suppress(Exception):
             text = f"{type(self.error).__name__}: {self.error} (on rank {dist.get_rank()})"
             _store().set(_key(self.mark), text)

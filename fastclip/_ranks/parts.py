@@ -111,7 +111,7 @@ def _reduced(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
     if _adds(p):
         return groups.all_reduce(step, parts, "SUM")
     most = _largest(step, parts)
-    if math.isinf(p):
+    if math.isinf(p) or len(most) == beside:
         return most
     norms, rest = most.split([len(most) - beside, beside])
     # Relative to the largest, for no power to overflow.
