@@ -18,6 +18,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <unordered_map>
 #include <utility>
@@ -188,9 +189,13 @@ class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
   // The averaged gradients of these parameters, and of no others, are in this bucket.
   void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
                   const at::Tensor& bucket) {
-    // An error here would be one of backward, which other ranks wait for.
     if (number >= norms_.size()) return forget();
-    norms_[number] = norm_of(bucket);
+    try {
+      norms_[number] = norm_of(bucket);
+    } catch (const std::exception&) {
+      // Thrown here it would end backward, while other ranks wait. The clip measures again.
+      return forget();
+    }
     for (Seen& seen : seen_)
       if (seen.part == number) seen.part = kNone;
     for (const at::Tensor& parameter : parameters)

@@ -46,12 +46,8 @@ def on_reduced_buckets(
         def measured(done: Any) -> Tensor:
             average: Tensor
             (average,) = done.value()
-            try:
-                if not has_joined:
-                    measure(number, parameters, average)
-            except Exception:
-                # Raised here it would end backward, while other ranks wait. The clip measures anew.
-                forget()
+            if not has_joined:
+                measure(number, parameters, average)
             return average
 
         if has_joined:
