@@ -13,8 +13,7 @@
 namespace fastclip::cuda {
 namespace {
 
-// With what else a kernel takes, a table fills the parameters: 4 KiB, or 32 764 bytes from CUDA
-// 12.1 on, toolkit and driver.
+// Tables fill the parameters of a kernel: 4 KiB, or 32 764 bytes from CUDA and driver 12.1 on.
 constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
@@ -88,11 +87,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 void check(cudaError_t status, const char* what, int device) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error told here is not to be told again elsewhere
-  throw std::runtime_error(
-      "fastclip: " + std::string(what) + " on device " + std::to_string(device) +
-      " failed: " + cudaGetErrorString(status) +
-      "; it may be the error of an earlier kernel, of any library: CUDA_LAUNCH_BLOCKING=1 shows "
-      "which");
+  throw std::runtime_error("fastclip: " + std::string(what) + " on device " +
+                           std::to_string(device) + " failed: " + cudaGetErrorString(status) +
+                           " (or an earlier kernel did: CUDA_LAUNCH_BLOCKING=1 tells which)");
 }
 
 int attribute(cudaDeviceAttr which, int device) {
