@@ -177,6 +177,14 @@ class PlainGrads {
                 : at::scalar_tensor(static_cast<float>(total_norm), at::kFloat);
   }
 
+  // The two in one. Nothing, and nothing is done, where the first is nothing.
+  std::optional<at::Tensor> clip_by_parts_(const at::Tensor& parts, double max_norm, double p,
+                                           bool wide) const {
+    const auto total_norm = norm_of_parts(parts, p);
+    if (!total_norm) return std::nullopt;
+    return clip_by_known_(*total_norm, max_norm, wide || is_wide());
+  }
+
   // By their norm, which is measured if it is not given.
   at::Tensor clip_norm_(double max_norm, double p, const MaybeNorm& norm = std::nullopt) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");

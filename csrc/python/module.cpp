@@ -55,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
       .def("part", &PlainGrads::part)
       .def_static("norm_of_parts", &PlainGrads::norm_of_parts)
       .def("clip_by_known_", &PlainGrads::clip_by_known_)
+      .def("clip_by_parts_", &PlainGrads::clip_by_parts_)
       .def("clip_norm_", &PlainGrads::clip_norm_, py::arg("max_norm"), py::arg("p"),
            py::arg("norm") = std::nullopt)
       .def("clip_norm_", &PlainGrads::clip_norm_tensor_, py::arg("max_norm"), py::arg("p"),

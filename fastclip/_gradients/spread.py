@@ -243,7 +243,7 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
         # The long road meets it again, and tells the other ranks.
         return None
     parts = _ranks.over_line(line, own)
-    norm = grads.norm_of_parts(parts, p)
-    if norm is not None:
-        return plan.result(grads.clip_by_known_(norm, limit, plan.wide or grads.is_wide()))
+    total_norm = grads.clip_by_parts_(parts, limit, p, plan.wide)
+    if total_norm is not None:
+        return plan.result(total_norm)
     return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)
