@@ -147,7 +147,7 @@ def scaled(found: dict[str, Any], count: int) -> str:
         ours, theirs = ((host[name] + steps * step) / 1e3 for name in FUNCTIONS)
         lines.append(f"{ranks} ranks: {steps} steps, {ours:.1f} against {theirs:.1f} ms")
     return (
-        f"On paper, for {count} DTensors: one all-reduce of 32 bytes against one of {4 * count}, "
+        f"On paper, for {count} DTensors: one all-reduce of 8 bytes against one of {4 * count}, "
         f"{step:.0f} µs a step, half of what gloo added above. {'; '.join(lines)}."
     )
 

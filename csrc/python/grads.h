@@ -4,8 +4,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
@@ -38,9 +36,9 @@ class PlainGrads {
     return op.call(std::forward<Args>(args)...);
   }
 
-  // Whether the host can read and write it as doubles.
-  static bool is_here(const at::Tensor& tensor) {
-    return tensor.is_cpu() && tensor.scalar_type() == at::kDouble && tensor.is_contiguous() &&
+  // Whether the host can read and write it as one double.
+  static bool is_number(const at::Tensor& tensor) {
+    return tensor.is_cpu() && tensor.numel() == 1 && tensor.scalar_type() == at::kDouble &&
            !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
            !c10::impl::dispatch_mode_enabled();
   }
@@ -137,30 +135,14 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // What ranks add up of one norm of order 1 or 2, 1-d, float64: the norm itself or its square, and
-  // beside it a flag and numbers that are 0 where nothing is wrong.
-  at::Tensor part(double p, int64_t beside) const {
-    const at::Tensor norm = norms(p);
-    // None where there is no gradient.
-    const int64_t missing = 1 - norm.numel();
-    if (!is_here(norm))
-      return at::constant_pad_nd(p == 2 ? norm.mul(norm) : norm, {0, missing + beside});
-    const double found = missing ? 0 : *norm.const_data_ptr<double>();
-    at::Tensor parts = at::empty({1 + beside}, norm.options());
-    double* data = parts.mutable_data_ptr<double>();
-    *data = p == 2 ? found * found : found;
-    std::fill_n(data + 1, beside, 0.0);
-    return parts;
-  }
-
-  // The norm that all ranks have added up. Nothing where the host cannot look at the parts, or
-  // where anything is wrong.
-  static std::optional<double> norm_of_parts(const at::Tensor& parts, double p) {
-    if (!is_here(parts)) return std::nullopt;
-    const double* found = parts.const_data_ptr<double>();
-    if (!std::all_of(found + 1, found + parts.numel(), [](double beside) { return beside == 0; }))
-      return std::nullopt;
-    return p == 2 ? std::sqrt(*found) : *found;
+  // What ranks add up of one norm of order 1 or 2: the norm itself or its square; 1-d, float64.
+  at::Tensor part(double p) const {
+    at::Tensor norm = norms(p);
+    if (norm.numel() == 0) norm = norm.new_zeros({1});
+    if (p != 2) return norm;
+    if (!is_number(norm)) return norm.mul(norm);
+    *norm.mutable_data_ptr<double>() *= *norm.const_data_ptr<double>();
+    return norm;
   }
 
   // By the norm of all ranks, which the host knows. Returns it, float64 or float32.
@@ -175,14 +157,6 @@ class PlainGrads {
     // As a float it may be infinite.
     return wide ? at::scalar_tensor(total_norm, at::kDouble)
                 : at::scalar_tensor(static_cast<float>(total_norm), at::kFloat);
-  }
-
-  // The two in one. Nothing, and nothing is done, where the first is nothing.
-  std::optional<at::Tensor> clip_by_parts_(const at::Tensor& parts, double max_norm, double p,
-                                           bool wide) const {
-    const auto total_norm = norm_of_parts(parts, p);
-    if (!total_norm) return std::nullopt;
-    return clip_by_known_(*total_norm, max_norm, wide || is_wide());
   }
 
   // By their norm, which is measured if it is not given.

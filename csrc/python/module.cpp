@@ -53,9 +53,7 @@ PYBIND11_MODULE(_C, m) {
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
       .def("part", &PlainGrads::part)
-      .def_static("norm_of_parts", &PlainGrads::norm_of_parts)
       .def("clip_by_known_", &PlainGrads::clip_by_known_)
-      .def("clip_by_parts_", &PlainGrads::clip_by_parts_)
       .def("clip_norm_", &PlainGrads::clip_norm_, py::arg("max_norm"), py::arg("p"),
            py::arg("norm") = std::nullopt)
       .def("clip_norm_", &PlainGrads::clip_norm_tensor_, py::arg("max_norm"), py::arg("p"),

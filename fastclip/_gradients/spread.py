@@ -3,6 +3,7 @@
 torch.compile leaves their verbs as they are: collectives and plans are no part of a graph.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import _ranks
 from .._ops import clip_coef, empty_norm, is_known
-from .._ranks import NUMBERS, Failure, Kind, Plan, raise_if_failed
+from .._ranks import NUMBERS, Failure, Kind, Plan, mark_of, raise_if_failed, raise_reason
 from .protocol import Gradients, GradientsHere
 
 
@@ -31,8 +32,7 @@ class SpreadGrads:
         agree: bool = False,
         error: Exception | None = None,
     ) -> None:
-        self.plan, self.agree = plan, agree
-        self._local: Any = local
+        self._local, self.plan, self.agree = local, plan, agree
         self.failure = None if error is None else Failure(error)
         self.reduction = plan.reduction
         self.wide = plan.wide or (error is None and local.is_wide())
@@ -41,8 +41,7 @@ class SpreadGrads:
     def local(self) -> GradientsHere:
         if self.failure is not None:
             raise self.failure.error
-        local: GradientsHere = self._local
-        return local
+        return self._local
 
     def __len__(self) -> int:
         return len(self.local)
@@ -98,13 +97,10 @@ class SpreadGrads:
 
     @torch.compiler.disable
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        return self._clip_by_(self._norms(p)[0] if norm is None else norm, max_norm)
+        return self.clip_by_(self._norms(p)[0] if norm is None else norm, max_norm)
 
-    def clip_by_parts_(self, parts: Tensor, max_norm: float, p: float) -> Tensor:
-        """By the parts of one norm, added up over ranks already."""
-        return self._clip_by_(self._as_norms(*self._combined(parts, p), p)[0], max_norm)
-
-    def _clip_by_(self, norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    def clip_by_(self, norm: Tensor, max_norm: float | Tensor) -> Tensor:
+        """By the norm of all ranks."""
         at_once: Callable[..., Tensor] | None = getattr(self.local, "clip_by_known_", None)
         if at_once is not None and isinstance(max_norm, float) and is_known(norm):
             return self.plan.result(at_once(float(norm), max_norm, self.wide))
@@ -121,10 +117,9 @@ class SpreadGrads:
         sizes = None if plan.sizes is None else [*plan.sizes, *[1] * reduction.beside]
         parts = self._parts(p)
         for step in reduction.steps if self.agree else reduction.adding:
-            parts = _ranks.over(step, parts, order, reduction.beside, sizes)
-        known = self._local.norm_of_parts(parts, p) if self._is_line(p) else None
-        if known is not None:
-            return parts.new_full((1,), known)
+            if self.agree and reduction.beside > NUMBERS:
+                parts = _ranks.spoiled(parts, reduction.counts, reduction.beside)
+            parts = _ranks.over_mesh(step, parts, order, reduction.beside, sizes)
         norms, numbers = self._combined(parts, p)
         if reduction.beyond:
             # For all to return the same dtype.
@@ -137,11 +132,6 @@ class SpreadGrads:
         if self.failure is not None:
             self.failure.raise_()
         return self._as_norms(norms, numbers, p)
-
-    def _is_line(self, p: float) -> bool:
-        """Whether it is one part, that the extension knows to measure and to read at once."""
-        can = p in (1, 2) and not self.agree and hasattr(self._local, "part")
-        return can and self.reduction.line is not None
 
     def _combined(self, parts: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """The parts of each label, and the numbers beside them."""
@@ -163,14 +153,8 @@ class SpreadGrads:
         reduction = self.reduction
         if self.failure is None:
             try:
-                if self._is_line(p):
-                    part: Tensor = self._local.part(p, reduction.beside)
-                    return part
                 parts = _ranks.as_parts(self._local_norms(p), p)
-                parts = torch.constant_pad_nd(parts, (0, reduction.beside))
-                if self.agree and reduction.beside > NUMBERS:
-                    parts = _ranks.flagged(parts, reduction.counts, reduction.beside)
-                return parts
+                return torch.constant_pad_nd(parts, (0, reduction.beside))
             except Exception as error:
                 if not reduction.sends:
                     raise
@@ -238,12 +222,15 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
     if not grads:
         return None
     try:
-        own = grads.part(p, plan.reduction.beside)
+        own = grads.part(p)
     except Exception:
         # The long road meets it again, and tells the other ranks.
         return None
-    parts = _ranks.over_line(line, own)
-    total_norm = grads.clip_by_parts_(parts, limit, p, plan.wide)
-    if total_norm is not None:
-        return plan.result(total_norm)
-    return SpreadGrads(grads, plan).clip_by_parts_(parts, limit, p)
+    part = _ranks.over_line(line, own)
+    if not is_known(part):
+        return SpreadGrads(grads, plan).clip_by_(_ranks.as_norm(part, p)[0], limit)
+    found = float(part)
+    if mark := mark_of(part):
+        raise_reason(mark)
+    total_norm = found if p == 1 else math.sqrt(found)
+    return plan.result(grads.clip_by_known_(total_norm, limit, plan.wide or grads.is_wide()))

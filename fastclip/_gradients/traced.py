@@ -46,7 +46,7 @@ class TracedGrads:
             norms.append(_local(some).norms(p)[0].to(none) if some else none)
         parts = torch.constant_pad_nd(_ranks.as_parts(torch.stack(norms), p), (0, plan.beside))
         for step in plan.steps:
-            parts = _ranks.over(step, parts, abs(p), plan.beside)
+            parts = _ranks.over_mesh(step, parts, abs(p), plan.beside, None)
         total, _ = _ranks.combined(parts, plan.members, plan.beside, abs(p))
         return _ranks.as_norm(total, p)[0]
 

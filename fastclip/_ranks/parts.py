@@ -5,6 +5,8 @@ Float64, several packed in one vector, which every rank of a step sends in one l
     over meshes     a part of each slot | a flag of each label | the numbers of failure.py
     beyond          a part of each label | the numbers | whether a gradient is float64
 
+Of one label, a step over a mesh that takes but one slot sends its part alone: gloo takes twice as
+long for a second number. What goes beside it is told by values that no part has.
 A flag is 0, or infinite or NaN if the label's norm is so on a rank. A new order of norms is a case
 of `as_parts`, `added`, `_reduced` (its collectives) and `as_norm`.
 """
@@ -14,14 +16,17 @@ import math
 import torch
 from torch import Tensor
 
-from .._ops import norm_of
+from .._ops import is_known, norm_of
 from . import groups
-from .failure import NUMBERS
+from .failure import NUMBERS, mark_of, marked
 from .groups import Step
 
 # Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
 # powers are added up. Norms of higher orders are put together relative to the largest.
 MOST_ADDED = 6
+# What a part that is sent alone says instead of itself where the host can read it, so that the only
+# NaN is a failure. Sums of 2^16 of each lie apart, and those of finite parts below them.
+_MOST, _INFINITE, _NAN = 2.0**970, -(2.0**988), -(2.0**1007)
 
 
 def _adds(p: float) -> bool:
@@ -49,11 +54,16 @@ def as_norm(parts: Tensor, p: float) -> Tensor:
     return norms.reciprocal() if p < 0 else norms
 
 
-def flagged(parts: Tensor, counts: list[int], beside: int) -> Tensor:
-    """The parts, `counts` slots of each label, with flags of what is not finite on this rank."""
-    slots, _, numbers = parts.split([len(parts) - beside, len(counts), NUMBERS])
-    sums = torch.stack([some.sum() for some in slots.split(counts)])
-    return torch.cat([slots, sums.masked_fill(sums.isfinite(), 0), numbers])
+def spoiled(parts: Tensor, counts: list[int], beside: int) -> Tensor:
+    """The parts, `counts` slots of each label: if one of a label is not finite, no other is.
+
+    Nor is its flag, which tells it to ranks that have other slots.
+    """
+    slots, flags, numbers = parts.split([len(parts) - beside, len(counts), NUMBERS])
+    sums = torch.stack([some.sum() for some in slots.split(counts)]) + flags
+    bad = sums.masked_fill(sums.isfinite(), 0)
+    each = zip(slots.split(counts), bad.unbind(), strict=True)
+    return torch.cat([*(some + one for some, one in each), flags + bad, numbers])
 
 
 def combined(
@@ -80,6 +90,13 @@ def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> T
     return torch.cat([each[i] for i in members])
 
 
+def over_mesh(step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None) -> Tensor:
+    """As `over`; what is sent alone is no vector."""
+    if sizes is None and beside <= 1 + NUMBERS and len(step.members) == 1 + beside:
+        return _over_alone(step, parts, p)
+    return over(step, parts, p, beside, sizes)
+
+
 def over(
     step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None = None
 ) -> Tensor:
@@ -100,11 +117,44 @@ def over(
     return torch.cat(each)
 
 
-def over_line(line: list[Step], parts: Tensor) -> Tensor:
-    """The parts of one slot, of order 1 or 2, added up over the ranks of each step."""
+def over_line(line: list[Step], part: Tensor) -> Tensor:
+    """A part that each step sends alone, of order 1 or 2, added up over their ranks."""
     for step in line:
-        parts = groups.all_reduce(step, parts, "SUM")
-    return parts
+        part = _reduced_alone(step, part, 2)
+    return part
+
+
+def _over_alone(step: Step, parts: Tensor, p: float) -> Tensor:
+    at = step.members[0]
+    one, numbers = parts[at : at + 1], parts[-NUMBERS:]
+    can_read = not torch.compiler.is_compiling() and is_known(parts)
+    failures, marks = numbers.tolist() if can_read else (0, 0)
+    if failures:
+        one = marked(int(marks / failures))
+    elif can_read and mark_of(one):
+        # What a gradient has in its NaN is no mark.
+        one = torch.full_like(one, math.nan)
+    reduced = _reduced_alone(step, one, p)
+    if can_read and not failures and (mark := mark_of(reduced)):
+        numbers = torch.tensor([1, mark], dtype=parts.dtype, device="cpu")
+    return torch.cat([parts[:at], reduced, parts[at + 1 : -NUMBERS], numbers])
+
+
+def _reduced_alone(step: Step, part: Tensor, p: float) -> Tensor:
+    """A failure is a NaN with a mark, in the sum as in the largest of all."""
+    if not _adds(p):
+        return _reduced(step, part, p, 0)
+    if torch.compiler.is_compiling() or not is_known(part):
+        return _decoded(groups.all_reduce(step, part, "SUM"))
+    value = float(part)
+    if not (value <= _MOST or mark_of(part)):
+        part = torch.full_like(part, _NAN if math.isnan(value) else _INFINITE)
+    part = groups.all_reduce(step, part, "SUM")
+    return part if float(part) >= 0 else _decoded(part)
+
+
+def _decoded(part: Tensor) -> Tensor:
+    return part.where(~(part < _INFINITE / 2), math.inf).where(~(part < _NAN / 2), math.nan)
 
 
 def _reduced(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
@@ -123,8 +173,9 @@ def _reduced(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
 def _largest(step: Step, parts: Tensor) -> Tensor:
     """Of each part the largest, NaN above all: a backend's maximum of floats may lose that.
 
-    As whole numbers the bits of floats >= 0 are in the order of the floats, and NaN comes last.
+    As whole numbers the bits of floats >= 0 are in the order of the floats, and NaN comes last. The
+    sign is that of a NaN.
     """
     whole = torch.int64 if parts.dtype == torch.float64 else torch.int32
-    bits = parts.masked_fill(parts.isnan(), math.nan).view(whole)
+    bits = parts.view(whole) & torch.iinfo(whole).max
     return groups.all_reduce(step, bits, "MAX").view(parts.dtype)

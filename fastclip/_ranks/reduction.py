@@ -81,7 +81,10 @@ class Reduction:
 
     @functools.cached_property
     def line(self) -> list[Step] | None:
-        """The steps over which the part of one slot is added up, if that is all there is to it."""
+        """The steps over which the part of one slot is added up, if that is all there is to it.
+
+        Each of them sends it alone.
+        """
         is_line = self.kind is Kind.TOTAL and self.is_flat and len(self.slots) == 1
         return self.adding if is_line and self.steps and not self.beyond else None
 
