@@ -135,14 +135,15 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // What ranks add up of one norm of order 1 or 2: the norm itself or its square; 1-d, float64.
-  at::Tensor part(double p) const {
+  // What ranks add up of one norm of order 1 or 2: the norm itself or its square; 1-d, float64. And
+  // its value, if the host knows it.
+  std::pair<at::Tensor, std::optional<double>> part(double p) const {
     at::Tensor norm = norms(p);
     if (norm.numel() == 0) norm = norm.new_zeros({1});
-    if (p != 2) return norm;
-    if (!is_number(norm)) return norm.mul(norm);
-    *norm.mutable_data_ptr<double>() *= *norm.const_data_ptr<double>();
-    return norm;
+    if (!is_number(norm)) return {p == 2 ? norm.mul(norm) : norm, std::nullopt};
+    double& value = *norm.mutable_data_ptr<double>();
+    if (p == 2) value *= value;
+    return {norm, value};
   }
 
   // By the norm of all ranks, which the host knows. Returns it, float64 or float32.

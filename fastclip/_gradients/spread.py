@@ -114,6 +114,10 @@ class SpreadGrads:
 
     def _norms(self, p: float) -> Tensor:
         plan, reduction, order = self.plan, self.reduction, abs(p)
+        if p in (1, 2) and reduction.line is not None and hasattr(self._local, "part"):
+            norm = None if self.agree else _norm_of_line(self._local, reduction.line, p)
+            if norm is not None:
+                return torch.as_tensor(norm, dtype=torch.float64, device=plan.device).reshape(1)
         sizes = None if plan.sizes is None else [*plan.sizes, *[1] * reduction.beside]
         parts = self._parts(p)
         for step in reduction.steps if self.agree else reduction.adding:
@@ -221,16 +225,25 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
     grads = plan.read(items, True)
     if not grads:
         return None
+    norm = _norm_of_line(grads, line, p)
+    if isinstance(norm, float):
+        return plan.result(grads.clip_by_known_(norm, limit, plan.wide or grads.is_wide()))
+    return None if norm is None else SpreadGrads(grads, plan).clip_by_(norm[0], limit)
+
+
+def _norm_of_line(grads: Any, line: Any, p: float) -> float | Tensor | None:
+    """The norm of the only slot, a number if the host knows it.
+
+    None, and nothing is sent, if it cannot be measured: the long road meets the error again, and
+    tells the other ranks.
+    """
     try:
-        own = grads.part(p)
+        part, value = grads.part(p)
     except Exception:
-        # The long road meets it again, and tells the other ranks.
         return None
-    part = _ranks.over_line(line, own)
-    if not is_known(part):
-        return SpreadGrads(grads, plan).clip_by_(_ranks.as_norm(part, p)[0], limit)
-    found = float(part)
-    if mark := mark_of(part):
+    part, value = _ranks.over_line(line, part, value)
+    if value is None:
+        return _ranks.as_norm(part, p)
+    if value != value and (mark := mark_of(part)):
         raise_reason(mark)
-    total_norm = found if p == 1 else math.sqrt(found)
-    return plan.result(grads.clip_by_known_(total_norm, limit, plan.wide or grads.is_wide()))
+    return value if p == 1 else math.sqrt(value)

@@ -141,11 +141,6 @@ def is_alone() -> bool:
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     """Reduces `values`, in place where they are on the step's device."""
-    if torch.compiler.is_compiling():
-        from torch.distributed._functional_collectives import all_reduce
-
-        traced: Tensor = all_reduce(values, op.lower(), step.group)
-        return traced
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.

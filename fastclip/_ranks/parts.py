@@ -60,6 +60,8 @@ def spoiled(parts: Tensor, counts: list[int], beside: int) -> Tensor:
     Nor is its flag, which tells it to ranks that have other slots.
     """
     slots, flags, numbers = parts.split([len(parts) - beside, len(counts), NUMBERS])
+    if is_known(parts) and math.isfinite(float(parts.sum())):
+        return parts
     sums = torch.stack([some.sum() for some in slots.split(counts)]) + flags
     bad = sums.masked_fill(sums.isfinite(), 0)
     each = zip(slots.split(counts), bad.unbind(), strict=True)
@@ -117,11 +119,19 @@ def over(
     return torch.cat(each)
 
 
-def over_line(line: list[Step], part: Tensor) -> Tensor:
-    """A part that each step sends alone, of order 1 or 2, added up over their ranks."""
+def over_line(line: list[Step], part: Tensor, value: float | None) -> tuple[Tensor, float | None]:
+    """A part that each step sends alone, of order 1 or 2, added up; and its value, if known."""
     for step in line:
-        part = _reduced_alone(step, part, 2)
-    return part
+        if value is not None and value <= _MOST:
+            part = groups.all_reduce(step, part, "SUM")
+            value = float(part)
+            if value >= 0:
+                continue
+            part = _decoded(part)
+        else:
+            part = _reduced_alone(step, part, 2)
+        value = None if value is None else float(part)
+    return part, value
 
 
 def _over_alone(step: Step, parts: Tensor, p: float) -> Tensor:
@@ -135,6 +145,9 @@ def _over_alone(step: Step, parts: Tensor, p: float) -> Tensor:
         # What a gradient has in its NaN is no mark.
         one = torch.full_like(one, math.nan)
     reduced = _reduced_alone(step, one, p)
+    if reduced is one and not failures and can_read:
+        # In place, and no failure: that would be another tensor.
+        return parts
     if can_read and not failures and (mark := mark_of(reduced)):
         numbers = torch.tensor([1, mark], dtype=parts.dtype, device="cpu")
     return torch.cat([parts[:at], reduced, parts[at + 1 : -NUMBERS], numbers])
@@ -145,11 +158,11 @@ def _reduced_alone(step: Step, part: Tensor, p: float) -> Tensor:
     if not _adds(p):
         return _reduced(step, part, p, 0)
     if torch.compiler.is_compiling() or not is_known(part):
-        return _decoded(groups.all_reduce(step, part, "SUM"))
+        return _decoded(_all_reduce(step, part, "SUM"))
     value = float(part)
     if not (value <= _MOST or mark_of(part)):
         part = torch.full_like(part, _NAN if math.isnan(value) else _INFINITE)
-    part = groups.all_reduce(step, part, "SUM")
+    part = _all_reduce(step, part, "SUM")
     return part if float(part) >= 0 else _decoded(part)
 
 
@@ -159,14 +172,14 @@ def _decoded(part: Tensor) -> Tensor:
 
 def _reduced(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
     if _adds(p):
-        return groups.all_reduce(step, parts, "SUM")
+        return _all_reduce(step, parts, "SUM")
     most = _largest(step, parts)
     if math.isinf(p) or len(most) == beside:
         return most
     norms, rest = most.split([len(most) - beside, beside])
     # Relative to the largest, for no power to overflow.
     unit = norms.where((norms > 0) & norms.isfinite(), 1)
-    powers = groups.all_reduce(step, (parts[: len(norms)] / unit) ** p, "SUM")
+    powers = _all_reduce(step, (parts[: len(norms)] / unit) ** p, "SUM")
     return torch.cat([(unit * powers ** (1 / p)).where(norms.isfinite(), norms), rest])
 
 
@@ -178,4 +191,13 @@ def _largest(step: Step, parts: Tensor) -> Tensor:
     """
     whole = torch.int64 if parts.dtype == torch.float64 else torch.int32
     bits = parts.view(whole) & torch.iinfo(whole).max
-    return groups.all_reduce(step, bits, "MAX").view(parts.dtype)
+    return _all_reduce(step, bits, "MAX").view(parts.dtype)
+
+
+def _all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return groups.all_reduce(step, values, op)
+    from torch.distributed._functional_collectives import all_reduce
+
+    traced: Tensor = all_reduce(values, op.lower(), step.group)
+    return traced
