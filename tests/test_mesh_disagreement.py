@@ -266,6 +266,29 @@ def test_a_nan_does_not_swallow_that_a_rank_cannot_clip(world, p):
     world(2).run(nan_beside_failure, p, seconds=30)
 
 
+def nan_with_bits() -> None:
+    """A NaN may have any bits, and is no failure; and a failure is heard under a dispatch mode."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = spread((4,), mesh, Shard(0), dtype=torch.float64)
+    if dist.get_rank():
+        here(parameter.grad).view(torch.int64).fill_((0x7FF8 << 48) | 12345)
+    for p in (1.0, 2.0, math.inf, 8.0):
+        assert math.isnan(full(fastclip.clip_grad_norm_([parameter], math.inf, p)))
+        assert math.isnan(full(fastclip.get_total_norm([parameter.grad], p)))
+    parameter = spread((4,), mesh, Shard(0))
+    if dist.get_rank():
+        parameter.grad = DTensor.from_local(torch.ones(1).expand(2), mesh, [Shard(0)])
+    for _ in range(2):
+        with CommDebugMode(), pytest.raises(RuntimeError, match="single memory location"):
+            fastclip.clip_grad_norm_([parameter], 1.0)
+
+
+def test_bits_of_a_nan_are_no_failure(world):
+    world(2).run(nan_with_bits, seconds=30)
+
+
 def raises_oddly(*_: Any, **__: Any) -> Any:
     raise AttributeError("a private name of torch that has gone")
 

@@ -5,10 +5,13 @@ Float64, several packed in one vector, which every rank of a step sends in one l
     over meshes     a part of each slot | a flag of each label | the numbers of failure.py
     beyond          a part of each label | the numbers | whether a gradient is float64
 
-Of one label, a step over a mesh that takes but one slot sends its part alone: gloo takes twice as
-long for a second number. What goes beside it is told by values that no part has.
-A flag is 0, or infinite or NaN if the label's norm is so on a rank. A new order of norms is a case
-of `as_parts`, `added`, `_reduced` (its collectives) and `as_norm`.
+A flag is 0, or infinite or NaN if the label's norm is so on a rank.
+
+Where there is one label, a step over a mesh that cuts only one slot sends the part of that alone,
+because gloo takes twice as long for a second number. On the CPU that part has values for what would
+stand beside it: see `_MOST`.
+
+A new order of norms is a case of `as_parts`, `added`, `_reduced` (its collectives) and `as_norm`.
 """
 
 import math
@@ -24,8 +27,8 @@ from .groups import Step
 # Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
 # powers are added up. Norms of higher orders are put together relative to the largest.
 MOST_ADDED = 6
-# What a part that is sent alone says instead of itself where the host can read it, so that the only
-# NaN is a failure. Sums of 2^16 of each lie apart, and those of finite parts below them.
+# Where the host can read a part that is sent alone, NaN says that a rank has failed, and what is
+# infinite or NaN is sent as one of these. Finite parts end at the first; sums of 2^16 lie apart.
 _MOST, _INFINITE, _NAN = 2.0**970, -(2.0**988), -(2.0**1007)
 
 
@@ -93,7 +96,7 @@ def pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> T
 
 
 def over_mesh(step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None) -> Tensor:
-    """As `over`; what is sent alone is no vector."""
+    """As `over`, for a step over a mesh, which may send one part alone."""
     if sizes is None and beside <= 1 + NUMBERS and len(step.members) == 1 + beside:
         return _over_alone(step, parts, p)
     return over(step, parts, p, beside, sizes)
@@ -121,6 +124,10 @@ def over(
 
 def over_line(line: list[Step], part: Tensor, value: float | None) -> tuple[Tensor, float | None]:
     """A part that each step sends alone, of order 1 or 2, added up; and its value, if known."""
+    if value is None and is_known(part):
+        value = float(part)
+    if value is not None and math.isnan(value):
+        part = torch.full_like(part, math.nan)
     for step in line:
         if value is not None and value <= _MOST:
             part = groups.all_reduce(step, part, "SUM")
@@ -142,7 +149,7 @@ def _over_alone(step: Step, parts: Tensor, p: float) -> Tensor:
     if failures:
         one = marked(int(marks / failures))
     elif can_read and mark_of(one):
-        # What a gradient has in its NaN is no mark.
+        # A NaN of a gradient may have bits of its own.
         one = torch.full_like(one, math.nan)
     reduced = _reduced_alone(step, one, p)
     if reduced is one and not failures and can_read:
