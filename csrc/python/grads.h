@@ -146,8 +146,10 @@ class PlainGrads {
     return {norm, value};
   }
 
-  // By the norm of all ranks, which the host knows. Returns it, float64 or float32.
+  // By the norm of all ranks, which the host knows. Returns it, float64 if it is to be `wide` or
+  // any of these is, else float32.
   at::Tensor clip_by_known_(double total_norm, double max_norm, bool wide) const {
+    wide |= is_wide();
     const double coef = clip_coef_as(wide, total_norm, max_norm);
     if (coef != 1) {
       scale_(at::scalar_tensor(coef, at::kDouble));

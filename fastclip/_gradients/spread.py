@@ -227,7 +227,7 @@ def clipped_by(plan: Plan, items: list[Tensor], max_norm: Any, p: Any) -> Tensor
         return None
     norm = _norm_of_line(grads, line, p)
     if isinstance(norm, float):
-        return plan.result(grads.clip_by_known_(norm, limit, plan.wide or grads.is_wide()))
+        return plan.result(grads.clip_by_known_(norm, limit, plan.wide))
     return None if norm is None else SpreadGrads(grads, plan).clip_by_(norm[0], limit)
 
 
