@@ -71,7 +71,9 @@ class Wrapped {
   // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
   template <What what>
   std::optional<PlainGrads> read(const py::list& list) const {
-    const size_t count = list.size();
+    // Python compares layouts, and meanwhile another thread may change the list.
+    const auto items = py::reinterpret_steal<py::tuple>(PyList_AsTuple(list.ptr()));
+    const size_t count = items.size();
     if (count != layouts_.size()) return std::nullopt;
     PlainGrads grads;
     grads.reserve(count);
@@ -79,16 +81,13 @@ class Wrapped {
     for (size_t begin = 0; begin < count; begin += kTogether) {
       const size_t batch = std::min<size_t>(kTogether, count - begin);
       const at::Tensor *tensors[kTogether], *found[kTogether];
-      // All are held: Python compares layouts, and meanwhile another thread may change the list and
-      // the gradients.
-      py::object items[kTogether], wrappers[kTogether], inners[kTogether];
-      if (list.size() != count) return std::nullopt;
+      py::object wrappers[kTogether], inners[kTogether];
       for (size_t i = 0; i < batch; ++i) {
         if (begin + i + kTogether < count)
-          prefetch(PyList_GET_ITEM(list.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
-        items[i] = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), begin + i));
-        if (!is_tensor(items[i])) return std::nullopt;
-        tensors[i] = found[i] = &THPVariable_Unpack(items[i].ptr());
+          prefetch(PyTuple_GET_ITEM(items.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
+        const py::handle item = PyTuple_GET_ITEM(items.ptr(), begin + i);
+        if (!is_tensor(item)) return std::nullopt;
+        tensors[i] = found[i] = &THPVariable_Unpack(item.ptr());
         prefetch(found[i]->unsafeGetTensorImpl(), 64);
       }
       if (what == What::kGrads) follow_grads(found, batch);
@@ -107,7 +106,7 @@ class Wrapped {
       }
       for (size_t i = 0; i < batch; ++i) {
         const size_t at = begin + i;
-        const py::object& item = items[i];
+        const py::handle item = PyTuple_GET_ITEM(items.ptr(), at);
         // A gradient that is laid out so says it of its parameter too.
         if (!wrappers[i] && !is_laid_out(item, at)) return std::nullopt;
         if (!found[i]->defined()) continue;
