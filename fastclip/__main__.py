@@ -24,22 +24,40 @@ def info() -> None:
     built = (
         f"{extension.__file__} ({extension.built_for})" if extension else "not built for this torch"
     )
-    plain = "plain PyTorch; for compiled kernels, "
-    rebuild = f"in the checkout: {_ops.REBUILD}"
-    built_for = [
-        f"{a // 100}.{a % 100 // 10}" for a in getattr(extension, "cuda_architectures", [])
-    ]
-    cuda = f"compiled for {', '.join(built_for)}, and for later ones" if built_for else ""
+    cpu = "compiled kernels"
+    if not _ops.has_kernels("cpu"):
+        cpu = f"plain PyTorch; for compiled kernels, in the checkout: {_ops.REBUILD}"
     print(
         f"fastclip   {fastclip.__version__}\n"
         f"Python     {platform.python_version()}\n"
         f"torch      {torch.__version__}\n"
         f"package    {Path(fastclip.__file__).parent}\n"
         f"extension  {built}\n"
-        f"cpu        {'compiled' if _ops.has_kernels('cpu') else plain + rebuild}\n"
-        f"cuda       {cuda or f'{plain}with nvcc ({_ops.NVCC}), {rebuild}'}\n"
+        f"cpu        {cpu}\n"
+        f"{_of_cuda()}\n"
         f"patched    {patching.describe()}"
     )
+    for name in ("FASTCLIP_CPU", "FASTCLIP_CUDA"):
+        if name in os.environ:
+            print(f"{name} is set: it says what the build compiles, and changes nothing here")
+
+
+def _of_cuda() -> str:
+    """What serves each CUDA device, and why."""
+    if count := torch.cuda.device_count():
+        each = [torch.device("cuda", i) for i in range(count)]
+        refusals = [(device, _ops.refusal(device)) for device in each]
+        lines = [
+            f"{device!s:<11}" + ("compiled kernels" if why is None else f"plain PyTorch: {why}")
+            for device, why in refusals
+        ]
+        return "\n".join(lines)
+    architectures = getattr(_ops.extension, "cuda_architectures", [])
+    names = ", ".join(f"{a // 100}.{a % 100 // 10}" for a in architectures)
+    built = f"kernels are built for compute capability {names} and later"
+    if not names:
+        built = f"no kernels are built; with nvcc ({_ops.NVCC}), in the checkout: {_ops.REBUILD}"
+    return f"cuda       torch sees no device; {built}"
 
 
 def _steps(value: str) -> int:
@@ -74,11 +92,12 @@ def _picture(value: str) -> Path:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is for `run`, and the command that it runs: from a name, `-`, `-m` or `-c` on."""
+    """What is for `run`, and the command that it runs: after `--`, or from a name, `-`, `-m` or
+    `-c` on."""
     end = 1 if arguments[:1] == ["run"] else len(arguments)
-    while end < len(arguments) and re.match("-(?!m|c|$)", arguments[end]):
+    while end < len(arguments) and re.match("-(?!m|c|-?$)", arguments[end]):
         end += 2 if arguments[end] == "--plot" else 1
-    return arguments[:end], arguments[end:]
+    return arguments[:end], arguments[end + (arguments[end : end + 1] == ["--"]) :]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,8 @@ matplotlib, if they are there, add a progress bar and a picture.
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,8 @@ def demo(device: torch.device, steps: int, rule: str | None, out: Path) -> None:
     ]
     if rule:
         clips.append((f"fastclip, {rule}", _clip_of(rule)))
-    with tqdm.tqdm(total=len(clips) * steps, unit="step") if tqdm else nullcontext() as bar:
+    progress = tqdm.tqdm(total=len(clips) * steps, unit="step") if tqdm else nullcontext()
+    with progress as bar, _on_one_thread():
         advance = bar.update if bar else int
         runs = [_train(name, clip, text.to(device), steps, advance) for name, clip in clips]
     _print_table(runs)
@@ -109,6 +110,17 @@ def demo(device: torch.device, steps: int, rule: str | None, out: Path) -> None:
     if matplotlib:
         _draw(runs, out)
         print(f"Picture: {out.resolve()}")
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """Threads of such small steps wait for each other where other jobs hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _optional(module: str, what: str) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -57,11 +58,16 @@ def start() -> None:
 
     # One of several ranks speaks, and no child that was forked.
     def report() -> None:
-        if os.getpid() == process:
+        if os.getpid() == process and _is_first():
             counted.report()
 
-    if os.environ.get("RANK", "0") == "0":
-        atexit.register(report)
+    atexit.register(report)
+
+
+def _is_first() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return _site.is_first_rank()
 
 
 class Counted:
@@ -110,8 +116,8 @@ class Counted:
     def report(self) -> None:
         if not self.calls:
             _say(
-                "no clipping function of torch, timm or Megatron-core was called in this process, "
-                "but by compiled code"
+                "this process called no clipping function of torch, timm or Megatron-core; what "
+                "compiled code called is not counted"
             )
             return
         if self.ring is None:
@@ -132,8 +138,12 @@ class Counted:
             f"p90 {found['percentiles']['p90']:.4g}"
         )
         if path := sys._xoptions.get(_site.PLOT):
-            draw(steps, [history], str(path))
-            _say(f"drawn in {path}")
+            try:
+                draw(steps, [history], path)
+            except OSError as error:
+                _say(f"no picture in {path}: {error.strerror}")
+            else:
+                _say(f"drawn in {path}")
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ._ops import once
 from ._redirect import Undo, redirect, rename
 from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
@@ -29,9 +30,16 @@ _LIBRARIES = (megatron, timm)
 
 
 class Patch:
-    """What one `patch()` did, undone where its `with` block ends."""
+    """What one `patch()` did, undone where its `with` block ends; another block does it again."""
+
+    def __init__(self, wrap: Wrap) -> None:
+        self.wrap = wrap
+        self._was_entered = False
 
     def __enter__(self) -> "Patch":
+        if self._was_entered or not _patches.hold(self):
+            _patches.add(self)
+        self._was_entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,7 +87,7 @@ def patch_with(wrap: Wrap) -> Patch:
         if library.MODULE in sys.modules:
             with suppress(ImportError):
                 importlib.import_module(library.MODULE)
-    _patches.add(new := Patch(), wrap)
+    _patches.add(new := Patch(wrap))
     return new
 
 
@@ -97,19 +105,25 @@ class _Patches:
         self._undo: list[Undo] = []
         self._by_name: list[str] = []
 
-    def add(self, new: Patch, wrap: Wrap) -> None:
+    def hold(self, one: Patch) -> bool:
+        return any(held is one for held in self._held)
+
+    def add(self, new: Patch) -> None:
         with self._lock:
             if not self._held:
-                self._do(wrap)
+                self._do(new.wrap)
             self._held += (new,)
 
     def remove(self, one: Patch | None = None) -> None:
         with self._lock:
             if one is None and self._held:
                 one = self._held[-1]
-            if one not in self._held:
+            if one is None or not self.hold(one):
                 return
-            self._held = tuple(held for held in self._held if held is not one)
+            held = [*self._held]
+            # Blocks of one patch may lie in each other.
+            held.remove(one)
+            self._held = tuple(held)
             if not self._held:
                 for undo in reversed(self._undo):
                     undo()
@@ -154,4 +168,4 @@ class _Patches:
         self._undo.append(undo)
 
 
-_patches = _Patches()
+_patches = once("patches", _Patches)

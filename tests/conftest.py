@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import math
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Autograd counts devices at its first backward: an emulated one has to be there by then."""
     if any(item.get_closest_marker("emulated") for item in session.items) and not emulation.MISSING:
-        emulated(session.config.cache.mkdir("emulation"))
+        emulated(emulation_folder(session.config))
+
+
+@functools.cache
+def emulation_folder(config: pytest.Config) -> Path:
+    """Where it is built; without pytest's cache, anew for each process."""
+    cache = getattr(config, "cache", None)
+    return cache.mkdir("emulation") if cache else Path(tempfile.mkdtemp("emulation"))
 
 
 @functools.cache
@@ -93,7 +101,7 @@ without_emulation = pytest.mark.parametrize("device", DEVICES, indirect=True)
 def device(request: pytest.FixtureRequest) -> str:
     if request.param not in MACHINES:
         return request.param
-    machine = emulated(request.config.cache.mkdir("emulation")).machine
+    machine = emulated(emulation_folder(request.config)).machine
     for key, value in MACHINES[request.param].items():
         setattr(machine, key, value)
     machine.cooperative = request.param == "emulated-fused"

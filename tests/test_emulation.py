@@ -12,7 +12,17 @@ import sys
 import emulation
 import pytest
 import torch
-from conftest import DTYPES, MACHINES, ORDERS, awkward, emulated, oracle, parameters, ulps
+from conftest import (
+    DTYPES,
+    MACHINES,
+    ORDERS,
+    awkward,
+    emulated,
+    emulation_folder,
+    oracle,
+    parameters,
+    ulps,
+)
 
 import fastclip
 from fastclip import _ops
@@ -25,7 +35,7 @@ pytestmark = [
 
 @pytest.fixture
 def module(request):
-    module = emulated(request.config.cache.mkdir("emulation"))
+    module = emulated(emulation_folder(request.config))
     kept = {k: getattr(module.machine, k) for k in dir(module.machine) if not k.startswith("_")}
     for key, value in (MACHINES["emulated-fused"] | {"cooperative": 1}).items():
         setattr(module.machine, key, value)
@@ -311,7 +321,7 @@ def test_a_planted_fault_is_found(fault, tmp_path, request):
     source = path.read_text()
     assert fault == "none" or source.count(old) == 1
     path.write_text(source.replace(old, new) if old else source)
-    library = emulation.build(request.config.cache.mkdir("emulation"), tmp_path / "csrc")
+    library = emulation.build(emulation_folder(request.config), tmp_path / "csrc")
     root = emulation.CSRC.parent
     result = subprocess.run(
         [sys.executable, "tests/emulation/check.py", str(library)],

@@ -4,12 +4,13 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastclip
-from fastclip import _ops
+from fastclip import _demo, _ops
 from fastclip.__main__ import main
 from fastclip._demo import INSTALL_EXTRA, Run
 
@@ -33,12 +34,31 @@ def test_info_names_versions_and_devices(built, capsys, monkeypatch):
     assert rows["torch"] == torch.__version__
     assert rows["patched"] == "no"
     assert rows["package"] == str(Path(fastclip.__file__).parent)
-    assert rows["cpu"] == "compiled" if built else _ops.REBUILD in rows["cpu"]
+    assert rows["cpu"] == "compiled kernels" if built else _ops.REBUILD in rows["cpu"]
     assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
-    architectures = getattr(_ops.extension, "cuda_architectures", [])
-    assert rows["cuda"].startswith("compiled for") == bool(architectures)
-    assert (_ops.NVCC in rows["cuda"]) == (not architectures)
-    assert all(f"{a // 100}.{a % 100 // 10}" in rows["cuda"] for a in architectures)
+
+
+def test_info_says_what_serves_each_cuda_device_and_why(capsys, monkeypatch):
+    for architectures in ([800, 900], []):
+        extension = SimpleNamespace(
+            cuda_architectures=architectures, __file__="_C", built_for="torch 2"
+        )
+        monkeypatch.setattr(_ops, "extension", extension)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        main(["info"])
+        told = capsys.readouterr().out
+        assert "cuda       torch sees no device" in told
+        assert (_ops.NVCC in told) == (not architectures)
+        assert ("8.0, 9.0 and later" in told) == bool(architectures)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    why = [None, "no code for its architecture"]
+    monkeypatch.setattr(_ops, "refusal", lambda device: why[device.index])
+    monkeypatch.setenv("FASTCLIP_CUDA", "0")
+    main(["info"])
+    told = capsys.readouterr().out
+    assert re.search(r"^cuda:0 +compiled kernels$", told, re.M)
+    assert re.search(rf"^cuda:1 +plain PyTorch: {why[1]}$", told, re.M)
+    assert told.endswith("it says what the build compiles, and changes nothing here\n")
 
 
 def test_has_kernels_agrees_with_the_extension():
@@ -55,6 +75,21 @@ def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):
     assert ours == pytest.approx(torchs, rel=1e-4)
     assert "ended at the same loss" in printed
     assert str(picture) in printed
+
+
+def test_the_demo_computes_on_one_thread_and_gives_the_others_back(monkeypatch, tmp_path):
+    threads, before = [], torch.get_num_threads()
+    train = _demo._train
+    monkeypatch.setattr(
+        _demo, "_train", lambda *a: threads.append(torch.get_num_threads()) or train(*a)
+    )
+    torch.set_num_threads(2)
+    try:
+        main(["demo", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "demo.png")])
+        assert threads == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rule", ["autoclip", "zclip", "agc"])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DTYPES, name_of, oracle, precision, ulps
+from conftest import DTYPES, emulation_folder, name_of, oracle, precision, ulps
 from ranks import World
 from torch import Tensor, nn
 
@@ -1079,7 +1079,7 @@ def test_the_collective_runs_where_the_group_has_a_backend(world, request):
 
     if emulation.MISSING:
         pytest.skip(str(emulation.MISSING))
-    cache = request.config.cache.mkdir("emulation")
+    cache = emulation_folder(request.config)
     emulation.build(cache)
     world(2).run(elsewhere_served, str(cache), seconds=120)
 

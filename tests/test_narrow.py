@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ORDERS, awkward, emulated, name_of, oracle, parameters
+from conftest import ORDERS, awkward, emulated, emulation_folder, name_of, oracle, parameters
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,7 +42,7 @@ class Narrow(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    machine = emulated(request.config.cache.mkdir("emulation")).machine
+    machine = emulated(emulation_folder(request.config)).machine
     # Not compiled for: every op is its default.
     monkeypatch.setattr(machine, "capability", 80)
     monkeypatch.setattr(rows, "_widest", lambda device_type: torch.float32)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pickle
 import random
+import subprocess
 import sys
 import threading
 import types
@@ -155,6 +156,72 @@ def test_an_error_in_its_block_undoes_it():
     with pytest.raises(ZeroDivisionError), fastclip.patch():
         _ = 1 / 0
     assert not is_ours(CALLS["held"])
+
+
+def test_a_patch_that_is_entered_again_patches_again():
+    call = lambda: held_norm(parameters(), 1.0)  # noqa: E731
+    again = fastclip.patch()
+    for _ in range(2):
+        with again, again:
+            assert is_ours(call)
+        assert not is_ours(call)
+    fastclip.patch()
+    with again:
+        fastclip.unpatch()
+        assert is_ours(call)
+    assert is_ours(call)
+    fastclip.unpatch()
+    assert not is_ours(call)
+
+
+RELOADS = {
+    "a module": "fastclip.patch(); importlib.reload(patching); patched(); fastclip.unpatch()",
+    "anew": "forget(); import fastclip as again; works(again)",
+    "anew, patched": "fastclip.patch(); forget(); import fastclip as again; patched(); "
+    "again.patch(); again.unpatch(); patched(); fastclip.unpatch(); works(again)",
+    "every module": "[importlib.reload(m) for n, m in sorted(modules().items()) if '_C' not in n]; "
+    "works(fastclip)",
+    "stopped": "forget(); stop = Stop(); sys.meta_path.insert(0, stop); interrupted(); "
+    "sys.meta_path.remove(stop); import fastclip as again; works(again)",
+}
+RELOADED = """
+import importlib, sys, torch, fastclip
+from fastclip import patching
+def modules():
+    return {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "fastclip"}
+def forget():
+    for name in modules():
+        del sys.modules[name]
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastclip.rules":
+            raise KeyboardInterrupt
+def interrupted():
+    try:
+        import fastclip
+    except KeyboardInterrupt as error:
+        # As an interactive Python keeps it, with all that it was doing.
+        sys.last_value = error
+def narrow():
+    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+    return w
+def patched(yes=True):
+    assert (torch.nn.utils.clip_grad_norm_([narrow()], 1.0).dtype is torch.float32) == yes
+def works(package):
+    rules = package.AutoClip(), package.ZClip(), 1.0
+    assert all(package.clip_grad_norm_([narrow()], rule) == 5 for rule in rules)
+    clipper = package.GradClipper([narrow()], 1.0)
+    assert clipper.clip_() == 5 and clipper.stats()["clipped"] == 1
+    assert torch.compile(package.clip_grad_norm_, backend="eager")([narrow()], 1.0) == 5
+"""
+
+
+@pytest.mark.parametrize("how", RELOADS)
+def test_it_works_reloaded_and_imported_anew(how):
+    code = f"{RELOADED}\n{RELOADS[how]}\npatched(False)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_errors_and_warnings_are_those_of_the_caller():

@@ -60,8 +60,8 @@ if __name__ == "__main__":
 
 
 NOTHING = (
-    "fastclip run: no clipping function of torch, timm or Megatron-core was called in this "
-    "process, but by compiled code\n"
+    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; what "
+    "compiled code called is not counted\n"
 )
 
 
@@ -176,9 +176,68 @@ def test_a_script_without_torch_is_told(folder):
     (folder / "nothing.py").write_text("print('done')")
     ran = python(folder, "-m", "fastclip", "run", "nothing.py")
     assert ran.stdout == "done\n"
-    assert ran.stderr == "fastclip run: torch was never imported in this process\n"
+    told = "this process did not import torch; its children are not counted here"
+    assert ran.stderr == f"fastclip run: {told}\n"
     ran = python(folder, "-m", "fastclip", "run", "nothing.py", RANK="1")
     assert (ran.stdout, ran.stderr) == ("done\n", "")
+
+
+IMPORTS = {
+    "fastclip": "import fastclip, torch",
+    "a name of it": "from fastclip import GradClipper\nimport torch",
+    "a module of it": "import fastclip.rules\nimport torch",
+    "torch": "import torch, fastclip",
+    "beside": "import json, fastclip\nimport torch",
+}
+CLIP = """
+w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+print(torch.nn.utils.clip_grad_norm_([w], 1.0).dtype)
+"""
+
+
+@pytest.mark.parametrize("first", IMPORTS)
+def test_torch_is_patched_whatever_a_script_imports_first(first, folder):
+    (folder / "first.py").write_text(IMPORTS[first] + CLIP)
+    code = "import subprocess, sys; subprocess.run([sys.executable, 'first.py'])"
+    for command in (["first.py"], ["-c", "import torch\n" + code]):
+        ran = python(folder, "-m", "fastclip", "run", *command)
+        assert (ran.stdout, ran.returncode) == ("torch.float32\n", 0), ran.stderr
+
+
+def test_the_commands_of_the_readme_do_what_it_says(folder):
+    pytest.importorskip("matplotlib")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "`run --stats` says at the end how often it clipped" in readme
+    commands = {*re.findall(r"python (-m fastclip run (?!train)[^`]*?[-\w.]+)`", readme)}
+    assert commands == {"-m fastclip run --plot norms.png -m fastclip demo"}
+    ran = python(folder, *commands.pop().split(), "--steps", "3")
+    assert ran.returncode == 0, ran.stderr
+    assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG")
+    ran = python(folder, *["-m", "fastclip", "run", "train.py", "--epochs", "3"])
+    assert json.loads(ran.stdout.splitlines()[0])[0] == ["train.py", "--epochs", "3"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_the_first_rank_speaks_whoever_started_it(name, folder):
+    (folder / "clips.py").write_text(CLIPS)
+    said = [
+        python(folder, "-m", "fastclip", "run", "--stats", "clips.py", **{name: rank}).stderr
+        for rank in ("0", "1")
+    ]
+    assert [len(text.splitlines()) for text in said] == [2, 0]
+
+
+def test_a_picture_whose_folder_is_gone_is_told_in_a_sentence(folder):
+    pytest.importorskip("matplotlib")
+    (folder / "clips.py").write_text(CLIPS + "import os; os.rmdir('gone')")
+    (folder / "gone").mkdir()
+    ran = python(folder, "-m", "fastclip", "run", "--plot", "gone/a.png", "--", "clips.py")
+    path = folder / "gone/a.png"
+    assert ran.stderr.splitlines()[2:] == [
+        f"fastclip run: no picture in {path}: No such file or directory"
+    ]
+    assert ran.returncode == 0
 
 
 FAILS = """
@@ -288,6 +347,7 @@ def test_ranks_of_torchrun_are_patched_and_one_speaks(folder):
     ("options", "told"),
     [
         ([], "expected a script, -m and a module, or -c and code"),
+        (["--"], "expected a script, -m and a module, or -c and code"),
         (["--stats"], "expected a script, -m and a module, or -c and code"),
         (["--all", "train.py"], "unrecognized arguments: --all"),
         (["--plot", "no/such/a.png", "train.py"], "argument --plot: cannot write"),

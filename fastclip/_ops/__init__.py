@@ -6,8 +6,9 @@ says `torch.ops` or `_C`, and it imports no other.
 """
 
 from .coef import means_zeros
-from .loading import NVCC, REBUILD, extension, has_kernels
+from .loading import NVCC, REBUILD, extension, has_kernels, refusal
 from .measure import empty_norm
+from .process import once
 from .reference import count_rows, result_dtype
 from .rows import norm_of, widest
 from .schemas import clamp_, clip_coef, clip_norm_, define, norm, norms, record_, scale_

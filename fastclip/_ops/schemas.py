@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import coef, reference
 from .loading import refusal
+from .process import once
 from .rows import widest
 from .transforms import refused
 
@@ -26,12 +27,14 @@ def define(
     transformed: Callable[..., Any] | None = None,
 ) -> Any:
     """Return the op. `transformed`: what it is inside transforms, if not its default."""
-    torch.library.define(f"fastclip::{name}", schema)
-    torch.library.register_fake(f"fastclip::{name}", fake)
-    torch.library.impl(f"fastclip::{name}", "CompositeExplicitAutograd", default)
-    torch.library.impl(
-        f"fastclip::{name}", "FuncTorchDynamicLayerFrontMode", transformed or default
-    )
+    libraries: dict[str, torch.library.Library] = once("libraries", dict)
+    # One that an earlier import of this package has defined goes with its library.
+    libraries.pop(name, None)
+    libraries[name] = library = torch.library.Library("fastclip", "FRAGMENT")
+    library.define(name + schema)
+    torch.library.register_fake(f"fastclip::{name}", fake, lib=library)
+    library.impl(name, default, "CompositeExplicitAutograd")
+    library.impl(name, transformed or default, "FuncTorchDynamicLayerFrontMode")
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.fastclip, packet), overload or "default")
 

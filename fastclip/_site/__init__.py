@@ -4,4 +4,4 @@ Python imports a `sitecustomize` that it finds when it starts
 (https://docs.python.org/3/library/site.html). Imports no other room, and no torch.
 """
 
-from .sitecustomize import PLOT, RUN, STATS, After
+from .sitecustomize import PLOT, RUN, STATS, After, is_first_rank

@@ -23,14 +23,26 @@ if TYPE_CHECKING:
 # Options of the process that `run` makes of itself, in `sys._xoptions`; no child has them.
 RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
 
+# What torchrun, Slurm's srun, Open MPI and MPICH tell each process.
+_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def is_first_rank() -> bool:
+    """Whether the launcher of this process, if any, counts it as the first."""
+    return _told(_RANK, "0") == "0"
+
+
+def _told(names: tuple[str, ...], otherwise: str) -> str:
+    return next(filter(None, map(os.environ.get, names)), otherwise)
+
 
 class After:
     """A finder that runs `action` when a module was first imported, before it is used."""
 
     ran: set[str]
-    is_done = False
 
-    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
         self.awaited, self.action = name, action
         # Threads that ask the others: another such finder may be one of them.
         self._asking: set[int] = set()
@@ -81,48 +93,63 @@ class After:
         return None
 
 
-def _patch(waiting: After) -> None:
-    try:
-        # This one, and no other of its name that the script has beside it.
-        if "fastclip" not in sys.modules:
-            file = Path(__file__).parents[1] / "__init__.py"
-            spec: Any = importlib.util.spec_from_file_location("fastclip", file)
-            sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        from fastclip import _run, patching
+class Patching:
+    """torch is patched as soon as it and fastclip are there."""
 
-        if RUN in sys._xoptions:
-            _run.start()
-        else:
-            patching.patch()
-        waiting.is_done = True
-    except Exception as error:
-        why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
-        # Other ranks are, and would wait for what torch's own functions do not send.
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-            sys.exit(why)
-        # Another Python or torch among the children is no reason to stop it.
-        print(why, file=sys.stderr)
+    def __init__(self) -> None:
+        self.is_done = self.has_failed = False
+        self.torch = After("torch", lambda _: self._patch_now_or_later())
+        self.fastclip = After("fastclip", lambda _: "torch" in sys.modules and self._patch())
 
+    def _patch_now_or_later(self) -> None:
+        # A script may import fastclip first, which imports torch before it is whole itself.
+        spec = getattr(sys.modules.get("fastclip"), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            self._patch()
 
-def _end(waiting: After, process: int) -> None:
-    """Say that nothing was patched, and end with status 1 if torch was there.
+    def _patch(self) -> None:
+        if self.is_done:
+            return
+        try:
+            # This one, and no other of its name that the script has beside it.
+            if "fastclip" not in sys.modules:
+                file = Path(__file__).parents[1] / "__init__.py"
+                spec: Any = importlib.util.spec_from_file_location("fastclip", file)
+                sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            from fastclip import _run, patching
 
-    Registered first, so that it is the last to run.
-    """
-    # No child that was forked.
-    if waiting.is_done or os.getpid() != process:
-        return
-    is_there = "torch" in sys.modules
-    # One of several ranks speaks; an error was told already.
-    if waiting in sys.meta_path and os.environ.get("RANK", "0") == "0":
-        why = "could not be patched" if is_there else "was never imported"
-        print(f"fastclip run: torch {why} in this process", file=sys.stderr)
-    if is_there:
-        # Nothing else changes the status of a process that is ending.
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)
+            if RUN in sys._xoptions:
+                _run.start()
+            else:
+                patching.patch()
+            self.is_done = True
+        except Exception as error:
+            self.has_failed = True
+            why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
+            # Other ranks are, and would wait for what torch's own functions do not send.
+            if _told(_SIZE, "1") not in ("0", "1"):
+                sys.exit(why)
+            # Another Python or torch among the children is no reason to stop it.
+            print(why, file=sys.stderr)
+
+    def end(self, process: int) -> None:
+        """Say that nothing was patched, and end with status 1 if torch was there.
+
+        Registered first, so that it is the last to run.
+        """
+        # No child that was forked.
+        if self.is_done or os.getpid() != process:
+            return
+        is_there = "torch" in sys.modules
+        if not self.has_failed and is_first_rank():
+            why = "torch could not be patched" if is_there else "this process did not import torch"
+            print(f"fastclip run: {why}; its children are not counted here", file=sys.stderr)
+        if is_there:
+            # Nothing else changes the status of a process that is ending.
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)
 
 
 def _run_the_next(ran: set[str]) -> None:
@@ -141,11 +168,11 @@ def _start() -> None:
     # One that ran the next may be run by that again, or by another copy of this.
     ran = next((finder.ran for finder in sys.meta_path if hasattr(finder, "ran")), None)
     if ran is None:
-        waiting = After("torch", lambda _: _patch(waiting))
-        waiting.ran = ran = {__file__}
-        sys.meta_path.insert(0, waiting)
+        patching = Patching()
+        patching.torch.ran = ran = {__file__}
+        sys.meta_path[:0] = [patching.torch, patching.fastclip]
         if RUN in sys._xoptions:
-            atexit.register(_end, waiting, os.getpid())
+            atexit.register(patching.end, os.getpid())
     _run_the_next(ran)
 
 
