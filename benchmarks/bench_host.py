@@ -72,7 +72,7 @@ def calls_of(model: Model) -> Calls:
 
     def unscaled() -> None:
         scaler._per_optimizer_states.clear()
-        fastclip.unscale_and_clip_(scaler, model.optimizer, 1e9)
+        fastclip.unscale_and_clip_(model.optimizer, 1e9, scaler)
 
     return {
         "op": lambda: model.grads.clip_norm_(1e9, 2.0),

@@ -53,13 +53,13 @@ def step_of(made: list[nn.Parameter], max_norm: float, scaled: bool, clips: bool
 
     def by_us(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         if scaled:
-            fastclip.unscale_and_clip_(scaler, optimizer, max_norm)
+            fastclip.unscale_and_clip_(optimizer, max_norm, scaler)
         else:
             fastclip.clip_grad_norm_(made, max_norm)
 
     def by_norms(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         if scaled:
-            fastclip.unscale_and_clip_(scaler, optimizer, max_norm, measured=norms)
+            fastclip.unscale_and_clip_(optimizer, max_norm, scaler, measured=norms)
         else:
             norms.clip_(max_norm)
 

@@ -9,9 +9,11 @@ from .optim import clipped_step, unscale_and_clip_
 from .patching import patch, unpatch
 from .per_tensor import clip_grad_agc_, clip_grad_norms_, normalize_grad_
 from .rules import AutoClip, ZClip
+from .spikes import DropSpikes
 
 __all__ = [
     "AutoClip",
+    "DropSpikes",
     "GradClipper",
     "Group",
     "NormAccumulator",

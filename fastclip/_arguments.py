@@ -1,9 +1,10 @@
 """Checks of what the public functions take: each once, with what it got and the way out."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -11,7 +12,7 @@ from ._ranks import value_of
 
 Threshold = float | Tensor | Callable[[Tensor], float | Tensor]
 NormType = float | Literal["inf"]
-Nonfinite = Literal["propagate", "error", "zero", "skip"]
+Nonfinite = Literal["propagate", "error", "zero", "keep"]
 Source = nn.Module | Optimizer | Iterable[Any] | Tensor
 
 
@@ -23,7 +24,6 @@ class Group(_Params, total=False):
     """The type of one of the `groups` of a `GradClipper`, a dict."""
 
     max_norm: Threshold | None
-    coef_of: str
     name: str
     process_group: Any
 
@@ -41,14 +41,55 @@ def at_least_zero(name: str, value: float) -> float:
     return checked
 
 
-def positive(name: str, value: float | Tensor) -> float | Tensor | None:
-    """A factor, a number > 0 or a 0-d tensor; None for 1."""
-    if isinstance(value, Tensor):
-        return scalar(name, value)
-    checked = number(name, value)
-    if not 0 < checked < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return None if checked == 1 else checked
+def thresholds(max_norm: Any, count: int) -> float | Tensor:
+    """One for all, or one for each of `count` in a 1-d tensor."""
+    if not isinstance(max_norm, Tensor) or max_norm.numel() == 1:
+        return fixed_threshold(max_norm)
+    if max_norm.shape != (count,):
+        raise ValueError(
+            f"max_norm: expected one threshold, or a 1-d tensor of {count}, one for each of the "
+            f"parameters, got shape {tuple(max_norm.shape)}"
+        )
+    return value_of(max_norm)
+
+
+class Thresholds(Mapping[str, Any]):
+    """Those of the groups by their names, which may be set."""
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        self._own = own
+
+    def __getitem__(self, name: str) -> Any:
+        return self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __repr__(self) -> str:
+        return repr(self._own)
+
+    def __setitem__(self, name: str, max_norm: Threshold) -> None:
+        if name not in self._own:
+            raise ValueError(f"max_norm: no group is named {name!r}; they are {list(self._own)}")
+        self._own[name] = threshold(max_norm)
+
+
+def factor(grad_scale: float | Tensor, p: float) -> float | Tensor | None:
+    """A number > 0 or a 0-d tensor; None for 1."""
+    if isinstance(grad_scale, Tensor):
+        found: float | Tensor = scalar("grad_scale", grad_scale)
+    elif not 0 < (found := number("grad_scale", grad_scale)) < math.inf:
+        raise ValueError(f"grad_scale: expected a finite number > 0, got {grad_scale}")
+    elif found == 1:
+        return None
+    if p == 0:
+        raise ValueError(
+            "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
+        )
+    return found
 
 
 def order(norm_type: NormType) -> float:
@@ -93,10 +134,22 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
     return value
 
 
+def answered(limit: Any) -> float | Tensor:
+    """What a rule has answered: a threshold, or NaN, always as a tensor, to drop the step."""
+    if isinstance(limit, Tensor) or number("max_norm", limit) == number("max_norm", limit):
+        return fixed_threshold(limit)
+    return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
+
+
 def policy(nonfinite: Nonfinite, error_if_nonfinite: bool = False) -> Nonfinite:
-    if nonfinite not in ("propagate", "error", "zero", "skip"):
+    if str(nonfinite) == "skip":
         raise ValueError(
-            f"nonfinite: expected 'propagate', 'error', 'zero' or 'skip', got {nonfinite!r}"
+            "nonfinite: no step is skipped in here; pass 'keep', which leaves the gradients as "
+            "they are, and skip the step in the training loop where the norm is not finite"
+        )
+    if nonfinite not in ("propagate", "error", "zero", "keep"):
+        raise ValueError(
+            f"nonfinite: expected 'propagate', 'error', 'zero' or 'keep', got {nonfinite!r}"
         )
     if error_if_nonfinite and nonfinite not in ("propagate", "error"):
         raise ValueError(
@@ -115,30 +168,15 @@ def checked_groups(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
                 f'{{"params": module, "max_norm": 1.0}}, got {type(group).__name__}'
             )
         name = str(group.get("name", i))
-        known_keys = {"params", "max_norm", "coef_of", "name", "process_group"}
-        if unknown := set(group) - known_keys:
+        known = {"params", "max_norm", "name", "process_group"}
+        if unknown := set(group) - known:
             raise ValueError(
-                f"groups[{i}]: expected only {', '.join(sorted(known_keys))}, got {unknown}"
+                f"groups[{i}]: expected only {', '.join(sorted(known))}, got {unknown}"
             )
-        if "params" not in group or ("max_norm" in group) == ("coef_of" in group):
-            raise ValueError(
-                f"groups[{i}]: expected params and one of max_norm and coef_of, got {list(group)}"
-            )
+        if "params" not in group or "max_norm" not in group:
+            raise ValueError(f"groups[{i}]: expected params and max_norm, got {list(group)}")
         if any(name == other["name"] for other in found):
             raise ValueError(f"groups[{i}]: a group before it is named {name!r} too")
-        if group.get("max_norm", math.inf) is None:
-            continue
-        known = {**group, "name": name}
-        if "coef_of" in group:
-            known["coef_of"] = str(group["coef_of"])
-        if "max_norm" in group:
-            known["max_norm"] = threshold(group["max_norm"])
-        found.append(known)
-    own = [group["name"] for group in found if "max_norm" in group]
-    for group in found:
-        if group.get("coef_of", own[0] if own else None) not in own:
-            raise ValueError(
-                f"groups: {group['name']!r} has coef_of {group['coef_of']!r}, which is no group "
-                f"with a max_norm; those are {own}"
-            )
+        if group["max_norm"] is not None:
+            found.append({**group, "name": name, "max_norm": threshold(group["max_norm"])})
     return found

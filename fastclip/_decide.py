@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._arguments import Threshold, fixed_threshold
+from ._arguments import Threshold, answered
 from ._ops import clip_coef
 
 
@@ -21,23 +21,35 @@ def decide(
     `norms`, 0-d or 1-d, are float64 and those of `factor` times the gradients. The coefficient is
     as precise as float32, or, if `wide`, as float64.
     """
-    coef = clip_coef(norms, resolved(max_norm, norms), wide)
+    limit = resolved(max_norm, norms)
+    coef = clip_coef(norms, limit, wide)
     if factor is not None:
         # A tensor may be anything; below 0 it would reverse the step.
         coef = (coef * factor).masked_fill(norms < 0, math.nan)
-    return spared(coef, norms, nonfinite)
+    if nonfinite == "error" and isinstance(limit, Tensor) and limit.isnan().any():
+        raise RuntimeError(
+            "max_norm: it is NaN, so this step is to be dropped, and nonfinite is 'error'; catch "
+            "this and skip the step, or pass nonfinite='keep' or 'zero'"
+        )
+    return spared(coef, is_bad(norms, limit), nonfinite)
 
 
 def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
     """What a rule makes of the norm; a number or a tensor as it is."""
-    return fixed_threshold(max_norm(total_norm)) if callable(max_norm) else max_norm
+    return answered(max_norm(total_norm)) if callable(max_norm) else max_norm
 
 
-def spared(coef: Tensor, norms: Tensor, nonfinite: str) -> Tensor:
-    """`coef`; where a norm is not finite 1 for "skip", for "zero" one that `scale_` zeroes by."""
-    if nonfinite not in ("skip", "zero"):
+def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
+    """Whether a step is not to be taken: a norm is not finite, or its threshold is NaN."""
+    bad = ~norms.isfinite()
+    return bad | limit.isnan().to(norms.device) if isinstance(limit, Tensor) else bad
+
+
+def spared(coef: Tensor, bad: Tensor, nonfinite: str) -> Tensor:
+    """`coef`; where a step is bad 1 for "keep", for "zero" one that `scale_` zeroes by."""
+    if nonfinite not in ("keep", "zero"):
         return coef
-    return coef.where(norms.isfinite(), 1 if nonfinite == "skip" else -0.0)
+    return coef.where(~bad, 1 if nonfinite == "keep" else -0.0)
 
 
 def raise_if_nonfinite(norms: Tensor, p: float) -> None:

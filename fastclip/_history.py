@@ -9,36 +9,39 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._decide import spared
+from ._decide import is_bad, spared
 from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 # More steps than a picture has columns are drawn as bands.
 COLUMNS = 800
+# What is kept: so many steps, or, of many groups, as many as so many bytes hold.
+STEPS, BYTES = 8192, 1 << 24
 
 
 class Ring(State):
-    """One row of float64 numbers a step. No addition waits.
+    """The norms of some groups and their thresholds, a row of float64 a step. No addition waits.
 
     A ring of the last steps, with a counter on the device, so that replays of a captured addition
     add rows as well.
     """
 
-    # 10^5 steps and some, of up to 16 numbers; of more numbers as many as the bytes hold.
-    STEPS, BYTES = 1 << 17, 1 << 24
-
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, groups: int, history: int | None = None) -> None:
+        self.groups = groups
+        most = max(1, min(STEPS, BYTES // (16 * max(1, groups))))
+        self.history = most if history is None else history
         super().__init__()
 
     def _start(self) -> dict[str, Tensor]:
-        size = max(1, min(self.STEPS, self.BYTES // (8 * max(1, self.width))))
         # Memory that no step has come to is not touched.
-        rows = torch.empty((size, self.width), dtype=torch.float64, device=CPU)
+        rows = torch.empty((self.history, 2 * self.groups), dtype=torch.float64, device=CPU)
         return {"rows": rows, "steps": torch.zeros(1, dtype=torch.int64, device=CPU)}
 
-    def add(self, row: Tensor) -> None:
-        _ops.record_(*self._on(row.device), row)
+    def add(self, norms: Tensor, limits: float | Tensor) -> None:
+        """Numbers are the threshold of all."""
+        if not isinstance(limits, Tensor):
+            limits = torch.full_like(norms, limits, dtype=_ops.widest(norms.device))
+        _ops.record_(*self._on(norms.device), norms, limits)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -46,11 +49,12 @@ class Ring(State):
         here = self._here
         return here["rows"], here["steps"]
 
-    def read(self) -> tuple[int, Tensor]:
+    def read(self, last: int | None = None) -> tuple[int, Tensor]:
         """How many steps there were, and the rows of the last of them, oldest first."""
         steps = int(self._here["steps"])
-        last = self._here["rows"][:steps].cpu()
-        return steps, last.roll(-(steps % len(last)), 0) if steps > len(last) else last
+        rows = self._here["rows"][:steps].cpu()
+        rows = rows.roll(-(steps % len(rows)), 0) if steps > len(rows) else rows
+        return steps, rows if last is None else rows[-last:]
 
     def read_last(self) -> Tensor:
         """The row of the last step, as `read` returns them."""
@@ -63,8 +67,9 @@ class Ring(State):
         return state
 
 
-def stats_of(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
+def stats_of(steps: int, history: "History") -> dict[str, Any]:
     """The numbers of one group, of the recorded steps: plain Python, ready for any logger."""
+    norms, coefs = history.norms, history.coefs
     finite = norms.isfinite()
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64, device=norms.device) / 100
     # torch.quantile takes 16 Mi elements at most, more than a ring holds.
@@ -72,6 +77,7 @@ def stats_of(steps: int, norms: Tensor, coefs: Tensor) -> dict[str, Any]:
     return {
         "steps": steps,
         "clipped": int((coefs < 1).sum()),
+        "dropped": int(history.dropped.sum()),
         "nonfinite": int((~finite).sum()),
         "total_norm": norms.tolist(),
         "coef": coefs.tolist(),
@@ -87,33 +93,30 @@ class History(NamedTuple):
     limits: Tensor
     coefs: Tensor
 
+    @property
+    def dropped(self) -> Tensor:
+        """Where a finite norm met a threshold of NaN."""
+        return self.norms.isfinite() & self.limits.isnan()
 
-def histories(
-    rows: Tensor,
-    names: Sequence[str],
-    thresholds: Sequence[float] | None,
-    leaders: Sequence[int],
-    nonfinite: str,
-) -> list[History]:
-    """Of each group: `rows` hold a norm of each, then its threshold if not all are numbers."""
-    norms = rows[:, : len(names)]
-    limits = rows[:, len(names) :] if thresholds is None else rows.new_tensor(thresholds)
-    limits = limits.expand(norms.shape)
+
+def histories(rows: Tensor, names: Sequence[str], nonfinite: str) -> list[History]:
+    """Of each group: `rows` hold a norm of each, then a threshold of each."""
+    norms, limits = rows[:, : len(names)], rows[:, len(names) :]
     # As they were: of norms that are float32, in float32.
     coefs, wide = _ops.clip_coef(norms, limits, False), _ops.clip_coef(norms, limits)
     coefs = coefs.where(norms == norms.float(), wide)
-    coefs = spared(coefs, norms, nonfinite)
-    coefs = spared(coefs[:, leaders], norms, nonfinite).clamp(min=0)
+    coefs = spared(coefs, is_bad(norms, limits), nonfinite).clamp(min=0)
     each = zip(names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
     return [History(*one) for one in each]
 
 
-def last_of(history: History) -> dict[str, float]:
+def last_of(history: History) -> dict[str, Any]:
     """The numbers of one group at its last step."""
     if not len(history.norms):
         raise ValueError("last: no step was recorded; call clip_() first")
     names = "total_norm", "max_norm", "coef"
-    return {name: float(values[-1]) for name, values in zip(names, history[1:], strict=True)}
+    found = {name: float(values[-1]) for name, values in zip(names, history[1:], strict=True)}
+    return {**found, "dropped": bool(history.dropped[-1])}
 
 
 def draw(steps: int, histories: Sequence[History], path: str | PathLike[str]) -> None:
@@ -160,6 +163,9 @@ def _draw_one(axes: Any, steps: int, history: History) -> None:
     axes.plot(middle, _medians(shown, size), **style, label="threshold")
     if size == 1:
         axes.plot(x[clipped], norms[clipped], "o", ms=3, color="tab:orange", label="clipped")
+    if history.dropped.any():
+        at = x[history.dropped], norms[history.dropped]
+        axes.plot(*at, "x", ms=5, color="tab:red", label="dropped")
     for i, step in enumerate(x[~norms.isfinite()].tolist()[:COLUMNS]):
         own = None if i else "norm not finite"
         axes.axvline(step, color="tab:red", linewidth=0.8, alpha=0.6, label=own)

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _site
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef, widest
-from ._ranks import value_of
+from ._ranks import rank, value_of
 from .patching import patch_with
 
 
@@ -65,9 +64,12 @@ def start() -> None:
 
 
 def _is_first() -> bool:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return _site.is_first_rank()
+    own = rank()
+    return _site.is_first_rank() if own is None else own == 0
+
+
+# So many of the last clips are kept, 2 MiB of them.
+HISTORY = 1 << 17
 
 
 class Counted:
@@ -76,8 +78,7 @@ class Counted:
     def __init__(self, keep: bool) -> None:
         self.calls: Counter[str] = Counter()
         self.seconds = 0.0
-        # Norm and threshold of every clip.
-        self.ring = Ring(2) if keep else None
+        self.ring = Ring(1, HISTORY) if keep else None
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -106,12 +107,11 @@ class Counted:
         if type(norm) is not Tensor or norm.is_meta or _get_current_dispatch_mode() is not None:
             return
         norm = norm.reshape(()).to(widest(norm.device))
+        limit: float | Tensor = max_norm
         if isinstance(max_norm, Tensor):
             limit = value_of(max_norm).reshape(()).to(norm)
-        else:
-            limit = norm.new_full((), float(max_norm))
         if self.ring is not None:
-            self.ring.add(torch.stack((norm, limit)))
+            self.ring.add(norm, limit)
 
     def report(self) -> None:
         if not self.calls:
@@ -130,7 +130,7 @@ class Counted:
             return
         norms, limits = rows.unbind(1)
         history = History("total", norms, limits, clip_coef(norms, limits))
-        found = stats_of(steps, norms, history.coefs)
+        found = stats_of(steps, history)
         of = f"of the last {len(norms)} " if steps > len(norms) else ""
         _say(
             f"{steps} clips {of}by norm: {found['clipped']} above the threshold, "

@@ -57,7 +57,11 @@ class State:
 
     def describe(self) -> str:
         """Its class, its arguments, and how many norms it has seen; waits for the device."""
-        arguments = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        arguments = {
+            name: value.describe() if isinstance(value, State) else value
+            for name, value in vars(self).items()
+            if name[0] != "_"
+        }
         counts = {n: v.tolist() for n, v in self._here.items() if not v.is_floating_point()}
         return f"{type(self).__name__} of {arguments} at {counts}"
 
@@ -83,7 +87,7 @@ class State:
     # Bytes, because processes would share the memory of a tensor.
     def __getstate__(self) -> dict[str, Any]:
         file = io.BytesIO()
-        torch.save(self.state_dict(), file)
+        torch.save(State.state_dict(self), file)
         return {**vars(self), "_device": CPU, "_places": file.getvalue()}
 
     @torch.inference_mode(False)

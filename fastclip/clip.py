@@ -11,10 +11,10 @@ from ._arguments import (
     NormType,
     Threshold,
     at_least_zero,
+    factor,
     fixed_threshold,
     order,
     policy,
-    positive,
     scalar,
     threshold,
 )
@@ -30,6 +30,7 @@ def clip_grad_norm_(
     norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
     process_group: Any = None,
     nonfinite: Nonfinite = "propagate",
     grad_scale: float | Tensor = 1.0,
@@ -45,8 +46,9 @@ def clip_grad_norm_(
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
             dtypes and devices, or one tensor; a parameter given twice counts once.
         max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device, where
-            NaN or a negative value makes every gradient NaN. A rule, such as `AutoClip`, is called
-            with the norm, a float64, and returns either.
+            a negative value makes every gradient NaN, and NaN drops the step, as a norm that is not
+            finite does. A rule, such as `AutoClip`, is called with the norm, a float64, and returns
+            either.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
         foreach: as in torch, but all run the same code here.
@@ -54,10 +56,11 @@ def clip_grad_norm_(
             gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
             their meshes spread is counted, and what they replicate is counted once. Over ranks, all
             pass the same parameters of a mesh, with or without gradients.
-        nonfinite: what an infinite or NaN norm does: `"propagate"` into the gradients, as in
-            torch; `"zero"`: all become 0; `"skip"`: they stay as they are, and the caller skips the
-            step; `"error"`, as `error_if_nonfinite`. On every rank alike, decided on the device,
-            but for the error. `"zero"` and `"skip"` also keep the weights of the ranks on GPUs
+        nonfinite: what to do where the norm is infinite or NaN, or the threshold NaN:
+            `"propagate"` it into the gradients, as torch does; `"zero"`: all become 0; `"keep"`:
+            they stay as they are, and your loop skips the step; `"error"`, as
+            `error_if_nonfinite`. On every rank alike, decided on the device,
+            but for the error. `"zero"` and `"keep"` also keep the weights of the ranks on GPUs
             whole where another rank raises: the norm is NaN there.
         grad_scale: factor > 0, a number or a 0-d tensor, by which the gradients are multiplied in
             the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
@@ -88,22 +91,18 @@ def clip_grad_norm_(
         if total_norm is not None:
             return total_norm
     max_norm, p = threshold(max_norm), order(norm_type)
-    nonfinite, factor = policy(nonfinite, error_if_nonfinite), positive("grad_scale", grad_scale)
-    if factor is not None and p == 0:
-        raise ValueError(
-            "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
-        )
+    nonfinite, scale = policy(nonfinite, error_if_nonfinite), factor(grad_scale, p)
     agree = nonfinite != "propagate"
     grads = read(items, foreach, process_group, Kind.of_order(p), agree)
-    if nonfinite == "propagate" and factor is None and not callable(max_norm):
+    if nonfinite == "propagate" and scale is None and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
-    if nonfinite == "propagate" and factor is None and p > 0:
+    if nonfinite == "propagate" and scale is None and p > 0:
         norm = grads.norm(p)
         return grads.clip_norm_(resolved(max_norm, norm), p, norm)
-    norm = grads.norm(p) if factor is None else grads.norm(p) * factor
+    norm = grads.norm(p) if scale is None else grads.norm(p) * scale
     if nonfinite == "error":
         raise_if_nonfinite(norm, p)
-    grads.scale_(decide(norm, max_norm, grads.is_wide(), nonfinite, factor))
+    grads.scale_(decide(norm, max_norm, grads.is_wide(), nonfinite, scale))
     return grads.result(norm)
 
 
@@ -137,6 +136,7 @@ def get_total_norm(
     norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
     dtype: torch.dtype | None = None,
     process_group: Any = None,
 ) -> Tensor:

@@ -1,7 +1,6 @@
 """A clip that is prepared once: groups with their own norms, a policy, and numbers to look at."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -9,21 +8,24 @@ import torch
 from torch import Tensor
 
 from ._agreement import check_agreement
-from ._arguments import Group, Nonfinite, NormType, Source, Threshold, checked_groups, order, policy
-from ._decide import decide, raise_if_nonfinite, resolved, spared
-from ._gradients import (
-    Gradients,
-    NamedParameters,
-    aligned,
-    clipped_at_once,
-    found_in_groups,
-    read,
-    read_by,
+from ._arguments import (
+    Group,
+    Nonfinite,
+    NormType,
+    Source,
+    Threshold,
+    Thresholds,
+    checked_groups,
+    factor,
+    order,
+    policy,
+    positive_order,
 )
+from ._decide import decide, raise_if_nonfinite, resolved
+from ._gradients import clipped_at_once
+from ._grouped import Grouped
 from ._history import History, Ring, draw, histories, last_of, stats_of
-from ._ops import widest
-from ._ranks import Kind, as_groups, is_spread, value_of
-from ._state import Shared
+from ._ranks import value_of
 
 
 class GradClipper:
@@ -40,9 +42,16 @@ class GradClipper:
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does to its group, as in `clip_grad_norm_`.
         groups: instead of the first two, dicts with `"params"`, as `parameters`; `"max_norm"`, None
-            to leave the group out; or instead `"coef_of"`, the name of the group by whose
-            coefficient to scale it; a `"process_group"` of its own; a `"name"`, else its number.
+            to leave the group out; a `"process_group"` of its own; a `"name"`, else its number.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
+        each: measure each gradient, and make the norms of the groups of those norms, so that
+            `norms_by_parameter` has those of the last step without a read; norm_type > 0, and no
+            `process_group`.
+        history: how many steps are recorded, >= 1; 8192, or as many as 16 MiB hold at 16 bytes for
+            each group, if it is not given.
+
+    `clipper.max_norm` is the threshold, and may be set to another between steps; of groups it maps
+    their names to theirs: `clipper.max_norm["head"] = 0.5`.
 
     Over ranks the first `clip_`, also of a copy and after a state was loaded, compares names,
     numbers, rules and how many norms they have seen, and versions, and waits for the device.
@@ -65,35 +74,59 @@ class GradClipper:
         parameters: Source | None = None,
         max_norm: Threshold | None = None,
         norm_type: NormType = 2.0,
-        nonfinite: Nonfinite = "propagate",
         *,
+        nonfinite: Nonfinite = "propagate",
         groups: Sequence[Group] | None = None,
         process_group: Any = None,
+        each: bool = False,
+        history: int | None = None,
     ) -> None:
         if {parameters is not None, max_norm is not None} != {groups is None}:
             raise TypeError("parameters, groups: expected parameters and max_norm, or groups alone")
-        self.p, self.nonfinite = order(norm_type), policy(nonfinite)
-        self.is_one = groups is None
+        if not (history is None or (isinstance(history, int) and history >= 1)):
+            raise ValueError(f"history: expected a whole number >= 1, got {history!r}")
+        p = positive_order(norm_type) if each else order(norm_type)
+        self._nonfinite = policy(nonfinite)
         one = {"params": parameters, "max_norm": max_norm, "name": "total"}
-        groups = checked_groups([one] if groups is None else groups)
-        self.names = [group["name"] for group in groups]
-        own = [group.get("process_group", process_group) for group in groups]
-        self.asked = [Shared(as_groups(some)) for some in own]
-        self.thresholds = [group.get("max_norm", math.inf) for group in groups]
-        self.leaders = [self.names.index(group.get("coef_of", group["name"])) for group in groups]
-        self._has_followers = self.leaders != list(range(len(groups)))
-        self._is_fixed = all(isinstance(t, float) for t in self.thresholds)
-        self._fixed: dict[torch.device, Tensor] = {}
-        self._sources = [NamedParameters(group["params"]) for group in groups]
-        self._items: list[Tensor] = []
-        self._labels: list[int] = []
-        self._plan: Any = None
+        known = checked_groups([one] if groups is None else groups)
+        self._thresholds = {group["name"]: group["max_norm"] for group in known}
+        names = None if groups is None else self.names
+        asked = [group.get("process_group", process_group) for group in known]
+        if each and any(some is not None for some in asked):
+            raise ValueError("each: measures the parameters of this rank; leave out process_group")
+        self._grouped = Grouped([group["params"] for group in known], names, asked, p, each)
         self._is_compared = False
-        self._ring = Ring(len(groups) * (1 if self._is_fixed else 2))
-        self._find()
+        self._ring = Ring(len(known), history)
 
-    def clip_(self) -> Tensor:
+    def __setattr__(self, name: str, value: object) -> None:
+        # Any other would be accepted, and change nothing.
+        if name[0] != "_" and not hasattr(type(self), name):
+            raise AttributeError(f"{name}: a GradClipper has no such attribute; it has max_norm")
+        super().__setattr__(name, value)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the groups, in their order."""
+        return list(self._thresholds)
+
+    @property
+    def max_norm(self) -> Any:
+        """The threshold; of groups those by name."""
+        return self._thresholds["total"] if self._grouped.is_one else Thresholds(self._thresholds)
+
+    @max_norm.setter
+    def max_norm(self, value: Threshold | Mapping[str, Threshold]) -> None:
+        given: Any = {"total": value} if self._grouped.is_one else value
+        if not isinstance(given, Mapping):
+            raise TypeError(f"max_norm: expected a dict with names of {self.names}, got {value!r}")
+        for name, one in given.items():
+            Thresholds(self._thresholds)[name] = one
+
+    def clip_(self, *, grad_scale: float | Tensor = 1.0) -> Tensor:
         """Clip the gradients in place.
+
+        Args:
+            grad_scale: factor > 0 before the norm, as in `clip_grad_norm_`.
 
         Returns:
             The norm before clipping as `clip_grad_norm_` returns it; of groups one for each, 1-d.
@@ -103,60 +136,66 @@ class GradClipper:
             ValueError: ranks were made otherwise, or did not load the same state; on all ranks.
             TypeError: a gradient that cannot be clipped; gradients untouched.
         """
-        self._look_again()
-        if self.is_one and self.nonfinite == "propagate" and not callable(self.thresholds[0]):
-            given = self.thresholds[0], self.p
-            # Of a threshold on the device a row holds more than the norm.
-            at_once = self._is_fixed and not self.asked[0]
-            how = *given, self._ring, self._is_compared
-            total_norm = clipped_at_once(self._items, *how) if at_once else None
-            if total_norm is None:
-                total_norm = self._read().clip_norm_(*given)
-                self._record(value_of(total_norm))
-            return total_norm
-        grads = self._read()
-        norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
-        if self.nonfinite == "error":
-            raise_if_nonfinite(norms, self.p)
+        grouped, nonfinite = self._grouped, self._nonfinite
+        grouped.look_again()
+        scale = factor(grad_scale, grouped.p)
+        if scale is None and grouped.is_simple and nonfinite == "propagate":
+            given = self._thresholds["total"], grouped.p, self._ring, self._is_compared
+            total_norm = clipped_at_once(grouped.items, *given)
+            if total_norm is not None:
+                return total_norm
+        agree = nonfinite != "propagate"
+        if grouped.is_over_ranks and not self._is_compared:
+            thresholds = list(self._thresholds.values())
+            how = self.names, thresholds, grouped.p, nonfinite
+            check_agreement(lambda: grouped.read(agree), *how)
+            self._is_compared = True
+        grads = grouped.read(agree)
+        norms = grouped.norms(grads, scale)
+        if nonfinite == "error":
+            raise_if_nonfinite(norms, grouped.p)
         limits = self._limits(norms)
-        coefs = decide(norms, limits, grads.is_wide(), self.nonfinite)
-        if self._has_followers:
-            each = coefs.unbind()
-            coefs = torch.stack([each[leader] for leader in self.leaders])
-            coefs = spared(coefs, norms, self.nonfinite)
-        grads.scale_(coefs[0] if self.is_one else coefs)
-        total_norm = grads.result(norms[0] if self.is_one else norms)
-        self._record(value_of(total_norm), limits)
+        grouped.scale_(grads, decide(norms, limits, grads.is_wide(), nonfinite, scale))
+        total_norm = grads.result(norms[0] if grouped.is_one else norms)
+        self._ring.add(value_of(total_norm), limits)
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
         """Call this on all ranks: return the norm of each parameter's gradient by its name.
 
         Of order `norm_type`, 0 without a gradient. A DTensor's norm is that of the full gradient,
-        for which each rank waits for the others. Gradients are only read. Waits for the device.
-        """
-        self._look_again()
-        grads = read(self._items, kind=Kind.EACH)
-        norms = aligned(grads.result(grads.each_norms(self.p)), self._items)
-        return dict(zip(self._item_names, norms.tolist(), strict=True))
+        for which each rank waits for the others. Gradients are only read; with `each` they are not,
+        and the norms, which any rank may ask for alone, are those that the last `clip_` measured,
+        before it clipped. Waits for the device.
 
-    def stats(self) -> dict[str, Any]:
+        Raises:
+            ValueError: with `each`, no step was clipped, or of other parameters.
+        """
+        self._grouped.look_again()
+        norms = self._grouped.norms_by_item().tolist()
+        return dict(zip(self._grouped.item_names, norms, strict=True))
+
+    def stats(self, last: int | None = None) -> dict[str, Any]:
         """Return numbers of the steps so far; waits for the device, and copies what was recorded.
+
+        Args:
+            last: only of so many steps, >= 1, to leave out a warm-up.
 
         Returns:
             `steps`, how many there were; of the last of them the counts `clipped` (the coefficient
-            was below 1) and `nonfinite`, the lists `total_norm` and `coef`, and the `percentiles`
-            of the finite norms, `"p50"` the median. Of groups one such dict each, by name.
-
-        The last 131 072 steps, or as many as 16 MiB hold at 8 bytes for each group and, if any
-        threshold is not a number, 8 more: 1 048 steps of 2 000 groups.
+            was below 1), `dropped` (a rule answered NaN) and `nonfinite`, the lists `total_norm`
+            and `coef`, and the `percentiles` of the finite norms, `"p50"` the median. Of groups
+            one such dict each, by name.
         """
-        steps, rows = self._ring.read()
-        found = {h.name: stats_of(steps, h.norms, h.coefs) for h in self._histories(rows)}
-        return found["total"] if self.is_one else found
+        if not (last is None or (isinstance(last, int) and last >= 1)):
+            raise ValueError(f"last: expected a whole number >= 1, got {last!r}")
+        steps, rows = self._ring.read(last)
+        found = {h.name: stats_of(steps, h) for h in self._histories(rows)}
+        return found["total"] if self._grouped.is_one else found
 
     def last(self) -> dict[str, Any]:
-        """Return `total_norm`, `max_norm` and `coef` of the last step, as numbers for a logger.
+        """Return the last step for a logger: numbers `total_norm`, `max_norm` and `coef`, and
+        whether it was `dropped`.
 
         Of groups one such dict each, by name. Waits for the device, and fetches one step only.
 
@@ -164,7 +203,7 @@ class GradClipper:
             ValueError: no step was recorded.
         """
         found = {h.name: last_of(h) for h in self._histories(self._ring.read_last())}
-        return found["total"] if self.is_one else found
+        return found["total"] if self._grouped.is_one else found
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the norms of the recorded steps, the threshold and what was clipped, into a file.
@@ -203,56 +242,18 @@ class GradClipper:
         self._is_compared = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what the next step finds again, and which no other clipper could use."""
-        sources = [NamedParameters(source.source) for source in self._sources]
-        found: dict[str, Any] = {"_fixed": {}, "_items": [], "_labels": [], "_plan": None}
-        return {**vars(self), "_sources": sources, "_is_compared": False, **found}
+        return {**vars(self), "_is_compared": False}
 
     def _stateful(self) -> dict[str, Any]:
-        rules = zip(self.names, self.thresholds, strict=True)
+        rules = self._thresholds.items()
         return {name: rule for name, rule in rules if hasattr(rule, "load_state_dict")}
-
-    def _look_again(self) -> None:
-        if not all(map(NamedParameters.is_unchanged, self._sources)):
-            self._find()
-
-    def _find(self) -> None:
-        items, labels, names = found_in_groups(self._sources, None if self.is_one else self.names)
-        same = labels == self._labels and list(map(id, items)) == list(map(id, self._items))
-        # A plan is for these items in these groups.
-        self._plan = self._plan if same else None
-        self._items, self._labels, self._item_names = items, labels, names
-        self._is_spread = is_spread(items)
-
-    def _read(self, is_first: bool = False) -> Gradients:
-        if not (self._is_compared or is_first) and (self._is_spread or any(self.asked)):
-            given = self.names, self.thresholds, self.p, self.nonfinite
-            check_agreement(lambda: self._read(is_first=True), *given)
-            self._is_compared = True
-        agree = self.nonfinite != "propagate"
-        if self.is_one and not self.asked[0]:
-            return read(self._items, kind=Kind.of_order(self.p), agree=agree)
-        grads = read_by(self._plan, self._items, self.asked, self._labels, self.p, agree)
-        self._plan = grads.plan
-        return grads
 
     def _limits(self, norms: Tensor) -> Tensor:
         """The thresholds, one for each norm, float64 as those."""
-        if self._is_fixed:
-            if norms.device not in self._fixed:
-                self._fixed[norms.device] = norms.new_tensor(self.thresholds)
-            return self._fixed[norms.device]
-        each = map(resolved, self.thresholds, norms.unbind())
+        each = map(resolved, self._thresholds.values(), norms.unbind())
         return torch.stack(
             [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
         )
 
-    def _record(self, norms: Tensor, limits: Tensor | None = None) -> None:
-        if not self._is_fixed:
-            norms = norms.reshape(-1).to(widest(norms.device))
-            norms = torch.cat((norms, self._limits(norms) if limits is None else limits))
-        self._ring.add(norms)
-
     def _histories(self, rows: Tensor) -> list[History]:
-        fixed = self.thresholds if self._is_fixed else None
-        return histories(rows, self.names, fixed, self.leaders, self.nonfinite)
+        return histories(rows, self.names, self._nonfinite)

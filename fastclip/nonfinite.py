@@ -10,14 +10,14 @@ from ._ranks import local_of
 
 
 @torch.no_grad()
-def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
+def find_nonfinite(parameters: Any) -> dict[str, int]:
     """Return how many elements of each gradient are infinite or NaN, by the parameter's name.
 
     Only of gradients that have any. One read of all, a second of those; waits for the device. It
     tells what this rank holds, of a DTensor its shard, and any rank may call it alone.
 
     Args:
-        parameters_or_module: a module, an optimizer, tensors, (name, tensor) pairs, or several
+        parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several
             modules or optimizers.
 
     Raises:
@@ -31,7 +31,7 @@ def find_nonfinite(parameters_or_module: Any) -> dict[str, int]:
     {'weight': 1}
     """
     names: dict[Tensor, str] = {}
-    for name, item in named(parameters_or_module):
+    for name, item in named(parameters):
         names.setdefault(item, name)
     found = [(name, local_of(item.grad)) for item, name in names.items() if item.grad is not None]
     if not found:

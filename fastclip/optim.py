@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import _optimizers
 from ._arguments import NormType, Threshold, positive_order, threshold
-from ._decide import decide, spared
+from ._decide import decide, is_bad, resolved, spared
 from ._gradients import Gradients, fail, read
 from ._ops import is_known, widest
 from ._optimizers import as_list, layers_of, parameters_of
@@ -21,9 +21,10 @@ Optimizers = Optimizer | Iterable[Optimizer]
 
 @torch.no_grad()
 def unscale_and_clip_(
-    scaler: GradScaler,
     optimizer: Optimizers,
     max_norm: Threshold,
+    scaler: GradScaler,
+    *,
     norm_type: NormType = 2.0,
     process_group: Any = None,
     measured: NormAccumulator | None = None,
@@ -32,15 +33,16 @@ def unscale_and_clip_(
 
     Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
     of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). One read and one write, no wait for
-    the device. `scaler.step` and `scaler.update` follow as ever. If the norm is infinite or NaN the
-    gradients are unscaled, not clipped, and `scaler.step` skips the step; under a disabled scaler
-    they are clipped as by `clip_grad_norm_`. It breaks a graph of `torch.compile`.
+    the device. `scaler.step` and `scaler.update` follow as ever. If the norm is infinite or NaN, or
+    the threshold NaN, the gradients are unscaled, not clipped, and `scaler.step` skips the step;
+    under a disabled scaler they are clipped as by `clip_grad_norm_`. It breaks a graph of
+    `torch.compile`.
 
     Args:
-        scaler: the one that scaled the loss; a disabled one scales nothing.
         optimizer: any, or a wrapper that holds one; or several under one norm, all of which skip a
             step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
+        scaler: the one that scaled the loss; a disabled one scales nothing.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
         measured: the accumulator that has measured these gradients during backward: they are not
@@ -58,7 +60,7 @@ def unscale_and_clip_(
     >>> w = torch.nn.Parameter(torch.zeros(2)); optimizer = torch.optim.SGD([w], lr=1.0)
     >>> scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     >>> scaler.scale((w * torch.tensor([3.0, 4.0])).sum()).backward()
-    >>> unscale_and_clip_(scaler, optimizer, max_norm=1.0), w.grad
+    >>> unscale_and_clip_(optimizer, 1.0, scaler), w.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     given = as_list(optimizer)
@@ -72,7 +74,7 @@ def unscale_and_clip_(
     if inv_scale is None:
         grads.scale_(found.coef)
         return grads.result(found.norm)
-    coef = spared(found.coef, found.norm, "skip")
+    coef = spared(found.coef, found.is_bad > 0, "keep")
     grads.scale_(coef * inv_scale.to(coef))
     _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
     return grads.result(found.norm)
@@ -83,6 +85,7 @@ def clipped_step(
     optimizer: Optimizers,
     max_norm: Threshold,
     scaler: GradScaler | None = None,
+    *,
     norm_type: NormType = 2.0,
     process_group: Any = None,
     measured: NormAccumulator | None = None,
@@ -92,8 +95,8 @@ def clipped_step(
     Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
     `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
     once to be measured; the optimizer scales them as it reads them, and leaves them clipped;
-    float64 ones are scaled before it. A norm that is not finite skips the step. No wait for the
-    device, but after the first step of SGD with dampening.
+    float64 ones are scaled before it. A norm that is not finite, or a threshold of NaN, skips the
+    step. No wait for the device, but after the first step of SGD with dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
@@ -134,7 +137,7 @@ def clipped_step(
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     before, divisor = _optimizers.split(coef, grads.is_wide())
-    todo = [spared(before, found.norm, "skip")]
+    todo = [spared(before, found.is_bad > 0, "keep")]
     # Most often by 1, which the host knows on the CPU; a device finds out for itself.
     if is_known(before) and before == 1:
         todo.clear()
@@ -170,11 +173,10 @@ class _Found(NamedTuple):
 
 
 def _measure(grads: Gradients, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
-    norm = grads.norm(p)
-    is_bad = (~norm.isfinite()).float()
-    if inv_scale is not None:
-        norm = norm * inv_scale.to(norm)
-    return _Found(norm, decide(norm, max_norm, grads.is_wide()), is_bad)
+    scaled = grads.norm(p)
+    norm = scaled if inv_scale is None else scaled * inv_scale.to(scaled)
+    limit = resolved(max_norm, norm)
+    return _Found(norm, decide(norm, limit, grads.is_wide()), is_bad(scaled, limit).float())
 
 
 def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:

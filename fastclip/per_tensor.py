@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._arguments import NormType, at_least_zero, fixed_threshold, order
-from ._gradients import aligned, as_list, each_norms_of, read, take_weights
+from ._arguments import NormType, at_least_zero, order, thresholds
+from ._gradients import aligned, as_list, each_norms_of, present, read, take_weights
 from ._ops import clip_coef
 from ._ranks import Kind
 
@@ -24,7 +24,8 @@ def clip_grad_norms_(
     Args:
         parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
             that of the full gradient, and DTensors come in the same order on every rank.
-        max_norm: threshold, >= 0, a number or a 0-d tensor, the same for all.
+        max_norm: threshold, >= 0, a number or a 0-d tensor, the same for all; or a 1-d tensor, one
+            for each of the n `parameters`, on any device.
         norm_type: order p of the norms, any number or `'inf'`.
 
     Returns:
@@ -34,18 +35,22 @@ def clip_grad_norms_(
     Raises:
         TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
 
-    Reference: `tf.clip_by_norm`, Keras `clipnorm`.
+    Reference: `tf.clip_by_norm`, Keras `clipnorm`; with a threshold for each, AdaGC
+        (arXiv:2502.11034) and `optax.clip_by_block_rms`, whose threshold is that of the norm times
+        the square root of the number of elements.
 
     >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.0])
     >>> clip_grad_norms_([a, b], max_norm=1.0), a.grad
     (tensor([5.0000, 0.6000]), tensor([0.6000, 0.8000]))
     """
-    threshold, p = fixed_threshold(max_norm), order(norm_type)
-    items = as_list(parameters, "parameters")
+    items, p = as_list(parameters, "parameters"), order(norm_type)
+    limits = thresholds(max_norm, len(items))
     grads = read(items, kind=Kind.EACH)
     norms = grads.each_norms(p)
-    grads.scale_each_(clip_coef(norms, threshold, grads.is_wide()))
+    if isinstance(limits, Tensor) and limits.dim() and len(norms) < len(items):
+        limits = limits[present(norms, items)]
+    grads.scale_each_(clip_coef(norms, limits, grads.is_wide()))
     return aligned(grads.result(norms), items)
 
 
@@ -69,8 +74,9 @@ def clip_grad_agc_(
     Raises:
         TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
 
-    Reference: Brock et al. 2021, arXiv:2102.06171; `timm.utils.adaptive_clip_grad`,
-        `optax.adaptive_grad_clip`.
+    Reference: Brock et al. 2021, arXiv:2102.06171; `timm.utils.adaptive_clip_grad`;
+        `optax.adaptive_grad_clip`, which takes other units for weights of shape (out, 1) and of
+        three dimensions.
 
     >>> w = torch.nn.Parameter(torch.eye(2)); w.grad = torch.tensor([[3.0, 4.0], [0.0, 0.1]])
     >>> clip_grad_agc_([w], clip_factor=0.5); w.grad

@@ -1,9 +1,10 @@
 """Rules: thresholds that follow the norms of a run. Pass one as `max_norm`.
 
-A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device;
-its state lives there too, in a few tensors, and no call waits for it. A norm that is not finite
-never enters the state. Call a rule once before a CUDA graph captures it: that call brings the state
-there.
+A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device,
+or NaN for a step that is to be dropped; its state lives there too, in a few tensors, and no call
+waits for it. A norm that is 0 (a frozen start, a loss that is masked) or not finite tells a rule
+nothing, and never enters the state; a rule that has seen no other does not clip. Call a rule once
+before a CUDA graph captures it: that call brings the state there.
 
 Each is a class, a formula in plain PyTorch, and an op that makes one call of it. The formula takes
 the norm and the state, which it changes in place, and returns the threshold, all on one device;
@@ -21,19 +22,25 @@ from ._state import CPU, State
 from ._warnings import warn
 
 
+def tells(norm: Tensor) -> Tensor:
+    """Whether it tells a rule anything."""
+    return norm.isfinite() & (norm > 0)
+
+
 def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: float) -> Tensor:
     """A percentile of the last norms: `norms` is a ring of float64, `count` how many there were."""
     history = len(norms)
-    finite = total_norm.isfinite()
-    # Where the norm is not finite its place keeps what it holds.
+    telling = tells(total_norm)
+    # Where the norm tells nothing its place keeps what it holds.
     place = (count % history).reshape(1)
-    norms.index_copy_(0, place, torch.where(finite, total_norm.to(norms), norms[place]))
-    count += finite
+    norms.index_copy_(0, place, torch.where(telling, total_norm.to(norms), norms[place]))
+    count += telling
     # Places not taken yet are infinite and come last.
     rank = (count.clamp(max=history) - 1).clamp_(min=0).to(norms) * (percentile / 100)
     below = rank.floor()
     around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
-    return around[0].lerp(around[1], rank - below).to(total_norm.dtype)
+    limit = around[0].lerp(around[1], rank - below)
+    return limit.masked_fill((count == 0) & total_norm.isfinite(), math.inf).to(total_norm.dtype)
 
 
 _autoclip: Callable[..., Tensor] = _ops.define(
@@ -48,7 +55,8 @@ _autoclip: Callable[..., Tensor] = _ops.define(
 class AutoClip(State):
     """The threshold is a percentile of the norms so far, this one included.
 
-    Of the last `history` finite norms, interpolated linearly as NumPy does. No wait for the device.
+    Of the last `history` norms that are finite and not 0, interpolated linearly as NumPy does; inf
+    before the first of them. No wait for the device.
 
     Args:
         percentile: 0 to 100; at 10 nine steps of ten are clipped.
@@ -58,7 +66,7 @@ class AutoClip(State):
         ValueError: an argument out of its range.
 
     Reference: Seetharaman et al. 2020, arXiv:2007.14469, and its published code, whose history
-        has no end.
+        has no end and holds norms of 0 too.
 
     >>> rule = AutoClip(percentile=50)
     >>> [float(rule(torch.tensor(norm))) for norm in (1.0, 3.0, 8.0)]
@@ -105,14 +113,14 @@ def _zclip_of(
     z = (norm - mean) / (deviation + 1e-6)
     threshold = mean + deviation * z_threshold**2 / z
     # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
-    finite = norm.isfinite()
-    quiet = finite & (~warm | (z <= z_threshold))
+    quiet = norm.isfinite() & (~warm | (z <= z_threshold))
+    telling = tells(norm)
     clipped = norm.where(quiet, threshold)
     following = torch.lerp(clipped, mean, old)
     spread = variance * old + (clipped - following).square() * new
-    mean.copy_(following.where(finite, mean))
-    variance.copy_(spread.where(finite, variance))
-    steps.add_(finite).clamp_(max=warmup_steps)
+    mean.copy_(following.where(telling, mean))
+    variance.copy_(spread.where(telling, variance))
+    steps.add_(telling).clamp_(max=warmup_steps)
     return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)
 
 
@@ -129,10 +137,11 @@ _zclip: Callable[..., Tensor] = _ops.define(
 class ZClip(State):
     """Clip outliers from a moving average of the norms, the further ones the more.
 
-    With mean m and standard deviation s of the norms so far, z = (norm - m) / (s + 1e-6). Where z
-    exceeds `z_threshold` the threshold is m + z_threshold^2 * s / z, else there is none (inf). Then
-    mean and variance move by 1 - alpha towards the norm as clipped. They begin as those of the
-    first `warmup_steps` norms, of which none is clipped. No wait for the device.
+    With mean m and standard deviation s of the norms so far, but those of 0,
+    z = (norm - m) / (s + 1e-6). Where z exceeds `z_threshold` the threshold is
+    m + z_threshold^2 * s / z, else there is none (inf). Then mean and variance move by 1 - alpha
+    towards the norm as clipped. They begin as those of the first `warmup_steps` norms, of which
+    none is clipped. No wait for the device.
 
     Args:
         alpha: the share of the old average, 0 to 1.
@@ -143,7 +152,8 @@ class ZClip(State):
         ValueError: an argument out of its range.
 
     Reference: Kumar et al. 2025, arXiv:2504.02507, and its published code in z-score mode with
-        adaptive scaling, without that code's fixed threshold of 1 beside it.
+        adaptive scaling, without that code's fixed threshold of 1 beside it, and without norms of
+        0, after which that code makes every gradient 0.
 
     >>> rule = ZClip(warmup_steps=2)
     >>> [round(float(rule(torch.tensor(norm))), 3) for norm in (1.0, 3.0, 10.0)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import oracle, parameters
+from conftest import oracle, parameters, ulps
 from torch import nn
 
 import fastclip
@@ -54,7 +54,7 @@ def test_one_group_is_the_function(device, max_norm, p):
 
 
 @pytest.mark.parametrize("rule", [lambda: AutoClip(50, 7), lambda: ZClip(warmup_steps=2)])
-@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("policy", ["propagate", "keep", "zero"])
 def test_a_rule_and_a_policy_are_the_functions(device, rule, policy):
     made, twins = parameters(grads(0, device)), parameters(grads(0, device))
     ours, theirs = rule(), rule()
@@ -80,8 +80,7 @@ def test_groups_are_separate_calls_to_the_bit(device):
             {"params": made[:2], "max_norm": 0.5, "name": "numbers"},
             {"params": made[2:3], "max_norm": rules[0], "name": "rule"},
             {"params": made[3:4], "max_norm": math.inf, "name": "watched"},
-            {"params": made[4:5], "coef_of": "numbers", "name": "led"},
-            {"params": made[5:], "max_norm": None, "name": "left out"},
+            {"params": made[4:], "max_norm": None, "name": "left out"},
         ]
     )
     for _ in range(3):
@@ -89,12 +88,9 @@ def test_groups_are_separate_calls_to_the_bit(device):
         first = fastclip.clip_grad_norm_(twins[:2], 0.5)
         second = fastclip.clip_grad_norm_(twins[2:3], rules[1])
         third = fastclip.clip_grad_norm_(twins[3:4], math.inf)
-        fourth = fastclip.clip_grad_norm_(twins[4:5], math.inf)
-        fastclip.clip_grads_with_norm_(twins[4:5], 0.5, first)
-        assert norms.tolist() == [float(n) for n in (first, second, third, fourth)]
+        assert norms.tolist() == [float(n) for n in (first, second, third)]
         assert same(made, twins)
-    assert list(clipper.stats()) == ["numbers", "rule", "watched", "led"]
-    assert clipper.stats()["led"]["coef"] == clipper.stats()["numbers"]["coef"]
+    assert list(clipper.stats()) == ["numbers", "rule", "watched"]
     assert clipper.stats()["watched"]["clipped"] == 0
 
 
@@ -254,7 +250,7 @@ def test_what_is_not_finite_is_found_and_counted():
 
 def test_numbers_are_those_of_the_steps(device):
     (parameter,) = parameters([torch.zeros(2, device=device)])
-    clipper = GradClipper([parameter], 2.0, nonfinite="skip")
+    clipper = GradClipper([parameter], 2.0, nonfinite="keep")
     norms = [1.0, 4.0, math.inf, 8.0, 0.0]
     for norm in norms:
         parameter.grad[:] = torch.tensor([norm, 0.0])
@@ -267,7 +263,7 @@ def test_numbers_are_those_of_the_steps(device):
     assert clipper.stats() == stats
 
 
-@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("policy", ["propagate", "keep", "zero"])
 def test_an_infinite_norm_of_a_group_is_recorded_as_it_is(policy):
     made = parameters([torch.tensor([math.inf]), torch.tensor([math.nan]), torch.tensor([2.0])])
     groups = [
@@ -290,22 +286,26 @@ def test_a_threshold_beyond_the_dtype_of_the_norm_only_measures(other):
     assert clipper.stats()["0"]["clipped"] == 0
 
 
-def test_the_ring_keeps_the_last_steps_and_counts_all(device, monkeypatch):
-    monkeypatch.setattr(_history.Ring, "BYTES", 4 * 2 * 8)
+def test_the_ring_keeps_the_last_steps_and_counts_all(device):
     (parameter,) = parameters([torch.zeros(1, device=device)])
-    clipper = GradClipper([parameter], AutoClip(100, 1))
+    clipper = GradClipper([parameter], AutoClip(100, 1), history=4)
     for step in range(1, 11):
         parameter.grad.fill_(step)
         clipper.clip_()
         stats = clipper.stats()
         assert stats["steps"] == step
         assert stats["total_norm"] == list(range(max(1, step - 3), step + 1))
+        assert clipper.stats(last=2)["total_norm"] == stats["total_norm"][-2:]
+        assert clipper.stats(last=2)["steps"] == step
+    with pytest.raises(ValueError, match="last"):
+        clipper.stats(last=0)
 
 
 def test_a_ring_is_bounded_in_bytes():
-    assert len(_history.Ring(1).tensors[0]) == 131_072
-    assert len(_history.Ring(2000).tensors[0]) == (16 << 20) // (8 * 2000) == 1048
-    assert _history.Ring(3 << 20).tensors[0].shape == (1, 3 << 20)
+    assert len(_history.Ring(1).tensors[0]) == len(_history.Ring(128).tensors[0]) == 8192
+    assert len(_history.Ring(2000).tensors[0]) == (16 << 20) // (16 * 2000) == 524
+    assert _history.Ring(3 << 20).tensors[0].shape == (1, 6 << 20)
+    assert len(_history.Ring(2000, 20_000).tensors[0]) == 20_000
 
 
 # In a process of its own, where no memory was freed before that may be taken again.
@@ -320,8 +320,8 @@ def resident():
 before = resident()
 rings = [Ring(2000) for _ in range(40)]
 for ring in rings:
-    ring.add(torch.full((2000,), 2.0))
-    assert ring.read()[1].tolist() == [[2.0] * 2000]
+    ring.add(torch.full((2000,), 2.0), 2.0)
+    assert ring.read()[1].tolist() == [[2.0] * 4000]
 print(resident() - before)
 for ring in rings:
     ring.tensors[0].fill_(1)
@@ -343,18 +343,18 @@ def test_of_many_groups_the_last_steps_are_kept():
     made = parameters([torch.tensor([1.0 + i]) for i in range(500)])
     clipper = GradClipper(groups=[{"params": p, "max_norm": 250.0} for p in made])
     for _ in range(4200):
-        clipper._ring.add(torch.zeros(500))
+        clipper._ring.add(torch.zeros(500), 250.0)
     clipper.clip_()
     stats = clipper.stats()
     for i, one in enumerate(stats.values()):
         assert one["steps"] == 4201
-        assert one["total_norm"] == [0.0] * 4193 + [1.0 + i]
+        assert one["total_norm"] == [0.0] * 2096 + [1.0 + i]
         assert one["clipped"] == (1.0 + i > 250)
 
 
 def test_the_log_leaves_the_cpu_and_no_other_place():
     log = _history.Ring(1)
-    log.add(torch.ones(1))
+    log.add(torch.ones(1), 1.0)
     # A device of its own to torch.Tensor.device, which every machine has.
     accelerator = torch.device("meta")
     before = log._places
@@ -373,7 +373,7 @@ def test_a_step_that_is_not_recorded_yet_is_zero_in_the_state():
     clipper._ring.tensors[0].fill_(7)  # as memory may be found
     clipper.clip_()
     rows = clipper.state_dict()["log"]["rows"]
-    assert rows[0] == 5
+    assert rows[0].tolist() == [5, 1]
     assert not rows[1:].any()
 
 
@@ -471,7 +471,7 @@ def test_a_long_run_takes_no_more_memory(tmp_path):
 def test_plot_draws_any_number_of_steps(tmp_path, steps):
     pytest.importorskip("matplotlib")
     made = parameters([torch.ones(2)])
-    clipper = GradClipper(made, 1.0)
+    clipper = GradClipper(made, 1.0, history=100_000)
     with pytest.raises(ValueError, match="plot"):
         clipper.plot(tmp_path / "none.png")
     norms = torch.rand(steps) * 3
@@ -479,6 +479,7 @@ def test_plot_draws_any_number_of_steps(tmp_path, steps):
     state = clipper.state_dict()
     state["log"]["steps"].fill_(steps)
     state["log"]["rows"][:steps, 0] = norms
+    state["log"]["rows"][:steps, 1] = torch.where(norms > 2.5, math.nan, 1.0)
     clipper.load_state_dict(state)
     clipper.plot(tmp_path / "norms.png")
     assert (tmp_path / "norms.png").stat().st_size > 10_000
@@ -509,11 +510,12 @@ def bad(**change):
         (dict(parameters=[], max_norm=1.0, norm_type=math.nan), ValueError, "norm_type"),
         (dict(parameters=[], max_norm=1.0, process_group=3), TypeError, "process_group"),
         (dict(groups=[bad(norm=1)]), ValueError, r"groups\[0\].*norm"),
-        (dict(groups=[bad(max_norm="gone")]), ValueError, r"groups\[0\].*coef_of"),
+        (dict(groups=[bad(max_norm="gone")]), ValueError, r"groups\[0\].*max_norm"),
         (dict(groups=[bad(params="gone")]), ValueError, r"groups\[0\].*params"),
         (dict(groups=[bad(), bad(name="0")]), ValueError, "named '0'"),
-        (dict(groups=[bad(), bad(max_norm="gone", coef_of="x")]), ValueError, "coef_of 'x'"),
-        (dict(groups=[bad(max_norm="gone", coef_of="0")]), ValueError, "coef_of '0'"),
+        (dict(parameters=[], max_norm=1.0, history=0), ValueError, "history"),
+        (dict(parameters=[], max_norm=1.0, nonfinite="skip"), ValueError, "'keep'"),
+        (dict(parameters=[], max_norm=1.0, each=True, norm_type=0), ValueError, "norm_type"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, match):
@@ -564,7 +566,7 @@ def test_a_captured_clip_counts_its_replays(kind):
     made = parameters(grads(0, "cuda"))
     clipper = {
         "number": lambda: GradClipper(made, 0.5),
-        "rule": lambda: GradClipper(made, AutoClip(50, 4), nonfinite="skip"),
+        "rule": lambda: GradClipper(made, AutoClip(50, 4), nonfinite="keep"),
         "groups": lambda: GradClipper(
             groups=[
                 {"params": made[:2], "max_norm": 0.5},
@@ -627,15 +629,90 @@ def test_what_cannot_be_watched_is_taken_as_it_is():
     assert clipper.norms_by_parameter()["0.weight"] == 100
 
 
-@pytest.mark.parametrize("policy", ["zero", "skip"])
-def test_a_led_group_has_its_own_policy(policy):
-    made = parameters([torch.ones(1), torch.tensor([math.inf])])
-    groups = [{"params": made[:1], "max_norm": 0.5}, {"params": made[1:], "coef_of": 0}]
-    clipper = GradClipper(groups=groups, nonfinite=policy)
+def test_the_threshold_may_be_changed_between_steps():
+    made = parameters([torch.tensor([3.0, 4.0])])
+    clipper = GradClipper(made, 10.0)
+    for limit in (10.0, 1, torch.tensor(2.0), lambda norm: norm / 2, AutoClip(50)):
+        clipper.max_norm = limit
+        assert clipper.max_norm is limit or clipper.max_norm == limit
+        made[0].grad = torch.tensor([3.0, 4.0])
+        assert clipper.clip_() == 5
+    assert clipper.stats()["coef"] == pytest.approx([1.0, 0.2, 0.4, 0.5, 1.0])
+    for bad, error in ((-1, ValueError), ("1", None), ("one", TypeError), (AutoClip, TypeError)):
+        if error:
+            with pytest.raises(error, match="max_norm"):
+                clipper.max_norm = bad
+    assert isinstance(clipper.max_norm, AutoClip)
+
+
+def test_the_threshold_of_a_group_may_be_changed_by_its_name():
+    made = parameters([torch.tensor([3.0, 4.0]), torch.tensor([1.0])])
+    groups = [{"params": made[0], "max_norm": 1.0, "name": "a"}, {"params": made[1], "max_norm": 1}]
+    clipper = GradClipper(groups=groups)
+    assert dict(clipper.max_norm) == {"a": 1.0, "1": 1.0}
+    clipper.max_norm["a"] = 2.5
+    clipper.max_norm = {"1": 0.5}
     clipper.clip_()
-    assert float(made[0].grad) == pytest.approx(0.5)
-    assert float(made[1].grad) == (0 if policy == "zero" else math.inf)
-    assert clipper.stats()["1"]["coef"] == [0 if policy == "zero" else 1]
+    assert [float(one.grad.norm()) for one in made] == pytest.approx([2.5, 0.5])
+    assert [one["max_norm"] for one in clipper.last().values()] == [2.5, 0.5]
+    for bad, error in (({"b": 1.0}, ValueError), (1.0, TypeError), ({"a": -1}, ValueError)):
+        with pytest.raises(error, match="max_norm"):
+            clipper.max_norm = bad
+
+
+def test_what_is_no_attribute_cannot_be_set():
+    clipper = GradClipper([], 1.0)
+    for name in ("max_nrom", "norm_type", "thresholds", "names"):
+        with pytest.raises(AttributeError):
+            setattr(clipper, name, 1.0)
+
+
+def test_a_factor_is_that_of_clip_grad_norm(device):
+    for scale in (0.5, torch.tensor(0.5, device=device)):
+        made, twins = parameters(grads(1, device)), parameters(grads(1, device))
+        clippers = [GradClipper(made, 0.5, each=each) for each in (False, True)]
+        norm = fastclip.clip_grad_norm_(twins, 0.5, grad_scale=scale)
+        assert clippers[0].clip_(grad_scale=scale) == norm
+        assert same(made, twins)
+        assert float(clippers[1].clip_(grad_scale=1 / 0.5)) == pytest.approx(1.0, rel=1e-2)
+        by_name = clippers[1].norms_by_parameter().values()
+        assert math.hypot(*by_name) == pytest.approx(1.0, rel=1e-2)
+    for bad in (0, -1, math.inf):
+        with pytest.raises(ValueError, match="grad_scale"):
+            clippers[0].clip_(grad_scale=bad)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_the_norms_of_the_last_step_are_kept(device, p, in_groups):
+    made = parameters(grads(1, device))
+    without = nn.Parameter(torch.zeros(3, device=device))
+    names = [(f"w{i}", item) for i, item in enumerate([made[0], without, *made[1:]])]
+    parts, limits = [names], [0.5]
+    clipper = GradClipper(names, 0.5, p, each=True)
+    if in_groups:
+        parts, limits = [names[:3], names[3:]], [0.5, 2.0]
+        some = [{"params": q, "max_norm": n} for q, n in zip(parts, limits, strict=True)]
+        clipper = GradClipper(groups=some, norm_type=p, each=True)
+    with pytest.raises(ValueError, match="no step"):
+        clipper.norms_by_parameter()
+    twins = {item: item.grad.clone() if item.grad is not None else None for _, item in names}
+    norms = clipper.clip_().reshape(-1)
+    for part, limit, norm in zip(parts, limits, norms, strict=True):
+        then = [twins[item] for _, item in part if twins[item] is not None]
+        assert ulps(norm, oracle(then, p)) <= 2
+        for _, item in part:
+            if item.grad is not None:
+                coef = min(1, limit / (oracle(then, p) + 1e-6))
+                torch.testing.assert_close(item.grad, twins[item] * coef, rtol=1e-6, atol=0)
+    expected = [oracle([g], p) if g is not None else 0.0 for g in twins.values()]
+    made[0].grad.zero_()
+    assert list(clipper.norms_by_parameter().values()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_has_no_process_group():
+    with pytest.raises(ValueError, match="each"):
+        GradClipper([], 1.0, each=True, process_group=object())
 
 
 def test_a_gradient_that_cannot_be_measured_is_named_without_ranks():
@@ -668,6 +745,7 @@ def test_last_is_the_last_step_of_stats():
             "total_norm": stats["total_norm"][-1],
             "max_norm": 1.0,
             "coef": stats["coef"][-1],
+            "dropped": False,
         }
         a, b = two.last()["a"], two.last()["b"]
         assert (a["total_norm"], a["max_norm"], a["coef"]) == (5, 2.5, pytest.approx(0.5))
@@ -675,11 +753,12 @@ def test_last_is_the_last_step_of_stats():
             "total_norm": two.stats()["b"]["total_norm"][-1],
             "max_norm": math.inf,
             "coef": 1,
+            "dropped": False,
         }
 
 
 def test_last_is_right_when_the_ring_is_full():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), math.inf)
-    clipper._ring.tensors[1].fill_(_history.Ring.STEPS)
+    clipper._ring.tensors[1].fill_(_history.STEPS)
     clipper.clip_()
     assert clipper.last()["total_norm"] == 5 == clipper.stats()["total_norm"][-1]

@@ -82,7 +82,7 @@ def test_dynamic_graphs_are_whole(call):
 
 NUMBERS = {
     "clip_grad_norm_": fastclip.clip_grad_norm_,
-    "skip": lambda ps, number: fastclip.clip_grad_norm_(ps, number, nonfinite="skip"),
+    "keep": lambda ps, number: fastclip.clip_grad_norm_(ps, number, nonfinite="keep"),
     "grad_scale": lambda ps, number: fastclip.clip_grad_norm_(ps, 1.0, grad_scale=number),
     "clip_grads_with_norm_": lambda ps, number: fastclip.clip_grads_with_norm_(
         ps, number, fastclip.get_total_norm([p.grad for p in ps])
@@ -215,7 +215,7 @@ def samples(dtype):
         ],
         "clip_coef": [(coef.to(dtype), 0.2)],
         "clip_coef.tensor": [(coef.to(dtype), coef), (coef.repeat(3), coef.repeat(3))],
-        "record_": [(torch.zeros(3, 2, dtype=dtype), torch.tensor([4]), coef.repeat(2))],
+        "record_": [(torch.zeros(3, 2, dtype=dtype), torch.tensor([4]), coef, coef)],
         "autoclip_": [(torch.rand(5).double(), torch.tensor(7), coef.to(dtype), 10.0)],
         "zclip_": [(torch.tensor(3), coef.double(), coef.double(), coef.to(dtype), 0.9, 2.5, 2)],
     }

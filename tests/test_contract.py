@@ -476,7 +476,7 @@ def _to_any_device(to):
 @pytest.mark.parametrize("asked", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_total_norm_has_the_dtype_that_is_asked_for(device, dtype, asked):
     grads = awkward(dtype, device)
-    norm = fastclip.get_total_norm(grads, 2.0, False, None, asked)
+    norm = fastclip.get_total_norm(grads, 2.0, dtype=asked)
     assert norm.dtype == asked
     expected = oracle(grads, 2.0)
     own = 1e-14 if dtype == torch.float64 else 2.4e-7

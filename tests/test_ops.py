@@ -546,7 +546,7 @@ def test_a_ring_is_not_written_before_its_begin():
     with pytest.raises(ValueError, match="percentile"):
         torch.ops.fastclip.autoclip_(torch.zeros(4).double(), torch.tensor(4), total_norm, 1e9)
     with pytest.raises(ValueError, match="steps"):
-        _ops.record_(torch.zeros(4, 1), torch.tensor([-1]), total_norm)
+        _ops.record_(torch.zeros(4, 2), torch.tensor([-1]), total_norm, total_norm)
 
 
 def _shared(value: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def test_unscale_and_clip_is_torchs_sequence(place, kind, how, on, max_norm):
             continue
         backward(ours[0], scaler, step)
         backward(theirs[0], other, step)
-        norm = fastclip.unscale_and_clip_(scaler, ours[1], max_norm)
+        norm = fastclip.unscale_and_clip_(ours[1], max_norm, scaler)
         other.unscale_(theirs[1])
         expected = utils.clip_grad_norm_(theirs[0].parameters(), max_norm)
         torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0, equal_nan=True)
@@ -163,7 +163,7 @@ def test_what_was_measured_during_backward_is_not_measured_again(place, call, on
         how = {"norm_type": norm_type, "measured": norms}
         with Reads() as reads:
             if call == "unscale":
-                norm = fastclip.unscale_and_clip_(scaler, ours[1], 0.5, **how)
+                norm = fastclip.unscale_and_clip_(ours[1], 0.5, scaler, **how)
             else:
                 norm = fastclip.clipped_step(ours[1], 0.5, scaler, **how)
         assert reads.count == (step in OVERFLOWS) or _ops.extension is None
@@ -194,7 +194,7 @@ def test_an_accumulator_of_other_gradients_is_refused():
         (2.0, {}, TypeError),
     ):
         with pytest.raises(error, match="measured"):
-            fastclip.unscale_and_clip_(scaler, optimizer, 1.0, measured=measured, **more)
+            fastclip.unscale_and_clip_(optimizer, 1.0, scaler, measured=measured, **more)
         with pytest.raises(error, match="measured"):
             fastclip.clipped_step(optimizer, 1.0, scaler, measured=measured, **more)
     assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before, strict=True))
@@ -222,7 +222,7 @@ def test_several_optimizers_have_one_norm_and_skip_together():
         if step % 2:
             fastclip.clipped_step(made[0], 0.1, scaler)
         else:
-            fastclip.unscale_and_clip_(scaler, made[0], 0.1)
+            fastclip.unscale_and_clip_(made[0], 0.1, scaler)
             for optimizer in made[0]:
                 scaler.step(optimizer)
         for optimizer in made[1]:
@@ -247,14 +247,14 @@ def test_a_second_call_raises_as_torch_does(call):
     (net, optimizer), _ = twins("adam", "fused", "cpu")
     scaler, _ = scalers("cpu", True)
     act = {
-        "unscale": lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0),
+        "unscale": lambda: fastclip.unscale_and_clip_(optimizer, 1.0, scaler),
         "step": lambda: fastclip.clipped_step(optimizer, 1.0, scaler),
     }[call]
     backward(net, scaler, 0)
     act()
     before = [p.grad.clone() for p in net.parameters()]
     for again in (
-        lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0),
+        lambda: fastclip.unscale_and_clip_(optimizer, 1.0, scaler),
         lambda: fastclip.clipped_step(optimizer, 1.0, scaler),
         lambda: scaler.unscale_(optimizer),
     ):
@@ -342,19 +342,19 @@ def test_bad_input_is_named_and_changes_nothing():
     half = parameters([torch.ones(2, dtype=torch.float16)])
     halves = torch.optim.AdamW(half, fused=True)
     for call, error, match in (
-        (lambda: fastclip.unscale_and_clip_(scaler, net, 1.0), TypeError, "optimizer"),
-        (lambda: fastclip.unscale_and_clip_(optimizer, optimizer, 1.0), TypeError, "scaler"),
-        (lambda: fastclip.unscale_and_clip_(scaler, optimizer, -1.0), ValueError, "max_norm"),
+        (lambda: fastclip.unscale_and_clip_(net, 1.0, scaler), TypeError, "optimizer"),
+        (lambda: fastclip.unscale_and_clip_(optimizer, 1.0, optimizer), TypeError, "scaler"),
+        (lambda: fastclip.unscale_and_clip_(optimizer, -1.0, scaler), ValueError, "max_norm"),
         (lambda: fastclip.clipped_step(net, 1.0), TypeError, "optimizer"),
         (lambda: fastclip.clipped_step(optimizer, 1.0, scaler="x"), TypeError, "scaler"),
         (lambda: fastclip.clipped_step(optimizer, math.nan), ValueError, "max_norm"),
-        (lambda: fastclip.unscale_and_clip_(scaler, halves, 1.0), ValueError, "float16"),
+        (lambda: fastclip.unscale_and_clip_(halves, 1.0, scaler), ValueError, "float16"),
     ):
         with pytest.raises(error, match=match):
             call()
         for parameter, grad in zip(net.parameters(), before, strict=True):
             assert torch.equal(parameter.grad, grad)
-    fastclip.unscale_and_clip_(scaler, optimizer, 1.0)
+    fastclip.unscale_and_clip_(optimizer, 1.0, scaler)
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0, torch.tensor(0.25)], ids=str)
@@ -389,8 +389,8 @@ def test_an_order_that_hides_infinities_is_refused(p):
     scaler, _ = scalers("cpu", True)
     backward(net, scaler, 0)
     for call in (
-        lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0, p),
-        lambda: fastclip.clipped_step(optimizer, 1.0, scaler, p),
+        lambda: fastclip.unscale_and_clip_(optimizer, 1.0, scaler, norm_type=p),
+        lambda: fastclip.clipped_step(optimizer, 1.0, scaler, norm_type=p),
     ):
         with pytest.raises(ValueError, match="norm_type"):
             call()
@@ -557,10 +557,10 @@ def test_what_a_wrapper_holds_is_unscaled_once(wrap, steps_inner):
     wrapper, (scaler, _) = wrap(inner), scalers("cpu", True)
     scaler.scale(torch.ones(()))
     weight.grad = torch.tensor([3.0, 4.0]) * 1024
-    assert fastclip.unscale_and_clip_(scaler, wrapper, 1.0) == 5
+    assert fastclip.unscale_and_clip_(wrapper, 1.0, scaler) == 5
     for one in (wrapper, inner):
         with pytest.raises(RuntimeError, match="unscale"):
-            fastclip.unscale_and_clip_(scaler, one, 1.0)
+            fastclip.unscale_and_clip_(one, 1.0, scaler)
     scaler.step(inner if steps_inner else wrapper)
     assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
 

@@ -273,3 +273,20 @@ def test_compiled_whole_it_does_the_same(call):
 
 def test_the_examples_are_right():
     assert doctest.testmod(per_tensor).failed == 0
+
+
+def test_each_gradient_may_have_a_threshold_of_its_own(device):
+    values = [[3.0, 4.0], [6.0, 8.0], [0.3, 0.4], [1.0, 0.0]]
+    made = parameters([torch.tensor(v, device=device) for v in values])
+    made[3].grad = None
+    items = [made[0], made[3], made[1], made[2], made[0]]
+    limits = torch.tensor([1.0, 9.0, 2.0, math.inf, 7.0], dtype=torch.float64)
+    norms = fastclip.clip_grad_norms_(items, limits)
+    assert norms.tolist() == pytest.approx([5.0, 0.0, 10.0, 0.5, 0.0])
+    after = [float(torch.linalg.vector_norm(one.grad.cpu())) for one in made[:3]]
+    assert after == pytest.approx([1.0, 2.0, 0.5])
+    for bad in (limits[:4], limits[:, None], -1.0):
+        with pytest.raises(ValueError, match="max_norm"):
+            fastclip.clip_grad_norms_(items, bad)
+    one = parameters([torch.tensor([3.0, 4.0], device=device)])
+    assert fastclip.clip_grad_norms_(one, torch.tensor([1.0])).shape == (1,)

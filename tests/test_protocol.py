@@ -43,7 +43,7 @@ WORLDS: dict[str, tuple[dict[str, int], bool]] = {
     "large": ({"dp": 512, "tp": 8}, True),
 }
 ORDERS = [1.0, 2.0, 2.0, 3.0, 8.0, math.inf, 0.0, 0.5, -1.0, -math.inf]
-POLICIES = ["propagate", "propagate", "zero", "skip", "error"]
+POLICIES = ["propagate", "propagate", "zero", "keep", "error"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -186,9 +186,13 @@ def stepped(
     norms = fastclip.NormAccumulator(parameters, p) if measured else None
     group = None if measured else call.group
     if in_step:
-        fastclip.clipped_step(optimizer, 1.0, scaler, p, group, norms)
+        fastclip.clipped_step(
+            optimizer, 1.0, scaler, norm_type=p, process_group=group, measured=norms
+        )
     else:
-        fastclip.unscale_and_clip_(scaler, optimizer, 1.0, p, group, norms)
+        fastclip.unscale_and_clip_(
+            optimizer, 1.0, scaler, norm_type=p, process_group=group, measured=norms
+        )
 
 
 CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
@@ -211,7 +215,7 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
     "groups": groups,
     "unscaled": lambda call, qs: stepped(call, qs, False),
     "stepped": lambda call, qs: stepped(call, qs, True),
-    "measured": lambda call, qs: stepped(call, qs, call.policy == "skip", True),
+    "measured": lambda call, qs: stepped(call, qs, call.policy == "keep", True),
     "accumulated": lambda call, qs: fastclip.NormAccumulator(qs).clip_(1.0),
 }
 

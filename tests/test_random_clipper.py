@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from fastclip import AutoClip, GradClipper, ZClip, _ops
 
 NUMBERS = [0.0, 0.3, 1, 20.0, 1e4, 1e300, math.inf]
 ORDERS = [0.5, 1.0, 2.0, 3.0, math.inf]
-POLICIES = ["propagate", "skip", "zero", "error"]
+POLICIES = ["propagate", "keep", "zero", "error"]
 SHAPES = [(), (0,), (1,), (7,), (300,), (3, 5), (33, 9), (2, 0), (4, 3, 2)]
 HUGE = {torch.float16: 1e4, torch.float64: 1e30}
 
@@ -26,9 +26,11 @@ class Percentile:
         self.percent, self.history, self.norms = percent, history, []
 
     def __call__(self, norm: float) -> float:
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm:
             self.norms = [*self.norms, norm][-self.history :]
-        return percentile(self.norms, self.percent) if self.norms else math.nan
+        if not self.norms:
+            return math.inf if math.isfinite(norm) else math.nan
+        return percentile(self.norms, self.percent)
 
 
 class Outliers:
@@ -41,6 +43,8 @@ class Outliers:
     def __call__(self, norm: float) -> float:
         if not math.isfinite(norm):
             return 0.0
+        if not norm:
+            return math.inf
         if len(self.first) < self.warmup:
             self.first.append(norm)
             self.mean = math.fsum(self.first) / len(self.first)
@@ -66,7 +70,7 @@ def percentile(values: list[float], percent: float) -> float:
 def coefficient(norm: float, limit: float, policy: str) -> float | None:
     """None where the gradients become zeros, whatever they are."""
     if not math.isfinite(norm) and policy != "propagate":
-        return 1.0 if policy == "skip" else None
+        return 1.0 if policy == "keep" else None
     coef = 1.0 if limit == math.inf else limit / (norm + 1e-6)
     return 1.0 if coef > 1 else coef
 
@@ -125,22 +129,18 @@ def threshold(rng: random.Random) -> tuple[Callable[[], Any], Callable[[], Any]]
 
 
 class Group:
-    """Parameters in whatever holds them, with a threshold, a leader, or neither."""
+    """Parameters in whatever holds them, with a threshold or none."""
 
-    def __init__(self, rng: random.Random, name: str, leaders: list[str]) -> None:
+    def __init__(self, rng: random.Random, name: str, may_be_left_out: bool) -> None:
         self.name, self.items = name, []
         placeholder = nn.Parameter(torch.zeros(1))
         holders = [list, nn.Module, lambda: torch.optim.SGD([placeholder], lr=1.0)]
         self.source = rng.choice(holders)()
         self.make, promise = threshold(rng)
         self.limit_of = promise()
-        kind = rng.choice(["own"] * 4 + ["led", "left out"]) if leaders else "own"
-        self.leader = rng.choice(leaders) if kind == "led" else name
-        self.is_measured = kind != "left out"
+        self.is_measured = not may_be_left_out or rng.random() < 0.8
 
     def arguments(self) -> dict[str, Any]:
-        if self.leader != self.name:
-            return {"params": self.source, "coef_of": self.leader, "name": self.name}
         max_norm = self.make() if self.is_measured else None
         return {"params": self.source, "max_norm": max_norm, "name": self.name}
 
@@ -165,6 +165,10 @@ class Group:
         return dict(found.values())
 
 
+def grads_by_id(items: Iterable[nn.Parameter]) -> dict[int, Tensor | None]:
+    return {id(item): item.grad for item in items}
+
+
 class Life:
     """A clipper, the groups that it was made of, and what it should have recorded."""
 
@@ -173,10 +177,11 @@ class Life:
         torch.manual_seed(seed)
         self.p, self.policy = rng.choice(ORDERS), rng.choice(POLICIES)
         self.is_one = rng.random() < 0.3
+        self.is_each = self.p > 0 and rng.random() < 0.3
         self.groups: list[Group] = []
         for i in range(1 if self.is_one else rng.randint(1, 4)):
-            leaders = [g.name for g in self.groups if g.is_measured and g.leader == g.name]
-            self.groups.append(Group(rng, "total" if self.is_one else f"g{i}", leaders))
+            name = "total" if self.is_one else f"g{i}"
+            self.groups.append(Group(rng, name, any(g.is_measured for g in self.groups)))
         self.measured = [group for group in self.groups if group.is_measured]
         self.dtypes = rng.sample([*DTYPES, torch.complex64], rng.randint(1, 3))
         for group in self.groups:
@@ -185,9 +190,11 @@ class Life:
         # Rules know norms as they were before they were rounded and returned.
         self.has_rounded = False
         self.clipper = self.fresh()
+        # What the last step measured, if it is to be kept.
+        self.each: dict[int, Tensor | None] | None = None
 
     def fresh(self) -> GradClipper:
-        how = {"norm_type": self.p, "nonfinite": self.policy}
+        how = {"norm_type": self.p, "nonfinite": self.policy, "each": self.is_each}
         if self.is_one:
             (group,) = self.groups
             return GradClipper(group.source, group.make(), **how)
@@ -249,6 +256,18 @@ class Life:
             moved = a.items[-1]
             a.put([item for item in a.items if item is not moved])
             b.put([moved, *b.items])
+        # A first step says again what is there.
+        self.each = None
+        return not self.is_each or self.clip()
+
+    def retarget(self) -> bool:
+        """A group has another number for a threshold from now on."""
+        group, number = self.rng.choice(self.measured), self.rng.random()
+        group.make, group.limit_of = lambda: number, lambda norm: number
+        if self.is_one:
+            self.clipper.max_norm = number
+        else:
+            self.clipper.max_norm[group.name] = number
         return True
 
     def change(self) -> bool:
@@ -269,6 +288,11 @@ class Life:
             for group, some in zip(self.groups, before, strict=True)
         }
         norms = [norm_of(grads[group.name], self.p) for group in self.measured]
+        self.each = {
+            id(item): grad
+            for some, then in zip(kept, before, strict=True)
+            for item, grad in zip(some, then, strict=True)
+        }
         coefs: dict[str, float | None] = dict.fromkeys(grads, 1.0)
         if self.policy == "error" and not all(map(math.isfinite, norms)):
             with pytest.raises(RuntimeError, match="non-finite"):
@@ -297,19 +321,11 @@ class Life:
         return [grad for group in self.measured for grad in grads[group.name]]
 
     def coefficients(self, norms: list[float], most: float) -> dict[str, float | None]:
-        """A limit beyond the norm's dtype is infinite."""
+        """A limit beyond the dtype of a finite norm is infinite."""
         coefs: dict[str, float | None] = {}
-        led = []
         for group, norm in zip(self.measured, norms, strict=True):
-            if group.leader != group.name:
-                led.append((group, norm))
-                continue
             limit = group.limit_of(norm)
-            coefs[group.name] = coefficient(norm, math.inf if limit > most else limit, self.policy)
-        for group, norm in led:
-            spared = self.policy != "propagate" and not math.isfinite(norm)
-            own = coefficient(norm, math.inf, self.policy)
-            coefs[group.name] = own if spared else coefs[group.leader]
+            coefs[group.name] = coefficient(norm, math.inf if limit > most and math.isfinite(norm) else limit, self.policy)
         return coefs
 
     def stats(self) -> bool:
@@ -323,6 +339,7 @@ class Life:
             expected = {
                 "steps": len(norms),
                 "clipped": sum(coef < 1 for coef in one["coef"]),
+                "dropped": 0,
                 "nonfinite": len(norms) - len(finite),
                 "total_norm": pytest.approx(norms, rel=0, abs=0, nan_ok=True),
                 "coef": pytest.approx(coefs, rel=4e-7, nan_ok=True),
@@ -337,7 +354,7 @@ class Life:
 
     def reload(self) -> bool:
         state = self.clipper.state_dict()
-        self.clipper = self.fresh()
+        self.clipper, self.each = self.fresh(), None
         self.clipper.load_state_dict(state)
         return self.stats()
 
@@ -347,14 +364,30 @@ class Life:
             for group in self.measured
             for name, item in group.once().items()
         }
+        if self.is_each and self.each is None:
+            with pytest.raises(ValueError, match="no step"):
+                self.clipper.norms_by_parameter()
+            return True
         found = self.clipper.norms_by_parameter()
+        grads = self.each if self.is_each else grads_by_id(items.values())
         return list(found) == list(items) and all(
-            norm_is(found[name], [] if item.grad is None else [dense(item.grad)], self.p)
+            norm_is(found[name], [dense(g) for g in [grads[id(item)]] if g is not None], self.p)
             for name, item in items.items()
         )
 
 
-EVENTS = ["backward"] * 3 + ["clip"] * 5 + ["others", "change", "stats", "reload", "by_parameter"]
+EVENTS = (
+    ["backward"] * 3
+    + ["clip"] * 5
+    + [
+        "others",
+        "change",
+        "retarget",
+        "stats",
+        "reload",
+        "by_parameter",
+    ]
+)
 
 
 @pytest.mark.parametrize("reader", ["walk", "python"])

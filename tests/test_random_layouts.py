@@ -28,7 +28,7 @@ if dist.is_available():
 RANKS = range(4)
 ORDERS = [0.5, 1.0, 2.0, 2.0, 3.0, math.inf, 0.0, -1.0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-POLICIES = ["propagate", "skip", "zero", "error"]
+POLICIES = ["propagate", "keep", "zero", "error"]
 CALLS = ["clip", "clip", "clipper", "groups", "groups", "measure", "each", "units"]
 # The meshes of each name, by their ranks; of "plain" the ranks that may hold a tensor each.
 GRIDS: dict[str, list[Any]] = {

@@ -214,9 +214,11 @@ class Case:
         given = outer[0] if len(outer) == 1 else outer
         measured = {} if self.norms is None else {"measured": self.norms}
         if "step" in self.call:
-            norm = fastclip.clipped_step(given, self.max_norm, scaler, self.p, **measured)
+            norm = fastclip.clipped_step(given, self.max_norm, scaler, norm_type=self.p, **measured)
         elif "unscale" in self.call:
-            norm = fastclip.unscale_and_clip_(scaler, given, self.max_norm, self.p, **measured)
+            norm = fastclip.unscale_and_clip_(
+                given, self.max_norm, scaler, norm_type=self.p, **measured
+            )
         else:
             for one in self.stepped if scaler is not None else ():
                 scaler.unscale_(one.inner)

@@ -62,11 +62,11 @@ def groups_of(items):
 CLIPS = {
     "clip": lambda items: fastclip.clip_grad_norm_(items, 1.0),
     "rule": lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / norm),
-    "skip": lambda items: fastclip.clip_grad_norm_(items, 1.0, nonfinite="skip"),
+    "keep": lambda items: fastclip.clip_grad_norm_(items, 1.0, nonfinite="keep"),
     "zero": lambda items: fastclip.clip_grad_norm_(items, 1.0, nonfinite="zero"),
     "error": lambda items: fastclip.clip_grad_norm_(items, 1.0, error_if_nonfinite=True),
     "clipper": lambda items: GradClipper(items, 1.0).clip_(),
-    "clipper-skip": lambda items: GradClipper(items, 1.0, nonfinite="skip").clip_(),
+    "clipper-keep": lambda items: GradClipper(items, 1.0, nonfinite="keep").clip_(),
     "groups": lambda items: groups_of(items).clip_()[0],
     "accumulator": lambda items: NormAccumulator(items).clip_(1.0),
     "accumulator-rule": lambda items: NormAccumulator(items).clip_(lambda norm: norm / norm),
@@ -88,7 +88,7 @@ def test_every_clip_takes_a_norm_beyond_float32(monkeypatch, call, walks):
     assert_scaled(made.grad, torch.tensor(HUGE), 1 / 4e38)
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "keep", "error"])
 def test_a_factor_brings_a_norm_back_into_range(nonfinite):
     (made,) = parameters([torch.tensor(HUGE)])
     norm = fastclip.clip_grad_norm_([made], 1.0, nonfinite=nonfinite, grad_scale=1e-20)
@@ -127,7 +127,7 @@ def test_a_scaler_takes_the_steps_that_torch_takes(call, max_norm):
         if ours and call == "step":
             norm = fastclip.clipped_step(optimizer, max_norm, scaler)
         elif ours:
-            norm = fastclip.unscale_and_clip_(scaler, optimizer, max_norm)
+            norm = fastclip.unscale_and_clip_(optimizer, max_norm, scaler)
         else:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_([weight], min(max_norm, 1e38))

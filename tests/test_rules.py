@@ -184,7 +184,7 @@ def test_a_rule_is_asked_once_whatever_it_answers(answer):
 
 @pytest.mark.parametrize(
     ("answer", "error"),
-    [("two", TypeError), (None, TypeError), (math.nan, ValueError), (torch.ones(2), ValueError)],
+    [("two", TypeError), (None, TypeError), (-1.0, ValueError), (torch.ones(2), ValueError)],
 )
 def test_an_answer_that_is_no_threshold_raises_before_anything_changes(answer, error):
     made = parameters([torch.tensor([3.0, 4.0])])
@@ -241,7 +241,7 @@ class TestNonfinite:
     def test_skip_leaves_them(self, device, bad):
         grads = self.grads(device, bad)
         made = parameters(grads)
-        assert not fastclip.clip_grad_norm_(made, 1.0, nonfinite="skip").isfinite()
+        assert not fastclip.clip_grad_norm_(made, 1.0, nonfinite="keep").isfinite()
         for p, grad in zip(made, grads, strict=True):
             torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
 
@@ -255,7 +255,7 @@ class TestNonfinite:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("nonfinite", ["propagate", "error", "zero", "skip"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "error", "zero", "keep"])
 def test_finite_gradients_are_clipped_whatever_the_policy(device, nonfinite):
     grads = [torch.randn(20, device=device), torch.randn(3, 4, device=device)]
     plain, made = parameters(grads), parameters(grads)
@@ -274,7 +274,7 @@ def test_policies_that_are_none_raise():
     assert torch.equal(made[0].grad, torch.ones(2))
 
 
-@pytest.mark.parametrize("nonfinite", ["zero", "skip"])
+@pytest.mark.parametrize("nonfinite", ["zero", "keep"])
 def test_a_policy_compiles(nonfinite):
     made = parameters([torch.tensor([3.0, 4.0]), torch.ones(2)])
     clip = torch.compile(
@@ -297,3 +297,25 @@ def test_a_rule_compiles(rule):
             p.grad = torch.tensor([0.6 * norm, 0.8 * norm])
         assert torch.equal(clip(made), fastclip.clip_grad_norm_(plain, eager))
         assert torch.equal(made[0].grad, plain[0].grad)
+
+
+@pytest.mark.parametrize("way", ["kernel", "plain"])
+@pytest.mark.parametrize("make", [lambda: ZClip(warmup_steps=5), lambda: AutoClip(50)])
+def test_a_norm_of_0_tells_a_rule_nothing(make, way, monkeypatch):
+    if way == "plain":
+        monkeypatch.setattr(rules, "_zclip", rules._zclip_of)
+        monkeypatch.setattr(rules, "_autoclip", rules._autoclip_of)
+    some, other = make(), make()
+    norms = [0.0] * 30 + [1.0, 1.5] + [0.0] * 3 + [2.0, 1.0, 1.2, 1.3, 50.0]
+    limits = [float(some(torch.tensor(n, dtype=torch.float64))) for n in norms]
+    assert limits[:30] == [math.inf] * 30
+    seen = [n for n in norms if n]
+    assert [limit for limit, n in zip(limits, norms, strict=True) if n] == [
+        float(other(torch.tensor(n, dtype=torch.float64))) for n in seen
+    ]
+    (weight,) = parameters([torch.zeros(1)])
+    rule = make()
+    for value in norms:
+        weight.grad = torch.tensor([value])
+        fastclip.clip_grad_norm_([weight], rule)
+        assert (weight.grad > 0) == (value > 0)

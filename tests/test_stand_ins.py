@@ -57,7 +57,7 @@ CALLS = [
     "fastclip.GradClipper(model, 1.0).clip_()",
     "fastclip.clipped_step(torch.optim.AdamW(weights, fused=True), 1.0)",
     "fastclip.clipped_step(torch.optim.AdamW(weights, fused=True), 1.0, scaled(weights))",
-    "fastclip.unscale_and_clip_(scaled(weights), torch.optim.AdamW(weights), 1.0)",
+    "fastclip.unscale_and_clip_(torch.optim.AdamW(weights), 1.0, scaled(weights))",
     "fastclip.GradClipper(groups=[dict(params=w, max_norm=1.0) for w in weights]).clip_()",
 ]
 

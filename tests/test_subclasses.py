@@ -75,14 +75,14 @@ def two_halves(items: list[nn.Parameter]) -> None:
 
 def unscaled(items: list[nn.Parameter]) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    fastclip.unscale_and_clip_(scaler, torch.optim.SGD(items, lr=1.0), 6.5)
+    fastclip.unscale_and_clip_(torch.optim.SGD(items, lr=1.0), 6.5, scaler)
 
 
 HALF = {
     "norm": lambda items: fastclip.clip_grad_norm_(items, 6.5),
     "tensor": lambda items: fastclip.clip_grad_norm_(items, torch.tensor(6.5)),
     "rule": lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / 2),
-    "policy": lambda items: fastclip.clip_grad_norm_(items, 6.5, nonfinite="skip"),
+    "policy": lambda items: fastclip.clip_grad_norm_(items, 6.5, nonfinite="keep"),
     "halves": two_halves,
     "clipper": lambda items: fastclip.GradClipper(items, 6.5).clip_(),
     "accumulator": lambda items: fastclip.NormAccumulator(items).clip_(6.5),

@@ -20,7 +20,7 @@ def drop_in() -> Tensor:
     model = fresh()
     total_norm: Tensor = fastclip.clip_grad_norm_(model.parameters(), 1.0)
     fastclip.clip_grad_norm_(model.parameters(), total_norm, norm_type="inf")
-    fastclip.clip_grad_norm_(next(model.parameters()), 1, 3, nonfinite="skip", grad_scale=0.5)
+    fastclip.clip_grad_norm_(next(model.parameters()), 1, 3, nonfinite="keep", grad_scale=0.5)
     fastclip.clip_grad_value_(model.parameters(), 0.1)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     total_norm = fastclip.get_total_norm(grads, norm_type=float("inf"), dtype=torch.float64)
@@ -59,11 +59,12 @@ def groups(path: str | None = None) -> float:
     model = fresh()
     own: list[fastclip.Group] = [
         {"params": model[0], "max_norm": AutoClip(), "name": "first"},
-        {"params": model[2].named_parameters(), "coef_of": "first"},
+        {"params": model[2].named_parameters(), "max_norm": fastclip.DropSpikes(1.0)},
         fastclip.Group(params=[], max_norm=None, process_group=None),
     ]
     clipper = GradClipper(groups=own, norm_type="inf", nonfinite="error")
-    norms: Tensor = clipper.clip_()
+    norms: Tensor = clipper.clip_(grad_scale=0.5)
+    clipper.max_norm["first"] = 0.5
     state = clipper.state_dict()
     clipper.load_state_dict(state)
     if path is not None:
@@ -83,7 +84,7 @@ def in_the_step() -> Tensor:
         fastclip.clipped_step(optimizer, 1.0, scaler, measured=norms)
         scaler.update()
         scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
-        fastclip.unscale_and_clip_(scaler, [optimizer], ZClip(), norm_type=2)
+        fastclip.unscale_and_clip_([optimizer], ZClip(), scaler, norm_type=2)
         scaler.step(optimizer)
         scaler.update()
         norms.forget()

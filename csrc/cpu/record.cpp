@@ -1,4 +1,4 @@
-// record_ on the CPU: a row into a ring, where three small ops cost more than the clip of a few
+// record_ on the CPU: norms and thresholds into a ring, where three small ops cost more than the clip of a few
 // tensors.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -11,25 +11,33 @@
 namespace fastclip {
 namespace {
 
-void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& row) {
+// As numbers of `rows`, whose memory is `to`.
+void copy(const at::Tensor& from, const at::Tensor& rows, char* to) {
+  if (rows.scalar_type() == at::kDouble && from.scalar_type() == at::kFloat && from.is_cpu() &&
+      from.is_contiguous()) {
+    std::copy_n(from.const_data_ptr<float>(), from.numel(), reinterpret_cast<double*>(to));
+  } else {
+    const at::Tensor numbers = from.to(rows.options()).contiguous();
+    std::memcpy(to, numbers.const_data_ptr(), numbers.nbytes());
+  }
+}
+
+void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& norms,
+                const at::Tensor& limits) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0,
                     "rows: expected contiguous rows of numbers, got shape ", rows.sizes());
   TORCH_CHECK_VALUE(steps.scalar_type() == at::kLong && steps.numel() == 1 && steps.is_cpu(),
                     "steps: expected one int64 number on the CPU");
-  TORCH_CHECK_VALUE(row.numel() == rows.size(1), "row: expected ", rows.size(1),
-                    " numbers, got shape ", row.sizes());
+  TORCH_CHECK_VALUE(norms.numel() + limits.numel() == rows.size(1), "norms, limits: expected ",
+                    rows.size(1), " numbers, got shapes ", norms.sizes(), " and ", limits.sizes());
   bump_versions({rows, steps});
   int64_t& count = *steps.mutable_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(count >= 0, "steps: expected a count >= 0, got ", count);
-  const int64_t place = count++ % rows.size(0) * row.numel();
-  if (rows.scalar_type() == at::kDouble && row.scalar_type() == at::kFloat && row.is_cpu() &&
-      row.is_contiguous()) {
-    std::copy_n(row.const_data_ptr<float>(), row.numel(), rows.mutable_data_ptr<double>() + place);
-  } else {
-    const at::Tensor numbers = row.to(rows.options()).contiguous();
-    std::memcpy(static_cast<char*>(rows.mutable_data_ptr()) + place * rows.element_size(),
-                numbers.const_data_ptr(), numbers.nbytes());
-  }
+  const auto size = static_cast<int64_t>(rows.element_size());
+  char* row = static_cast<char*>(rows.mutable_data_ptr()) +
+              count++ % rows.size(0) * rows.size(1) * size;
+  copy(norms, rows, row);
+  copy(limits, rows, row + norms.numel() * size);
 }
 
 }  // namespace

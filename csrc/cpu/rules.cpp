@@ -25,6 +25,9 @@ at::Tensor threshold_of(double value, const at::Tensor& total_norm) {
   return cpu::scalar_result(value, at::kDouble).to(total_norm.scalar_type());
 }
 
+// A norm that is 0 or not finite tells a rule nothing.
+bool tells(double norm) { return std::isfinite(norm) && norm > 0; }
+
 template <class T>
 T* state(const at::Tensor& tensor, int64_t least, const char* name) {
   TORCH_CHECK_VALUE(tensor.numel() >= least && tensor.is_cpu() && tensor.is_contiguous() &&
@@ -45,9 +48,9 @@ at::Tensor autoclip_cpu(const at::Tensor& norms, const at::Tensor& count,
   TORCH_CHECK_VALUE(percentile >= 0 && percentile <= 100,
                     "percentile: expected a number from 0 to 100, got ", percentile);
   bump_versions({norms, count});
-  if (std::isfinite(norm)) ring[steps++ % size] = norm;
+  if (tells(norm)) ring[steps++ % size] = norm;
   const int64_t held = std::min(steps, size);
-  if (held == 0) return threshold_of(std::nan(""), total_norm);
+  if (held == 0) return threshold_of(std::isfinite(norm) ? kInfinity : std::nan(""), total_norm);
   std::vector<double> values(ring, ring + held);
   const double rank = (held - 1) * (percentile / 100), share = rank - std::floor(rank);
   const auto below = values.begin() + static_cast<int64_t>(rank);
@@ -70,8 +73,8 @@ at::Tensor zclip_cpu(const at::Tensor& steps, const at::Tensor& mean, const at::
   const bool warm = n >= warmup_steps;
   const double deviation = std::sqrt(v), z = (norm - m) / (deviation + 1e-6);
   const double threshold = m + deviation * z_threshold * z_threshold / z;
-  const bool finite = std::isfinite(norm), quiet = finite && (!warm || z <= z_threshold);
-  if (finite) {
+  const bool quiet = std::isfinite(norm) && (!warm || z <= z_threshold);
+  if (tells(norm)) {
     const double clipped = quiet ? norm : threshold;
     const double old = warm ? alpha : n / (n + 1.0);
     m = clipped + (m - clipped) * old;

@@ -44,18 +44,24 @@ class Threshold {
                              : grads.clip_norm_(number_, p, norm);
   }
 
+  // As a tensor on the device of `norm`.
+  at::Tensor beside(const at::Tensor& norm) const {
+    if (tensor_.defined()) return tensor_.to(norm.device());
+    return at::full({}, number_, norm.options().dtype(at::kDouble));
+  }
+
  private:
   bool is_exact_;
   at::Tensor tensor_;
   double number_ = NAN;
 };
 
-// What `record_` takes besides the norm: rows, and how many there were.
+// What `record_` takes besides the numbers: rows, and how many there were.
 using Log = std::optional<std::pair<at::Tensor, at::Tensor>>;
 
 // `clip_norm_` of the gradients of a list or tuple of parameters, by a number, a 0-d tensor or a
-// rule, of whose answer `checked` makes one of the two; the norm goes into the log, if there is
-// one. Nothing, and nothing is done, if anything is unusual, or the log is on another device.
+// rule, of whose answer `checked` makes one of the two; norm and threshold go into the log, if there
+// is one. Nothing, and nothing is done, if anything is unusual, or the log is on another device.
 inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
                                                 const py::object& max_norm,
                                                 const py::object& norm_type,
@@ -69,16 +75,16 @@ inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
   const auto grads = read<What::kGrads>(parameters);
   if (!grads || grads->size() == 0 || (log && !grads->is_on(log->first.device())))
     return std::nullopt;
-  at::Tensor total_norm;
+  Threshold limit = given;
+  std::optional<at::Tensor> norm;
   if (is_rule) {
-    const at::Tensor norm = grads->norm(p);
-    const py::object answer = max_norm(norm);
-    const Threshold limit(answer);
-    total_norm = (limit.is_usual() ? limit : Threshold(checked(answer))).clip_(*grads, p, norm);
-  } else {
-    total_norm = given.clip_(*grads, p);
+    norm = grads->norm(p);
+    const py::object answer = max_norm(*norm);
+    limit = Threshold(answer);
+    if (!limit.is_usual()) limit = Threshold(checked(answer));
   }
-  if (log) PlainGrads::record_(log->first, log->second, total_norm);
+  const at::Tensor total_norm = limit.clip_(*grads, p, norm);
+  if (log) PlainGrads::record_(log->first, log->second, total_norm, limit.beside(total_norm));
   return total_norm;
 }
 

@@ -174,10 +174,11 @@ class PlainGrads {
     return call(op, tensors_, max_norm, p, known(norm));
   }
 
-  // A row of norms into a ring.
-  static void record_(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& row) {
+  // Norms and their thresholds into a ring.
+  static void record_(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& norms,
+                      const at::Tensor& limits) {
     static const auto op = find_op<RecordOp>("fastclip::record_");
-    call(op, rows, steps, row);
+    call(op, rows, steps, norms, limits);
   }
 };
 

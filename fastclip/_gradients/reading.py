@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _ops
-from .._arguments import fixed_threshold
+from .._arguments import answered
 from .._ranks import (
     NONE,
     Asked,
@@ -86,12 +86,12 @@ def clipped_at_once(
         return None
     log = None if ring is None else ring.tensors
     total_norm: Tensor | None
-    total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, fixed_threshold, log)
+    total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, answered, log)
     plan = planned(parameters) if total_norm is None and over_ranks else None
     if plan is not None:
         total_norm = clipped_by(plan, parameters, max_norm, norm_type)
         if total_norm is not None and ring is not None:
-            ring.add(value_of(total_norm))
+            ring.add(value_of(total_norm), max_norm)
     return total_norm
 
 
@@ -110,10 +110,7 @@ def take(
 def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
     """The parameters themselves, as `take` does: those that `read` finds gradients of."""
     # Over ranks the weights tell what the gradients may be; else only those with one are measured.
-    positions = list(range(len(parameters)))
-    if not is_spread(parameters):
-        found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
-        positions = sorted(i for i in found.values() if parameters[i].grad is not None)
+    positions = present(parameters if is_spread(parameters) else (), parameters)
     weights = [parameters[i] for i in positions]
     return _read(
         weights, None, NONE, False, kind, False, lambda i: f"the weight parameters[{positions[i]}]"
@@ -204,15 +201,21 @@ def _asked(process_group: Any) -> Asked:
     return NONE if process_group is None else (as_groups(process_group),)
 
 
+def present(norms: Sequence[Any] | Tensor, parameters: list[Tensor]) -> list[int]:
+    """Whose norms they are: of all parameters, or of each that has a gradient once."""
+    if len(norms) == len(parameters):
+        return list(range(len(parameters)))
+    found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
+    return sorted(i for i in found.values() if parameters[i].grad is not None)
+
+
 def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
     """The norms of the gradients, with zeros where a parameter has none or was there before."""
     if len(norms) == len(parameters):
         return norms
-    each, seen = iter(norms.unbind()), set()
-    zero, found = norms.new_zeros(()), []
-    for parameter in parameters:
-        found.append(zero if parameter.grad is None or id(parameter) in seen else next(each))
-        seen.add(id(parameter))
+    found = [norms.new_zeros(())] * len(parameters)
+    for i, norm in zip(present(norms, parameters), norms.unbind(), strict=True):
+        found[i] = norm
     return torch.stack(found)
 
 

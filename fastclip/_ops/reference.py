@@ -111,9 +111,10 @@ def clip_norm_(
     return total_norm.to(dtype)
 
 
-def record_(rows: Tensor, steps: Tensor, row: Tensor) -> None:
-    """Write `row` into the ring `rows`, of `steps` rows so far, and count it."""
-    rows.index_copy_(0, steps.remainder(len(rows)), row.to(rows).view(1, -1))
+def record_(rows: Tensor, steps: Tensor, norms: Tensor, limits: Tensor) -> None:
+    """Write a row of both into the ring `rows`, of `steps` rows so far, and count it."""
+    row = torch.cat([some.to(rows).reshape(1, -1) for some in (norms, limits)], 1)
+    rows.index_copy_(0, steps.remainder(len(rows)), row)
     steps.add_(1)
 
 

@@ -140,7 +140,7 @@ define(
 )
 record_ = define(
     "record_",
-    "(Tensor(a!) rows, Tensor(b!) steps, Tensor row) -> ()",
+    "(Tensor(a!) rows, Tensor(b!) steps, Tensor norms, Tensor limits) -> ()",
     _in_place_fake,
     reference.record_,
     refused("GradClipper"),

@@ -5,7 +5,7 @@ Nothing but this room knows DTensors and collectives. It imports `_ops` and `_wa
 
 from .ddp import is_data_parallel, on_reduced_buckets
 from .failure import NUMBERS, Failure, mark_of, raise_if_failed, raise_reason
-from .groups import as_groups, find_differing, is_alone
+from .groups import as_groups, find_differing, is_alone, rank
 from .mesh import is_dtensor, local_of, placed, value_of
 from .parts import as_norm, as_parts, combined, over, over_line, over_mesh, spoiled
 from .plan import Plan, find, follow, is_spread, of_plain, planned

@@ -139,6 +139,11 @@ def is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
+def rank() -> int | None:
+    """This process's, where there are process groups."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+
+
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     """Reduces `values`, in place where they are on the step's device."""
     elsewhere = values.device.type != step.device.type

@@ -42,7 +42,7 @@ class After:
 
     ran: set[str]
 
-    def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
         # Threads that ask the others: another such finder may be one of them.
         self._asking: set[int] = set()
@@ -99,7 +99,7 @@ class Patching:
     def __init__(self) -> None:
         self.is_done = self.has_failed = False
         self.torch = After("torch", lambda _: self._patch_now_or_later())
-        self.fastclip = After("fastclip", lambda _: "torch" in sys.modules and self._patch())
+        self.fastclip = After("fastclip", lambda _: self._patch())
 
     def _patch_now_or_later(self) -> None:
         # A script may import fastclip first, which imports torch before it is whole itself.
@@ -108,7 +108,7 @@ class Patching:
             self._patch()
 
     def _patch(self) -> None:
-        if self.is_done:
+        if self.is_done or "torch" not in sys.modules:
             return
         try:
             # This one, and no other of its name that the script has beside it.

@@ -29,7 +29,7 @@ class GradClip(Callback):
             has its own copy of a rule.
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does, as in `GradClipper`. The trainer steps all the
-            same, unless its scaler does not: after `"skip"` by gradients that are not finite.
+            same, unless its scaler does not: after `"keep"` by gradients that are not finite.
         groups: instead of `max_norm`, a function of the module that returns `GradClipper`'s groups.
         log_name: what norms are logged as, of groups with their names added; None to log none.
 
@@ -45,8 +45,8 @@ class GradClip(Callback):
         self,
         max_norm: Any = None,
         norm_type: NormType = 2.0,
-        nonfinite: Nonfinite = "propagate",
         *,
+        nonfinite: Nonfinite = "propagate",
         groups: Callable[[torch.nn.Module], Sequence[Group]] | None = None,
         log_name: str | None = "grad_norm",
     ) -> None:

@@ -27,12 +27,13 @@ class GradClip(TrainerCallback, ExportableState):
         max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`.
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does, as in `GradClipper`. The Trainer steps all the
-            same, unless its scaler does not: after `"skip"` by gradients that are not finite.
+            same, unless its scaler does not: after `"keep"` by gradients that are not finite.
         groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups,
             whose norms are logged as `grad_norm/` and their name: for a logger to see them, let it
             come after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
 
-    `clipper` is the `GradClipper`, from the beginning of the training on: `clipper.stats()`.
+    `clippers` holds the one `GradClipper`, from the beginning of the training on:
+    `clippers[0].stats()`.
 
     Raises:
         ValueError: then, with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in transformers 4.
@@ -42,8 +43,8 @@ class GradClip(TrainerCallback, ExportableState):
         self,
         max_norm: Any = None,
         norm_type: NormType = 2.0,
-        nonfinite: Nonfinite = "propagate",
         *,
+        nonfinite: Nonfinite = "propagate",
         groups: Callable[[torch.nn.Module], Sequence[Group]] | None = None,
     ) -> None:
         if (max_norm is None) == (groups is None):
@@ -51,7 +52,7 @@ class GradClip(TrainerCallback, ExportableState):
         self.max_norm, self.groups = max_norm, groups
         self.how: dict[str, Any] = {"norm_type": norm_type, "nonfinite": nonfinite}
         self._fresh = max_norm.state_dict() if hasattr(max_norm, "load_state_dict") else None
-        self.clipper: Any = None
+        self.clippers: list[GradClipper] = []
         self._norms: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,21 +62,21 @@ class GradClip(TrainerCallback, ExportableState):
         if self._fresh is not None:
             self.max_norm.load_state_dict(self._fresh)
         if self.groups is not None:
-            self.clipper = GradClipper(groups=self.groups(kwargs["model"]), **self.how)
+            self.clippers = [GradClipper(groups=self.groups(kwargs["model"]), **self.how)]
         else:
-            self.clipper = GradClipper(kwargs["model"], self.max_norm, **self.how)
+            self.clippers = [GradClipper(kwargs["model"], self.max_norm, **self.how)]
         if state.global_step and "state" in exported.get("attributes", {}):
             saved = zlib.decompress(base64.b64decode(exported["attributes"]["state"]))
-            self.clipper.load_state_dict(torch.load(io.BytesIO(saved)))
+            self.clippers[0].load_state_dict(torch.load(io.BytesIO(saved)))
         elif state.global_step:
             warn("GradClip: the checkpoint has no state of it; rules and numbers begin anew")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._norms = self.clipper.clip_()
+        self._norms = self.clippers[0].clip_()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.groups is not None and self._norms is not None and "loss" in logs:
-            names = [f"grad_norm/{name}" for name in self.clipper.names]
+            names = [f"grad_norm/{name}" for name in self.clippers[0].names]
             norms = dict(zip(names, self._norms.tolist(), strict=True))
             logs.update(norms)
             state.log_history[-1].update(norms)
@@ -83,8 +84,8 @@ class GradClip(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its JSON file."""
         attributes = {}
-        if self.clipper is not None:
-            torch.save(self.clipper.state_dict(), file := io.BytesIO())
+        if self.clippers:
+            torch.save(self.clippers[0].state_dict(), file := io.BytesIO())
             attributes["state"] = base64.b64encode(zlib.compress(file.getvalue())).decode()
         return {"args": {}, "attributes": attributes}
 

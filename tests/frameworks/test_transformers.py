@@ -122,7 +122,7 @@ def test_the_callback_clips_as_the_trainer_does(tmp_path):
     ours = trained(tmp_path, 20, [clip], max_grad_norm=0.0)
     theirs = trained(tmp_path, 20, max_grad_norm=0.5)
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    stats = clip.clipper.stats()
+    stats = clip.clippers[0].stats()
     assert stats["steps"] == 20
     assert stats["clipped"] > 0
     logged = [entry["grad_norm"] for entry in ours.state.log_history if "loss" in entry]
@@ -142,8 +142,8 @@ def test_the_callback_takes_groups_and_goes_on_from_a_checkpoint(tmp_path):
     first = trained(tmp_path, 20, [whole], **how)
     last = trained(tmp_path, 20, [rest], resume=str(tmp_path / "checkpoint-10"), **how)
     assert losses(last)[-10:] == pytest.approx(losses(first)[-10:], rel=1e-5)
-    assert rest.clipper.stats() == whole.clipper.stats()
-    stats = whole.clipper.stats()
+    assert rest.clippers[0].stats() == whole.clippers[0].stats()
+    stats = whole.clippers[0].stats()
     for name in ("body", "head"):
         logged = [e[f"grad_norm/{name}"] for e in first.state.log_history if "loss" in e]
         assert logged == pytest.approx(stats[name]["total_norm"])
@@ -153,7 +153,7 @@ def test_the_callback_takes_groups_and_goes_on_from_a_checkpoint(tmp_path):
     shutil.copytree(tmp_path / "checkpoint-20", foreign / "checkpoint-10")
     rest = GradClip(groups=groups)
     trained(foreign, 20, [rest], resume=str(elsewhere), **how)
-    assert rest.clipper.stats() == whole.clipper.stats()
+    assert rest.clippers[0].stats() == whole.clippers[0].stats()
 
 
 def test_a_checkpoint_without_its_state_begins_it_anew(tmp_path):
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_its_state_begins_it_anew(tmp_path):
     resume = str(tmp_path / "checkpoint-10")
     with pytest.warns(UserWarning, match="the checkpoint has no state of it"):
         trained(tmp_path, 20, [clip], resume=resume, max_grad_norm=0.0, **how)
-    assert clip.clipper.stats()["steps"] == 10
+    assert clip.clippers[0].stats()["steps"] == 10
 
 
 def test_another_run_begins_anew_and_a_rule_is_the_users(tmp_path):
@@ -171,7 +171,7 @@ def test_another_run_begins_anew_and_a_rule_is_the_users(tmp_path):
     clip, runs = GradClip(rule), []
     for _ in range(2):
         runs.append(losses(trained(tmp_path, 10, [clip], max_grad_norm=0.0)))
-        assert clip.clipper.stats()["steps"] == int(rule.state_dict()["count"]) == 10
+        assert clip.clippers[0].stats()["steps"] == int(rule.state_dict()["count"]) == 10
     assert runs[0] == runs[1]
 
 

@@ -1,0 +1,121 @@
+"""The parameters of a `GradClipper`, in its groups: found, read, measured by group and scaled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._arguments import Source
+from ._gradients import (
+    Gradients,
+    NamedParameters,
+    aligned,
+    found_in_groups,
+    present,
+    read,
+    read_by,
+)
+from ._ranks import Kind, as_groups, is_spread
+from ._state import Shared
+
+
+class Grouped:
+    """What is measured together, and by what plan. A copy finds its parameters anew.
+
+    `asked` are the process groups of each group. With `each` the norm of a group is made of those
+    of its gradients, which stay in `each_norms`: one for each item, before they were scaled.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        names: Sequence[str] | None,
+        process_groups: Sequence[Any],
+        p: float,
+        each: bool,
+    ) -> None:
+        self.asked = [Shared(as_groups(some)) for some in process_groups]
+        self.names, self.p, self.each = names, p, each
+        self._sources = [NamedParameters(source) for source in sources]
+        self._forget()
+        self._find()
+
+    def _forget(self) -> None:
+        self.items: list[Tensor] = []
+        self.labels: list[int] = []
+        self.each_norms: Tensor | None = None
+        self._plan: Any = None
+
+    @property
+    def is_one(self) -> bool:
+        return self.names is None
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether `clip_grad_norm_` of the items does the same."""
+        return self.is_one and not (self.each or self.asked[0])
+
+    @property
+    def is_over_ranks(self) -> bool:
+        return self._is_spread or any(self.asked)
+
+    def look_again(self) -> None:
+        """Find the parameters, if a module, an optimizer or a list holds others."""
+        if not all(map(NamedParameters.is_unchanged, self._sources)):
+            self._find()
+
+    def _find(self) -> None:
+        items, labels, found = found_in_groups(self._sources, self.names)
+        if labels != self.labels or list(map(id, items)) != list(map(id, self.items)):
+            # A plan and norms are of these items in these groups.
+            self._forget()
+        self.items, self.labels, self.item_names = items, labels, found
+        self._is_spread = is_spread(items)
+
+    def read(self, agree: bool) -> Gradients:
+        if self.each:
+            return read(self.items, kind=Kind.EACH, agree=agree)
+        if self.is_simple:
+            return read(self.items, kind=Kind.of_order(self.p), agree=agree)
+        grads = read_by(self._plan, self.items, self.asked, self.labels, self.p, agree)
+        self._plan = grads.plan
+        return grads
+
+    def norms(self, grads: Gradients, scale: float | Tensor | None) -> Tensor:
+        """Of each group, 1-d, float64, times the scale."""
+        if self.each:
+            found = grads.each_norms(self.p)
+            self._present = present(found, self.items)
+            each = aligned(found, self.items)
+            self.each_norms = each if scale is None else each * scale
+            counts = [self.labels.count(label) for label in range(len(self.asked))]
+            return _ops.norms(list(self.each_norms.split(counts)), self.p, None, True)
+        norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
+        return norms if scale is None else norms * scale
+
+    def scale_(self, grads: Gradients, coefs: Tensor) -> None:
+        """By a coefficient of each group."""
+        if self.is_one:
+            grads.scale_(coefs[0])
+        elif self.each:
+            of_group = coefs.unbind()
+            each = [of_group[self.labels[i]] for i in self._present]
+            grads.scale_each_(torch.stack(each) if each else coefs[:0])
+        else:
+            grads.scale_(coefs)
+
+    def norms_by_item(self) -> Tensor:
+        """Of each item the norm of its gradient, of the last step if those are kept."""
+        if not self.each:
+            grads = read(self.items, kind=Kind.EACH)
+            return aligned(grads.result(grads.each_norms(self.p)), self.items)
+        if self.each_norms is None:
+            raise ValueError("norms_by_parameter: no step has measured these; call clip_() first")
+        return self.each_norms
+
+    def __getstate__(self) -> dict[str, Any]:
+        sources = [NamedParameters(source.source) for source in self._sources]
+        found: dict[str, Any] = {"items": [], "labels": [], "each_norms": None, "_plan": None}
+        return {**vars(self), "_sources": sources, **found}
