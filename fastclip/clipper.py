@@ -251,9 +251,8 @@ class GradClipper:
     def _limits(self, norms: Tensor) -> Tensor:
         """The thresholds, one for each norm, float64 as those."""
         each = map(resolved, self._thresholds.values(), norms.unbind())
-        return torch.stack(
-            [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
-        )
+        limits = [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
+        return torch.stack(limits) if limits else norms
 
     def _histories(self, rows: Tensor) -> list[History]:
         return histories(rows, self.names, self._nonfinite)

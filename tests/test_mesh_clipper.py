@@ -159,6 +159,11 @@ def missing() -> None:
     norms = fastclip.clip_grad_norms_(parameters, math.inf)
     assert norms.tolist() == pytest.approx(expected)
     assert list(clipper.norms_by_parameter().values()) == pytest.approx(expected)
+    kept = GradClipper(parameters, math.inf, each=True)
+    assert full(kept.clip_()).item() == pytest.approx(oracle([torch.tensor(expected)], 2.0))
+    if rank == 0:
+        # What the last step has measured is there on every rank.
+        assert list(kept.norms_by_parameter().values()) == pytest.approx(expected)
     norms = clipper.clip_()
     assert norms.tolist() == pytest.approx([expected[0], both])
     for parameter in parameters:
@@ -270,7 +275,7 @@ def copied() -> None:
         with pytest.raises(TypeError, match="process_group: a process group cannot be pickled"):
             pickle.dumps(made)
     del made.clipper
-    assert pickle.loads(pickle.dumps(GradClipper(made, 1.0))).asked == [()]
+    assert pickle.loads(pickle.dumps(GradClipper(made, 1.0)))._grouped.asked == [()]
 
 
 def test_a_copy_shares_process_groups_which_cannot_be_pickled(world):

@@ -110,10 +110,8 @@ def steps_together(size: int) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         scaler.scale(torch.ones(()))
         optimizers = [torch.optim.AdamW([q], lr=1.0, fused=True) for q in parameters]
-        if step is fastclip.clipped_step:
-            step(optimizers, 1e9, scaler)
-        else:
-            step(scaler, optimizers, 1e9)
+        step(optimizers, 1e9, scaler)
+        if step is fastclip.unscale_and_clip_:
             for optimizer in optimizers:
                 scaler.step(optimizer)
         assert not any(here(q.detach()).any() for q in parameters)

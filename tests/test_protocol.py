@@ -212,6 +212,9 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
     "nonfinite": lambda call, qs: fastclip.find_nonfinite(qs),
     "by parameter": lambda call, qs: GradClipper(qs, 1.0, call.p).norms_by_parameter(),
     "clipper": clipper,
+    "each": lambda call, qs: GradClipper(
+        qs, 1.0, abs(call.p) or 2.0, nonfinite=call.policy, each=True
+    ).clip_(),
     "groups": groups,
     "unscaled": lambda call, qs: stepped(call, qs, False),
     "stepped": lambda call, qs: stepped(call, qs, True),

@@ -325,7 +325,9 @@ class Life:
         coefs: dict[str, float | None] = {}
         for group, norm in zip(self.measured, norms, strict=True):
             limit = group.limit_of(norm)
-            coefs[group.name] = coefficient(norm, math.inf if limit > most and math.isfinite(norm) else limit, self.policy)
+            coefs[group.name] = coefficient(
+                norm, math.inf if limit > most and math.isfinite(norm) else limit, self.policy
+            )
         return coefs
 
     def stats(self) -> bool:

@@ -203,6 +203,7 @@ class Case:
         mine = [piece for piece in self.pieces if self.rank in piece.ranks]
         self.held = [(q, nn.Parameter(q.placed(q.weight, q.places))) for q in mine]
         self.clipper: GradClipper | None = None
+        self.is_each = rng.random() < 0.5
 
     def _limit(self) -> Any:
         number = 10 ** self.rng.uniform(-2, 2)
@@ -273,15 +274,20 @@ class Case:
         if self.call == "units":
             return fastclip.clip_grad_agc_(parameters, 0.1, 1e-3)
         if self.clipper is None and self.call == "clipper":
-            one = parameters, self.limits[0], self.p, self.policy
-            self.clipper = GradClipper(*one, process_group=groups[0])
+            one = parameters, self.limits[0], self.p
+            how = dict(nonfinite=self.policy, process_group=groups[0], each=self.keeps_each(groups))
+            self.clipper = GradClipper(*one, **how)
         elif self.clipper is None:
             dicts = []
             for label, (limit, group) in enumerate(zip(self.limits, groups, strict=True)):
                 own = [parameter for piece, parameter in self.held if piece.label == label]
                 dicts.append({"params": own, "max_norm": limit, "process_group": group})
-            self.clipper = GradClipper(norm_type=self.p, nonfinite=self.policy, groups=dicts)
+            how = dict(nonfinite=self.policy, each=self.keeps_each(groups))
+            self.clipper = GradClipper(norm_type=self.p, groups=dicts, **how)
         return self.clipper.clip_()
+
+    def keeps_each(self, groups: list[Any]) -> bool:
+        return self.p > 0 and self.is_each and all(group is None for group in groups)
 
     # What is right.
 
