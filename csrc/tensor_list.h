@@ -167,8 +167,7 @@ using NormOp = at::Tensor(at::TensorList, double, bool);
 using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
-using RecordOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                      const at::Tensor&);
+using RecordOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
 using Norms = std::optional<at::TensorList>;
 using ClipNormOp = at::Tensor(at::TensorList, double, double, Norms);
 using CoefOp = at::Tensor(const at::Tensor&, double, bool);

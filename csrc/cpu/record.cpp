@@ -1,5 +1,5 @@
-// record_ on the CPU: norms and thresholds into a ring, where three small ops cost more than the clip of a few
-// tensors.
+// record_ on the CPU: norms and thresholds into a ring, where three small ops cost more than the
+// clip of a few tensors.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -34,8 +34,8 @@ void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tenso
   int64_t& count = *steps.mutable_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(count >= 0, "steps: expected a count >= 0, got ", count);
   const auto size = static_cast<int64_t>(rows.element_size());
-  char* row = static_cast<char*>(rows.mutable_data_ptr()) +
-              count++ % rows.size(0) * rows.size(1) * size;
+  char* row =
+      static_cast<char*>(rows.mutable_data_ptr()) + count++ % rows.size(0) * rows.size(1) * size;
   copy(norms, rows, row);
   copy(limits, rows, row + norms.numel() * size);
 }

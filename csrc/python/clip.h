@@ -60,8 +60,9 @@ class Threshold {
 using Log = std::optional<std::pair<at::Tensor, at::Tensor>>;
 
 // `clip_norm_` of the gradients of a list or tuple of parameters, by a number, a 0-d tensor or a
-// rule, of whose answer `checked` makes one of the two; norm and threshold go into the log, if there
-// is one. Nothing, and nothing is done, if anything is unusual, or the log is on another device.
+// rule, of whose answer `checked` makes one of the two; norm and threshold go into the log, if
+// there is one. Nothing, and nothing is done, if anything is unusual, or the log is on another
+// device.
 inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
                                                 const py::object& max_norm,
                                                 const py::object& norm_type,
