@@ -666,6 +666,13 @@ def test_what_is_no_attribute_cannot_be_set():
         with pytest.raises(AttributeError):
             setattr(clipper, name, 1.0)
 
+    class Logged(GradClipper):
+        writer = None
+
+    own = Logged([], 1.0)
+    own.writer = own.step = 3
+    assert (own.writer, own.step) == (3, 3)
+
 
 def test_a_factor_is_that_of_clip_grad_norm(device):
     for scale in (0.5, torch.tensor(0.5, device=device)):

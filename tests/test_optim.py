@@ -343,6 +343,11 @@ def test_bad_input_is_named_and_changes_nothing():
     halves = torch.optim.AdamW(half, fused=True)
     for call, error, match in (
         (lambda: fastclip.unscale_and_clip_(net, 1.0, scaler), TypeError, "optimizer"),
+        (
+            lambda: fastclip.unscale_and_clip_(scaler, optimizer, 1.0),
+            TypeError,
+            r"\(optimizer, max_norm, scaler\)",
+        ),
         (lambda: fastclip.unscale_and_clip_(optimizer, 1.0, optimizer), TypeError, "scaler"),
         (lambda: fastclip.unscale_and_clip_(optimizer, -1.0, scaler), ValueError, "max_norm"),
         (lambda: fastclip.clipped_step(net, 1.0), TypeError, "optimizer"),

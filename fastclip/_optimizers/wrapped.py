@@ -14,7 +14,8 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}"
+                f"optimizer: expected a torch.optim.Optimizer or several, got "
+                f"{type(one).__name__}; the arguments are (optimizer, max_norm, scaler)"
             )
     # One and its wrapper are one.
     found: dict[int, Optimizer] = {}
