@@ -54,10 +54,11 @@ def thresholds(max_norm: Any, count: int) -> float | Tensor:
 
 
 class Thresholds(Mapping[str, Any]):
-    """Those of the groups by their names, which may be set."""
+    """Those of the groups by their names. Numbers that were set later are in `changed` too."""
 
-    def __init__(self, own: dict[str, Any]) -> None:
-        self._own = own
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self._own = dict(own)
+        self.changed: dict[str, float] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self._own[name]
@@ -74,7 +75,15 @@ class Thresholds(Mapping[str, Any]):
     def __setitem__(self, name: str, max_norm: Threshold) -> None:
         if name not in self._own:
             raise ValueError(f"max_norm: no group is named {name!r}; they are {list(self._own)}")
-        self._own[name] = threshold(max_norm)
+        self._own[name] = checked = threshold(max_norm)
+        self.changed.pop(name, None)
+        if isinstance(checked, float):
+            self.changed[name] = checked
+
+    def __copy__(self) -> "Thresholds":
+        twin = Thresholds(self._own)
+        twin.changed = dict(self.changed)
+        return twin
 
 
 def factor(grad_scale: float | Tensor, p: float) -> float | Tensor | None:

@@ -1,6 +1,7 @@
 """From norms to coefficients: by a threshold or a rule, and where a norm is not finite."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ def decide(
 def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
     """What a rule makes of the norm; a number or a tensor as it is."""
     return answered(max_norm(total_norm)) if callable(max_norm) else max_norm
+
+
+def limits_of(thresholds: Iterable[Threshold], norms: Tensor) -> Tensor:
+    """The thresholds, one for each norm, float64 as those."""
+    each = map(resolved, thresholds, norms.unbind())
+    limits = [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
+    return torch.stack(limits) if limits else norms
 
 
 def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:

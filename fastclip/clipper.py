@@ -1,5 +1,7 @@
 """A clip that is prepared once: groups with their own norms, a policy, and numbers to look at."""
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -21,7 +23,7 @@ from ._arguments import (
     policy,
     positive_order,
 )
-from ._decide import decide, raise_if_nonfinite, resolved
+from ._decide import decide, limits_of, raise_if_nonfinite
 from ._gradients import clipped_at_once
 from ._grouped import Grouped
 from ._history import History, Ring, draw, histories, last_of, stats_of
@@ -51,11 +53,10 @@ class GradClipper:
             each group, if it is not given.
 
     `clipper.max_norm` is the threshold, and may be set to another between steps; of groups it maps
-    their names to theirs: `clipper.max_norm["head"] = 0.5`.
-
-    Over ranks the first `clip_`, also of a copy and after a state was loaded, compares names,
-    numbers, rules and how many norms they have seen, and versions, and waits for the device.
-    `torch.compile` takes `clip_` whole after that, but for groups and `process_group`.
+    their names to theirs: `clipper.max_norm["head"] = 0.5`. Over ranks the first `clip_`, also of a
+    copy and after a state was loaded, compares names, numbers, rules and how many norms they
+    have seen, and versions, and waits for the device. `torch.compile` takes `clip_` whole after
+    that, but for groups and `process_group`.
 
     Call `clip_` once before a CUDA graph captures it: that call makes the tensors. A copy, also by
     `pickle`, goes on from the same state; that of a module which holds its clipper clips the copy.
@@ -89,7 +90,7 @@ class GradClipper:
         self._nonfinite = policy(nonfinite)
         one = {"params": parameters, "max_norm": max_norm, "name": "total"}
         known = checked_groups([one] if groups is None else groups)
-        self._thresholds = {group["name"]: group["max_norm"] for group in known}
+        self._thresholds = Thresholds({group["name"]: group["max_norm"] for group in known})
         names = None if groups is None else self.names
         asked = [group.get("process_group", process_group) for group in known]
         if each and any(some is not None for some in asked):
@@ -112,7 +113,7 @@ class GradClipper:
     @property
     def max_norm(self) -> Any:
         """The threshold; of groups those by name."""
-        return self._thresholds["total"] if self._grouped.is_one else Thresholds(self._thresholds)
+        return self._thresholds["total"] if self._grouped.is_one else self._thresholds
 
     @max_norm.setter
     def max_norm(self, value: Threshold | Mapping[str, Threshold]) -> None:
@@ -120,7 +121,7 @@ class GradClipper:
         if not isinstance(given, Mapping):
             raise TypeError(f"max_norm: expected a dict with names of {self.names}, got {value!r}")
         for name, one in given.items():
-            Thresholds(self._thresholds)[name] = one
+            self._thresholds[name] = one
 
     def clip_(self, *, grad_scale: float | Tensor = 1.0) -> Tensor:
         """Clip the gradients in place.
@@ -154,7 +155,7 @@ class GradClipper:
         norms = grouped.norms(grads, scale)
         if nonfinite == "error":
             raise_if_nonfinite(norms, grouped.p)
-        limits = self._limits(norms)
+        limits = limits_of(self._thresholds.values(), norms)
         grouped.scale_(grads, decide(norms, limits, grads.is_wide(), nonfinite, scale))
         total_norm = grads.result(norms[0] if grouped.is_one else norms)
         self._ring.add(value_of(total_norm), limits)
@@ -194,10 +195,10 @@ class GradClipper:
         return found["total"] if self._grouped.is_one else found
 
     def last(self) -> dict[str, Any]:
-        """Return the last step for a logger: numbers `total_norm`, `max_norm` and `coef`, and
-        whether it was `dropped`.
+        """Return numbers of the last step for a logger.
 
-        Of groups one such dict each, by name. Waits for the device, and fetches one step only.
+        `total_norm`, `max_norm`, `coef`, and whether it was `dropped`; of groups one such dict
+        each, by name. Waits for the device, and fetches one step only.
 
         Raises:
             ValueError: no step was recorded.
@@ -216,13 +217,16 @@ class GradClipper:
         draw(steps, self._histories(rows), path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded, and the states of rules by their group; waits for the device.
+        """What was recorded, the states of rules by their group, and numbers that `max_norm` was
+        set to since the clipper was made; waits for the device.
 
         Tensors on the CPU, whose names and shapes follow from the arguments alone, so that
         `torch.distributed.checkpoint` restores them into any clipper made with the same.
         """
         rules = {name: rule.state_dict() for name, rule in self._stateful().items()}
-        return {"rules": rules, "log": self._ring.state_dict()}
+        numbers = [self._thresholds.changed.get(name, math.nan) for name in self.names]
+        changed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return {"rules": rules, "log": self._ring.state_dict(), "max_norm": changed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a clipper with the same arguments returned, on all ranks.
@@ -239,20 +243,18 @@ class GradClipper:
         self._ring.load_state_dict(state["log"])
         for name, rule in own.items():
             rule.load_state_dict(state["rules"][name])
+        for name, number in zip(self.names, state["max_norm"].tolist(), strict=True):
+            if number == number:
+                self._thresholds[name] = number
         self._is_compared = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_is_compared": False}
+        twins = {name: copy.copy(getattr(self, name)) for name in ("_grouped", "_thresholds")}
+        return {**vars(self), **twins, "_is_compared": False}
 
     def _stateful(self) -> dict[str, Any]:
         rules = self._thresholds.items()
         return {name: rule for name, rule in rules if hasattr(rule, "load_state_dict")}
-
-    def _limits(self, norms: Tensor) -> Tensor:
-        """The thresholds, one for each norm, float64 as those."""
-        each = map(resolved, self._thresholds.values(), norms.unbind())
-        limits = [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
-        return torch.stack(limits) if limits else norms
 
     def _histories(self, rows: Tensor) -> list[History]:
         return histories(rows, self.names, self._nonfinite)

@@ -660,6 +660,24 @@ def test_the_threshold_of_a_group_may_be_changed_by_its_name():
             clipper.max_norm = bad
 
 
+def test_a_threshold_that_was_set_is_saved_and_a_copy_has_its_own():
+    made = parameters([torch.tensor([3.0, 4.0]), torch.tensor([1.0])])
+    groups = [{"params": q, "max_norm": n} for q, n in zip(made, (math.inf, 1.0), strict=True)]
+    clipper, other = GradClipper(groups=groups), GradClipper(groups=groups)
+    clipper.max_norm["0"] = 0.5
+    twin = copy.copy(clipper)
+    twin.max_norm["0"] = 0.25
+    assert (clipper.max_norm["0"], twin.max_norm["0"]) == (0.5, 0.25)
+    clipper.clip_()
+    other.max_norm["1"] = 7.0
+    other.load_state_dict(clipper.state_dict())
+    assert dict(other.max_norm) == {"0": 0.5, "1": 7.0}
+    assert dict(copy.deepcopy(other).max_norm) == dict(other.max_norm)
+    assert {n: v.shape for n, v in other.state_dict().items() if n == "max_norm"} == {
+        "max_norm": (2,)
+    }
+
+
 def test_what_is_no_attribute_cannot_be_set():
     clipper = GradClipper([], 1.0)
     for name in ("max_nrom", "norm_type", "thresholds", "names"):

@@ -30,7 +30,7 @@ def check(outer: Optimizer) -> None:
     way = f"make it with fused=True{since}, or " if can else ""
     raise ValueError(
         f"optimizer: {name} {why}cannot divide gradients in its step; {way}call "
-        "unscale_and_clip_(scaler, optimizer, max_norm), or without a scaler clip_grad_norm_, and "
+        "unscale_and_clip_(optimizer, max_norm, scaler), or without a scaler clip_grad_norm_, and "
         "then step"
     )
 
