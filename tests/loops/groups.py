@@ -19,9 +19,9 @@ for step in range(100):
     optimizer.zero_grad()
     batch = torch.randn(16, 8)
     (model(batch) - batch.sum(1, keepdim=True)).square().mean().backward()
-    # The paper leaves the last layer out.
+    norms = clipper.clip_()  # one for each group
+    # Afterwards, for the rule to see the norms as they were. The paper leaves the last layer out.
     fastclip.clip_grad_agc_(trunk.parameters(), clip_factor=0.1)
-    clipper.clip_()
     optimizer.step()
     if step == 50:
         clipper.max_norm["head"] = 0.5
@@ -29,4 +29,4 @@ for step in range(100):
         # Both wait for the device, so not at every step. With TensorBoard:
         # writer.add_scalars("grad_norm", clipper.norms_by_parameter(), step)
         print(step, clipper.norms_by_parameter())
-        print(step, clipper.last()["trunk"])
+        print(step, norms.tolist(), clipper.last()["trunk"])
