@@ -32,7 +32,7 @@ def decide(
             "max_norm: it is NaN, so this step is to be dropped, and nonfinite is 'error'; catch "
             "this and skip the step, or pass nonfinite='keep' or 'zero'"
         )
-    return spared(coef, is_bad(norms, limit), nonfinite)
+    return spared(coef, norms, limit, nonfinite)
 
 
 def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
@@ -53,11 +53,11 @@ def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
     return bad | limit.isnan().to(norms.device) if isinstance(limit, Tensor) else bad
 
 
-def spared(coef: Tensor, bad: Tensor, nonfinite: str) -> Tensor:
+def spared(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
     """`coef`; where a step is bad 1 for "keep", for "zero" one that `scale_` zeroes by."""
     if nonfinite not in ("keep", "zero"):
         return coef
-    return coef.where(~bad, 1 if nonfinite == "keep" else -0.0)
+    return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else -0.0)
 
 
 def raise_if_nonfinite(norms: Tensor, p: float) -> None:

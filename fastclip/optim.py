@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import _optimizers
 from ._arguments import NormType, Threshold, positive_order, threshold
-from ._decide import decide, is_bad, resolved, spared
+from ._decide import decide, is_bad, resolved
 from ._gradients import Gradients, fail, read
 from ._ops import is_known, widest
 from ._optimizers import as_list, layers_of, parameters_of
@@ -74,7 +74,7 @@ def unscale_and_clip_(
     if inv_scale is None:
         grads.scale_(found.coef)
         return grads.result(found.norm)
-    coef = spared(found.coef, found.is_bad > 0, "keep")
+    coef = _unless_bad(found.coef, found)
     grads.scale_(coef * inv_scale.to(coef))
     _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
     return grads.result(found.norm)
@@ -137,7 +137,7 @@ def clipped_step(
     found = _measure(grads, max_norm, p, inv_scale)
     coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
     before, divisor = _optimizers.split(coef, grads.is_wide())
-    todo = [spared(before, found.is_bad > 0, "keep")]
+    todo = [_unless_bad(before, found)]
     # Most often by 1, which the host knows on the CPU; a device finds out for itself.
     if is_known(before) and before == 1:
         todo.clear()
@@ -170,6 +170,11 @@ class _Found(NamedTuple):
     norm: Tensor  # of the unscaled gradients
     coef: Tensor
     is_bad: Tensor  # 0-d, float32, as scalers and optimizers have it
+
+
+def _unless_bad(coef: Tensor, found: _Found) -> Tensor:
+    """1 where the step is skipped, whose gradients stay as they are."""
+    return coef.where(found.is_bad == 0, 1)
 
 
 def _measure(grads: Gradients, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:

@@ -46,7 +46,7 @@ CALLS = [
     "fastclip.clip_grad_norm_(weights, 1.0, 3.0)",
     "fastclip.clip_grad_norm_(weights, 1.0, process_group=dist.group.WORLD)",
     "fastclip.clip_grad_norm_(weights, 1.0, process_group=mesh)",
-    "fastclip.clip_grad_norm_(weights, 1.0, nonfinite='skip')",
+    "fastclip.clip_grad_norm_(weights, 1.0, nonfinite='keep')",
     "fastclip.get_total_norm([w.grad for w in weights])",
     "fastclip.clip_grads_with_norm_(weights, 1.0, fastclip.get_total_norm([weights[0].grad]))",
     "fastclip.clip_grad_norms_(weights, 1.0)",
