@@ -145,9 +145,9 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
 
 def answered(limit: Any) -> float | Tensor:
     """What a rule has answered: a threshold, or NaN, always as a tensor, to drop the step."""
-    if isinstance(limit, Tensor) or number("max_norm", limit) == number("max_norm", limit):
-        return fixed_threshold(limit)
-    return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
+    if not isinstance(limit, Tensor) and math.isnan(number("max_norm", limit)):
+        return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
+    return fixed_threshold(limit)
 
 
 def policy(nonfinite: Nonfinite, error_if_nonfinite: bool = False) -> Nonfinite:

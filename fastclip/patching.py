@@ -37,7 +37,7 @@ class Patch:
         self._was_entered = False
 
     def __enter__(self) -> "Patch":
-        if self._was_entered or not _patches.hold(self):
+        if self._was_entered or not _patches.holds(self):
             _patches.add(self)
         self._was_entered = True
         return self
@@ -105,7 +105,7 @@ class _Patches:
         self._undo: list[Undo] = []
         self._by_name: list[str] = []
 
-    def hold(self, one: Patch) -> bool:
+    def holds(self, one: Patch) -> bool:
         return any(held is one for held in self._held)
 
     def add(self, new: Patch) -> None:
@@ -118,7 +118,7 @@ class _Patches:
         with self._lock:
             if one is None and self._held:
                 one = self._held[-1]
-            if one is None or not self.hold(one):
+            if one is None or not self.holds(one):
                 return
             held = [*self._held]
             # Blocks of one patch may lie in each other.
