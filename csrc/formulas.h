@@ -34,14 +34,14 @@ inline Norm norm_kind(double p) {
 }
 
 // Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
-// only measures. A NaN or negative threshold, which only a tensor can bring here, and a negative
-// norm, which is somebody's mark for a failure, give NaN: loud, where a negative multiplier would
-// silently turn descent into ascent. Whoever scales writes nothing at 1, and takes -0.0, which this
-// never gives, to mean zeros, which no multiplication makes of a NaN.
+// only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
+// where a negative multiplier would silently turn descent into ascent. Whoever scales writes
+// nothing at 1, and takes -0.0, which this never gives, to mean zeros, which no multiplication
+// makes of a NaN. Python has the same formula in fastclip/_ops/coef.py.
 template <class acc_t>
 constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
   if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;
-  if (!(max_norm >= 0) || total_norm < 0) return std::numeric_limits<acc_t>::quiet_NaN();
+  if (!(max_norm >= 0)) return std::numeric_limits<acc_t>::quiet_NaN();
   const acc_t coef = max_norm / (total_norm + static_cast<acc_t>(1e-6));
   return coef >= 1 ? 1 : coef + 0;
 }

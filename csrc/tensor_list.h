@@ -8,6 +8,7 @@
 #include <c10/core/impl/COWDeleter.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -54,13 +55,19 @@ enum class Unit { kTensor, kRow };
 // those that are only read.
 enum class Access { kRead, kWrite };
 
+// Whether kernels serve at all; where they do not, every list is for the default ops. It is what
+// `fastclip.use_kernels` says.
+inline std::atomic<bool> kernels_are_on{true};
+
 // A list the kernels can take: flat tensors of one device, or their rows. Each tensor is looked at
 // once, for its object is more memory than a small tensor's data.
 class FlatList {
  public:
-  // Nothing if any tensor is not flat or elsewhere: that list is for the default op.
+  // Nothing if the kernels are off, or any tensor is not flat or elsewhere: that list is for the
+  // default op.
   static std::optional<FlatList> look(at::TensorList tensors, Unit unit = Unit::kTensor,
                                       Access access = Access::kRead) {
+    if (!kernels_are_on) return std::nullopt;
     FlatList list(unit);
     list.items_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -169,14 +176,11 @@ using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef,
 using ClampOp = void(at::TensorList, double);
 using RecordOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
 using Norms = std::optional<at::TensorList>;
-using ClipNormOp = at::Tensor(at::TensorList, double, double, Norms);
-using CoefOp = at::Tensor(const at::Tensor&, double, bool);
-using CoefTensorOp = at::Tensor(const at::Tensor&, const at::Tensor&, bool);
-using ClipNormTensorOp = at::Tensor(at::TensorList, const at::Tensor&, double, Norms);
+using ClipNormOp = at::Tensor(at::TensorList, const at::Tensor&, double, Norms);
 
 template <class Op>
-auto find_op(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Op>();
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
 // Calls the plain-PyTorch default of an op from inside a kernel of the same op: an empty key set
@@ -215,7 +219,7 @@ inline void check_coef(const FlatList& list, const at::Tensor& coef,
                     " groups, got shape ", coef.sizes());
 }
 
-// max_norm of `clip_norm_`, where it is a tensor.
+// max_norm of `clip_norm_`.
 inline void check_threshold(const at::Tensor& max_norm) {
   TORCH_CHECK_VALUE(max_norm.numel() == 1, "max_norm: expected a 0-d tensor, got shape ",
                     max_norm.sizes());

@@ -4,6 +4,7 @@ from ._arguments import Group
 from .accumulator import NormAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .clipper import GradClipper
+from .kernels import use_kernels
 from .nonfinite import find_nonfinite
 from .optim import clipped_step, unscale_and_clip_
 from .patching import patch, unpatch
@@ -30,5 +31,6 @@ __all__ = [
     "patch",
     "unpatch",
     "unscale_and_clip_",
+    "use_kernels",
 ]
 __version__ = "0.1.0"

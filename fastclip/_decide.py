@@ -19,8 +19,8 @@ def decide(
 ) -> Tensor:
     """What to multiply gradients by: factor * min(1, max_norm / (norm + 1e-6)), of `norms`' shape.
 
-    `norms`, 0-d or 1-d, are float64 and those of `factor` times the gradients. The coefficient is
-    as precise as float32, or, if `wide`, as float64.
+    `norms`, 0-d or 1-d, are those of `factor` times the gradients, of which any is float64 if they
+    are `wide`.
     """
     limit = resolved(max_norm, norms)
     coef = clip_coef(norms, limit, wide)

@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import widest
+from ._ops import refuse_transforms, widest
 
 CPU = torch.device("cpu")
+
+
+def put(place: Tensor, value: Tensor) -> None:
+    """Write a 0-d tensor into another one."""
+    # As views of one element: in a graph torch 2.13 loses what is written to a 0-d float64 of the
+    # CPU (2.14 does not).
+    place.view(1).copy_(value.view(1))
 
 
 class State:
@@ -35,6 +42,7 @@ class State:
 
     def _on(self, device: torch.device) -> Iterable[Tensor]:
         """The tensors, there from now on, in the order of `_start`."""
+        refuse_transforms(type(self).__name__)
         if device != self._device:
             self._move(device)
         return self._here.values()

@@ -1,5 +1,6 @@
 """The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -215,4 +216,6 @@ def clip_grads_with_norm_(
     grads = read(parameters, foreach)
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     with torch.set_grad_enabled(is_differentiated()):
-        grads.scale_(clip_coef(precise, max_norm))
+        coef = clip_coef(precise, max_norm)
+        # Some take -1 for a norm that is not finite: loud, where it would reverse the step.
+        grads.scale_(coef.masked_fill(precise < 0, math.nan))

@@ -27,6 +27,7 @@ from ._decide import decide, limits_of, raise_if_nonfinite
 from ._gradients import clipped_at_once
 from ._grouped import Grouped
 from ._history import History, Ring, draw, histories, last_of, stats_of
+from ._ops import refuse_transforms
 from ._ranks import value_of
 
 
@@ -40,7 +41,7 @@ class GradClipper:
     Args:
         parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several modules or
             optimizers. Names are those of the module, or of the optimizer if it was given any.
-        max_norm: a number, a 0-d tensor or a rule, as in `clip_grad_norm_`; `inf` only measures.
+        max_norm: a number, a 0-d tensor or a rule, as in `clip_grad_norm_`.
         norm_type: order p of the norms, any number or `'inf'`.
         nonfinite: what an infinite or NaN norm does to its group, as in `clip_grad_norm_`.
         groups: instead of the first two, dicts with `"params"`, as `parameters`; `"max_norm"`, None
@@ -137,6 +138,7 @@ class GradClipper:
             ValueError: ranks were made otherwise, or did not load the same state; on all ranks.
             TypeError: a gradient that cannot be clipped; gradients untouched.
         """
+        refuse_transforms("GradClipper")
         grouped, nonfinite = self._grouped, self._nonfinite
         grouped.look_again()
         scale = factor(grad_scale, grouped.p)
@@ -147,9 +149,8 @@ class GradClipper:
                 return total_norm
         agree = nonfinite != "propagate"
         if grouped.is_over_ranks and not self._is_compared:
-            thresholds = list(self._thresholds.values())
-            how = self.names, thresholds, grouped.p, nonfinite
-            check_agreement(lambda: grouped.read(agree), *how)
+            how = list(self._thresholds.values()), grouped.p, nonfinite
+            check_agreement(lambda: grouped.read(agree), self.names, *how)
             self._is_compared = True
         grads = grouped.read(agree)
         norms = grouped.norms(grads, scale)

@@ -6,50 +6,21 @@ waits for it. A norm that is 0 (a frozen start, a loss that is masked) or not fi
 nothing, and never enters the state; a rule that has seen no other does not clip. Call a rule once
 before a CUDA graph captures it: that call brings the state there.
 
-Each is a class, a formula in plain PyTorch, and an op that makes one call of it. The formula takes
-the norm and the state, which it changes in place, and returns the threshold, all on one device;
-csrc/cpu/rules.cpp has it again, as one call of C++ for some twenty of torch.
+A new rule is a subclass of `State`: `_start` makes the state, and `__call__` changes it in place.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._state import CPU, State
+from ._state import CPU, State, put
 from ._warnings import warn
 
 
 def tells(norm: Tensor) -> Tensor:
     """Whether it tells a rule anything."""
     return norm.isfinite() & (norm > 0)
-
-
-def _autoclip_of(norms: Tensor, count: Tensor, total_norm: Tensor, percentile: float) -> Tensor:
-    """A percentile of the last norms: `norms` is a ring of float64, `count` how many there were."""
-    history = len(norms)
-    telling = tells(total_norm)
-    # Where the norm tells nothing its place keeps what it holds.
-    place = (count % history).reshape(1)
-    norms.index_copy_(0, place, torch.where(telling, total_norm.to(norms), norms[place]))
-    count += telling
-    # Places not taken yet are infinite and come last.
-    rank = (count.clamp(max=history) - 1).clamp_(min=0).to(norms) * (percentile / 100)
-    below = rank.floor()
-    around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
-    limit = around[0].lerp(around[1], rank - below)
-    return limit.masked_fill((count == 0) & total_norm.isfinite(), math.inf).to(total_norm.dtype)
-
-
-_autoclip: Callable[..., Tensor] = _ops.define(
-    "autoclip_",
-    "(Tensor(a!) norms, Tensor(b!) count, Tensor total_norm, float percentile) -> Tensor",
-    lambda norms, count, total_norm, percentile: torch.empty_like(total_norm),
-    _autoclip_of,
-    _ops.refused("AutoClip"),
-)
 
 
 class AutoClip(State):
@@ -90,48 +61,23 @@ class AutoClip(State):
         norms = torch.full((self.history,), math.inf, dtype=torch.float64, device=CPU)
         return {"norms": norms, "count": norms.new_zeros((), dtype=torch.int64)}
 
+    @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        return _autoclip(*self._on(total_norm.device), total_norm, self.percentile)
-
-
-def _zclip_of(
-    steps: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    total_norm: Tensor,
-    alpha: float,
-    z_threshold: float,
-    warmup_steps: int,
-) -> Tensor:
-    """What stands out of the averages; in the warm-up those of all norms so far (Welford 1962)."""
-    warm = steps >= warmup_steps
-    n = steps.to(mean)
-    old = (n / (n + 1)).masked_fill(warm, alpha)
-    new = n.clamp(min=1).reciprocal().masked_fill(warm, 1 - alpha)
-    norm = total_norm.to(mean)
-    deviation = variance.sqrt()
-    z = (norm - mean) / (deviation + 1e-6)
-    threshold = mean + deviation * z_threshold**2 / z
-    # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
-    quiet = norm.isfinite() & (~warm | (z <= z_threshold))
-    telling = tells(norm)
-    clipped = norm.where(quiet, threshold)
-    following = torch.lerp(clipped, mean, old)
-    spread = variance * old + (clipped - following).square() * new
-    mean.copy_(following.where(telling, mean))
-    variance.copy_(spread.where(telling, variance))
-    steps.add_(telling).clamp_(max=warmup_steps)
-    return threshold.masked_fill(quiet, math.inf).to(total_norm.dtype)
-
-
-_zclip: Callable[..., Tensor] = _ops.define(
-    "zclip_",
-    "(Tensor(a!) steps, Tensor(b!) mean, Tensor(c!) variance, Tensor total_norm, float alpha, "
-    "float z_threshold, int warmup_steps) -> Tensor",
-    lambda steps, mean, variance, total_norm, *how: torch.empty_like(total_norm),
-    _zclip_of,
-    _ops.refused("ZClip"),
-)
+        # `norms` is a ring, `count` how many norms there were.
+        norms, count = self._on(total_norm.device)
+        norm = total_norm.to(norms)
+        telling = tells(norm)
+        # Where the norm tells nothing its place keeps what it holds.
+        place = (count % self.history).reshape(1)
+        norms.index_copy_(0, place, norm.where(telling, norms[place]))
+        count += telling
+        # Places not taken yet are infinite and come last.
+        held = count.clamp(max=self.history)
+        rank = (held - 1).clamp_(min=0).to(norms) * (self.percentile / 100)
+        below = rank.floor()
+        low, high = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
+        limit = low.lerp(high, rank - below)
+        return limit.masked_fill((count == 0) & norm.isfinite(), math.inf).to(total_norm)
 
 
 class ZClip(State):
@@ -177,6 +123,24 @@ class ZClip(State):
         steps = zero.new_zeros((), dtype=torch.int64)
         return {"steps": steps, "mean": zero, "variance": zero.clone()}
 
+    @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        how = self.alpha, self.z_threshold, self.warmup_steps
-        return _zclip(*self._on(total_norm.device), total_norm, *how)
+        steps, mean, variance = self._on(total_norm.device)
+        norm, n = total_norm.to(mean), steps.to(mean)
+        # In the warm-up mean and variance are those of all norms so far (Welford 1962).
+        warm = steps >= self.warmup_steps
+        old = (n / (n + 1)).masked_fill(warm, self.alpha)
+        new = n.clamp(min=1).reciprocal().masked_fill(warm, 1 - self.alpha)
+        deviation = variance.sqrt()
+        z = (norm - mean) / (deviation + 1e-6)
+        threshold = mean + deviation * self.z_threshold**2 / z
+        # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
+        quiet = norm.isfinite() & (~warm | (z <= self.z_threshold))
+        telling = tells(norm)
+        clipped = norm.where(quiet, threshold)
+        following = torch.lerp(clipped, mean, old)
+        spread = variance * old + (clipped - following).square() * new
+        put(mean, following.where(telling, mean))
+        put(variance, spread.where(telling, variance))
+        steps.add_(telling).clamp_(max=self.warmup_steps)
+        return threshold.masked_fill(quiet, math.inf).to(total_norm)

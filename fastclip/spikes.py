@@ -1,52 +1,15 @@
 """A rule that drops steps: `DropSpikes`, made as those of rules.py are."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _ops
 from ._arguments import Threshold, threshold
 from ._decide import resolved
-from ._state import CPU, State
+from ._state import CPU, State, put
 from .rules import tells
-
-
-def _drop_spikes_of(
-    steps: Tensor,
-    mean: Tensor,
-    drops: Tensor,
-    total_norm: Tensor,
-    factor: float,
-    alpha: float,
-    warmup_steps: int,
-    patience: int,
-) -> Tensor:
-    """The norm, or NaN in its place where the step is to be dropped."""
-    norm = total_norm.to(mean)
-    is_far = norm.isfinite() & (steps >= warmup_steps) & (norm > factor * mean)
-    is_believed = is_far & (drops >= patience)
-    is_dropped = is_far & ~is_believed
-    telling = tells(norm) & ~is_dropped
-    n = steps.to(mean)
-    old = (n / (n + 1)).masked_fill(steps >= warmup_steps, alpha).masked_fill(is_believed, 0)
-    mean.copy_(torch.lerp(norm, mean, old).where(telling, mean))
-    steps.add_(telling).clamp_(max=warmup_steps)
-    # A step without a norm says nothing of the level.
-    drops.copy_((drops + 1).where(is_dropped, drops * ~telling))
-    return total_norm.masked_fill(is_dropped, math.nan)
-
-
-_drop_spikes: Callable[..., Tensor] = _ops.define(
-    "drop_spikes_",
-    "(Tensor(a!) steps, Tensor(b!) mean, Tensor(c!) drops, Tensor total_norm, float factor, "
-    "float alpha, int warmup_steps, int patience) -> Tensor",
-    lambda steps, mean, drops, total_norm, *how: torch.empty_like(total_norm),
-    _drop_spikes_of,
-    _ops.refused("DropSpikes"),
-)
 
 
 class DropSpikes(State):
@@ -102,13 +65,24 @@ class DropSpikes(State):
         steps = zero.new_zeros((), dtype=torch.int64)
         return {"steps": steps, "mean": zero, "drops": steps.clone()}
 
+    @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        how = self.factor, self.alpha, self.warmup_steps, self.patience
-        norm = _drop_spikes(*self._on(total_norm.device), total_norm, *how)
-        limit = resolved(self.max_norm, norm)
+        steps, mean, drops = self._on(total_norm.device)
+        norm, n, warm = total_norm.to(mean), steps.to(mean), steps >= self.warmup_steps
+        is_far = norm.isfinite() & warm & (norm > self.factor * mean)
+        is_believed = is_far & (drops >= self.patience)
+        is_dropped = is_far & ~is_believed
+        telling = tells(norm) & ~is_dropped
+        old = (n / (n + 1)).masked_fill(warm, self.alpha).masked_fill(is_believed, 0)
+        put(mean, torch.lerp(norm, mean, old).where(telling, mean))
+        steps.add_(telling).clamp_(max=self.warmup_steps)
+        # A step without a norm says nothing of the level.
+        put(drops, (drops + 1).where(is_dropped, drops * ~telling))
+        shown = total_norm.masked_fill(is_dropped, math.nan)
+        limit = resolved(self.max_norm, shown)
         if not isinstance(limit, Tensor):
-            limit = torch.full_like(norm, limit)
-        return limit.to(norm).masked_fill(norm.isnan(), math.nan)
+            limit = torch.full_like(shown, limit)
+        return limit.to(shown).masked_fill(shown.isnan(), math.nan)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As of other rules, with the state of the rule inside, if `max_norm` is one."""

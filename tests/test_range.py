@@ -43,16 +43,15 @@ def test_a_norm_beyond_float32_clips_by_its_coefficient(ops, device, dtype, p, m
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-def test_a_coefficient_is_float32s_where_float32_holds_the_norm(ops, as_tensor):
-    norms = torch.cat([torch.rand(1000) * 3, torch.tensor([LARGEST, math.inf, math.nan, -1.0])])
+def test_a_coefficient_is_float32s_where_float32_holds_the_norm(as_tensor):
+    norms = torch.cat([torch.rand(1000) * 3, torch.tensor([LARGEST, math.inf, math.nan])])
     limit = torch.tensor(0.75) if as_tensor else 0.75
-    near = norms.double() * (1 + 2.0**-30)
-    found = ops.clip_coef(near, limit, False)
+    found = _ops.clip_coef(norms.double() * (1 + 2.0**-30), limit, False)
     assert found.dtype == torch.float64
-    expected = ops.clip_coef(norms, limit).double()
+    expected = _ops.clip_coef(norms, limit).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     beyond = torch.tensor([1e39, 1e300], dtype=torch.float64)
-    assert torch.equal(ops.clip_coef(beyond, limit, False), beyond.new_tensor(0.75) / beyond)
+    assert torch.equal(_ops.clip_coef(beyond, limit, False), beyond.new_tensor(0.75) / beyond)
 
 
 def groups_of(items):

@@ -3,49 +3,32 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <utility>
-
 #include "phases.h"
 
 namespace fastclip {
 namespace {
 
-at::Tensor clip(at::TensorList tensors, ClipLists lists, double max_norm, double p) {
-  bump_versions(tensors);
-  const cpu::Spans spans(lists.measured());
-  const double norm = cpu::total_norm(lists.measured(), spans, p);
-  const at::ScalarType dtype = lists.scaled.result_dtype();
-  const double coef = clip_coef_as(dtype == at::kDouble, norm, max_norm);
-  const auto scale = [&](const cpu::Spans& all) {
-    lists.scaled.unshare(tensors, [](size_t) { return true; });
-    cpu::scale_phase(lists.scaled, all, [=](size_t) { return coef; });
-  };
-  if (coef != 1) lists.known ? scale(cpu::Spans(lists.scaled)) : scale(spans);
-  return cpu::scalar_result(norm, dtype);
-}
-
-at::Tensor clip_norm_cpu(at::TensorList tensors, double max_norm, double p, Norms norms) {
-  auto lists = ClipLists::look(tensors, p, norms);
-  if (!lists)
-    return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
-  return clip(tensors, std::move(*lists), max_norm, p);
-}
-
-at::Tensor clip_norm_tensor_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p,
-                                Norms norms) {
+at::Tensor clip_norm_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p,
+                         Norms norms) {
   check_threshold(max_norm);
   auto lists = ClipLists::look(tensors, p, norms);
   if (!lists || !max_norm.is_cpu())
-    return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
-                        max_norm, p, norms);
-  return clip(tensors, std::move(*lists), max_norm.to(at::kDouble).const_data_ptr<double>()[0], p);
+    return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
+  bump_versions(tensors);
+  const cpu::Spans spans(lists->measured());
+  const double norm = cpu::total_norm(lists->measured(), spans, p);
+  const at::ScalarType dtype = lists->scaled.result_dtype();
+  const double coef = clip_coef_as(dtype == at::kDouble, norm, max_norm.item<double>());
+  const auto scale = [&](const cpu::Spans& all) {
+    lists->scaled.unshare(tensors, [](size_t) { return true; });
+    cpu::scale_phase(lists->scaled, all, [=](size_t) { return coef; });
+  };
+  if (coef != 1) lists->known ? scale(cpu::Spans(lists->scaled)) : scale(spans);
+  return cpu::scalar_result(norm, dtype);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
-  m.impl("clip_norm_", clip_norm_cpu);
-  m.impl("clip_norm_.tensor", clip_norm_tensor_cpu);
-}
+TORCH_LIBRARY_IMPL(fastclip, CPU, m) { m.impl("clip_norm_", clip_norm_cpu); }
 
 }  // namespace fastclip

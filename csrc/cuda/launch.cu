@@ -89,7 +89,8 @@ void check(cudaError_t status, const char* what, int device) {
   cudaGetLastError();  // an error told here is not to be told again elsewhere
   throw std::runtime_error("fastclip: " + std::string(what) + " on device " +
                            std::to_string(device) + " failed: " + cudaGetErrorString(status) +
-                           " (or an earlier kernel did: CUDA_LAUNCH_BLOCKING=1 tells which)");
+                           " (or an earlier kernel did: CUDA_LAUNCH_BLOCKING=1 tells which). To do "
+                           "without the kernels, set FASTCLIP_KERNELS=0 on all ranks");
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -159,7 +160,8 @@ bool launch_phases(const char* what, const Partition& partition, const Work& wor
 
 // Whether both phases are to be one launch. Beyond the L2 cache that saves a thousandth of the
 // time. And a grid that must be resident all at once waits behind whatever holds a multiprocessor:
-// a collective, say, that waits for a rank where a clip came first. That ends in a deadlock.
+// a collective, say, that waits for a rank where a clip came first. That ends in a deadlock, so no
+// process that has process groups fuses them: clip_norm_cuda asks.
 bool is_fused(const Partition& partition, int device) {
   const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
   return partition.entries() <= entries && partition.tiles() <= kMaxTableTiles &&
@@ -199,9 +201,9 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream) {
   }
 }
 
-void launch_clip(const Partition& measured, const Partition& scaled, const Work& work,
-                 Stream stream) {
-  if (&measured == &scaled && is_fused(scaled, stream.device) &&
+void launch_clip(const Partition& measured, const Partition& scaled, bool may_fuse,
+                 const Work& work, Stream stream) {
+  if (may_fuse && &measured == &scaled && is_fused(scaled, stream.device) &&
       launch_phases<Phases::kBoth>("the launch of both phases", scaled, work, stream))
     return;
   launch_phases<Phases::kNorm>("the launch of the norm phase", measured, work, stream);

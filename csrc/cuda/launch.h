@@ -41,8 +41,10 @@ struct Work {
 // The norm of each slot, of order p; for several slots the partition is apart and sorted.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
-// The norm of what is measured, and the rest scaled to max_norm: one launch or two, the same bits.
-void launch_clip(const Partition& measured, const Partition& scaled, const Work&, Stream);
+// The norm of what is measured, and the rest scaled to max_norm: one launch, if it `may_fuse` them,
+// or two, the same bits.
+void launch_clip(const Partition& measured, const Partition& scaled, bool may_fuse, const Work&,
+                 Stream);
 
 // The tensors scaled by the coef of their slot, or the only one; or clamped to the bound.
 enum class Change { kScale, kClamp };

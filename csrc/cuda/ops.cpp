@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../process.h"
 #include "../tensor_list.h"
 #include "launch.h"
 
@@ -110,34 +111,28 @@ void clamp_cuda(at::TensorList tensors, double bound) {
                       stream_of(tensors[0]));
 }
 
-std::optional<at::Tensor> clip(at::TensorList tensors, Norms norms, const cuda::Work& work) {
-  const auto lists = look<ClipLists>(tensors, work.p, norms, Access::kWrite);
-  if (!lists) return std::nullopt;
+at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p,
+                          Norms norms) {
+  check_threshold(max_norm);
+  const auto lists = look<ClipLists>(tensors, p, norms, Access::kWrite);
+  if (!lists || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
+    return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
   bump_versions(tensors);
+  cuda::Work work{.p = p};
+  at::Tensor limit;
+  if (max_norm.is_cpu())
+    work.number = max_norm.item<double>();
+  else
+    work.given = numbers_of(limit = as_numbers(max_norm));
   const cuda::Partition scaled(parts_of(lists->scaled), false);
   std::optional<cuda::Partition> known;
   if (lists->known) known.emplace(parts_of(*lists->known), false);
   const cuda::Partition& measured = known ? *known : scaled;
-  return measure(
-      tensors[0], measured.spans(), {}, lists->scaled.result_dtype(), work,
-      [&](const auto& all, auto stream) { cuda::launch_clip(measured, scaled, all, stream); });
-}
-
-at::Tensor clip_norm_cuda(at::TensorList tensors, double max_norm, double p, Norms norms) {
-  if (const auto norm = clip(tensors, norms, {.p = p, .number = max_norm})) return *norm;
-  return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
-}
-
-at::Tensor clip_norm_tensor_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p,
-                                 Norms norms) {
-  check_threshold(max_norm);
-  if (max_norm.is_cpu()) return clip_norm_cuda(tensors, max_norm.item<double>(), p, norms);
-  const at::Tensor value = as_numbers(max_norm);
-  const bool is_here = !tensors.empty() && value.device() == tensors[0].device();
-  const cuda::Work work{.p = p, .given = numbers_of(value)};
-  if (const auto norm = is_here ? clip(tensors, norms, work) : std::nullopt) return *norm;
-  return call_default(find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor"), tensors,
-                      max_norm, p, norms);
+  const bool may_fuse = !has_process_groups();
+  return measure(tensors[0], measured.spans(), {}, lists->scaled.result_dtype(), work,
+                 [&](const auto& all, auto stream) {
+                   cuda::launch_clip(measured, scaled, may_fuse, all, stream);
+                 });
 }
 
 }  // namespace
@@ -148,7 +143,6 @@ TORCH_LIBRARY_IMPL(fastclip, CUDA, m) {
   m.impl("scale_", scale_cuda);
   m.impl("clamp_", clamp_cuda);
   m.impl("clip_norm_", clip_norm_cuda);
-  m.impl("clip_norm_.tensor", clip_norm_tensor_cuda);
 }
 
 }  // namespace fastclip

@@ -24,37 +24,30 @@ inline double as_number(py::handle value) {
   return NAN;
 }
 
-class Threshold {
- public:
-  explicit Threshold(py::handle value) : is_exact_(THPVariable_CheckExact(value.ptr())) {
-    if (THPVariable_Check(value.ptr())) tensor_ = THPVariable_Unpack(value.ptr());
-    if (!tensor_.defined()) number_ = as_number(value);
-  }
+// Whether Python need not look at a threshold: it is a number >= 0, or a 0-d tensor.
+inline bool is_usual(py::handle max_norm) {
+  if (!THPVariable_Check(max_norm.ptr())) return as_number(max_norm) >= 0;
+  const at::Tensor& tensor = THPVariable_Unpack(max_norm.ptr());
+  return THPVariable_CheckExact(max_norm.ptr()) && tensor.dim() == 0 &&
+         tensor.layout() == at::kStrided && !tensor.is_meta();
+}
 
-  // Whether Python need not look: a number >= 0, or a 0-d tensor.
-  bool is_usual() const {
-    if (!tensor_.defined()) return number_ >= 0;
-    return is_exact_ && tensor_.dim() == 0 && tensor_.layout() == at::kStrided &&
-           !tensor_.is_meta();
-  }
+// A threshold as a tensor: itself, or on the CPU.
+inline at::Tensor as_limit(py::handle max_norm) {
+  if (THPVariable_Check(max_norm.ptr())) return THPVariable_Unpack(max_norm.ptr());
+  return at::scalar_tensor(as_number(max_norm), at::kDouble);
+}
 
-  at::Tensor clip_(const PlainGrads& grads, double p,
-                   const std::optional<at::Tensor>& norm = std::nullopt) const {
-    return tensor_.defined() ? grads.clip_norm_tensor_(tensor_, p, norm)
-                             : grads.clip_norm_(number_, p, norm);
-  }
+// A threshold on the device of `norm`; a copy from the CPU would wait for that.
+inline at::Tensor beside(const at::Tensor& norm, const at::Tensor& limit) {
+  if (!limit.is_cpu()) return limit.to(norm.device());
+  return at::full({}, limit.item<double>(), norm.options().dtype(at::kDouble));
+}
 
-  // As a tensor on the device of `norm`.
-  at::Tensor beside(const at::Tensor& norm) const {
-    if (tensor_.defined()) return tensor_.to(norm.device());
-    return at::full({}, number_, norm.options().dtype(at::kDouble));
-  }
-
- private:
-  bool is_exact_;
-  at::Tensor tensor_;
-  double number_ = NAN;
-};
+inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p,
+                            const std::optional<at::Tensor>& norm) {
+  return grads.clip_norm_(as_limit(max_norm), p, norm);
+}
 
 // What `record_` takes besides the numbers: rows, and how many there were.
 using Log = std::optional<std::pair<at::Tensor, at::Tensor>>;
@@ -71,21 +64,20 @@ inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
     return std::nullopt;
   const double p = as_number(norm_type);
   const bool is_rule = PyCallable_Check(max_norm.ptr()) != 0 && PyType_Check(max_norm.ptr()) == 0;
-  const Threshold given(max_norm);
-  if (!(p > 0) || !(is_rule || given.is_usual())) return std::nullopt;
+  if (!(p > 0) || !(is_rule || is_usual(max_norm))) return std::nullopt;
   const auto grads = read<What::kGrads>(parameters);
   if (!grads || grads->size() == 0 || (log && !grads->is_on(log->first.device())))
     return std::nullopt;
-  Threshold limit = given;
+  py::object answer = max_norm;
   std::optional<at::Tensor> norm;
   if (is_rule) {
     norm = grads->norm(p);
-    const py::object answer = max_norm(*norm);
-    limit = Threshold(answer);
-    if (!limit.is_usual()) limit = Threshold(checked(answer));
+    answer = max_norm(*norm);
+    if (!is_usual(answer)) answer = checked(answer);
   }
-  const at::Tensor total_norm = limit.clip_(*grads, p, norm);
-  if (log) PlainGrads::record_(log->first, log->second, total_norm, limit.beside(total_norm));
+  const at::Tensor limit = as_limit(answer);
+  const at::Tensor total_norm = grads->clip_norm_(limit, p, norm);
+  if (log) PlainGrads::record_(log->first, log->second, total_norm, beside(total_norm, limit));
   return total_norm;
 }
 

@@ -163,14 +163,9 @@ class PlainGrads {
   }
 
   // By their norm, which is measured if it is not given.
-  at::Tensor clip_norm_(double max_norm, double p, const MaybeNorm& norm = std::nullopt) const {
+  at::Tensor clip_norm_(const at::Tensor& max_norm, double p,
+                        const MaybeNorm& norm = std::nullopt) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
-    return call(op, tensors_, max_norm, p, known(norm));
-  }
-
-  at::Tensor clip_norm_tensor_(const at::Tensor& max_norm, double p,
-                               const MaybeNorm& norm = std::nullopt) const {
-    static const auto op = find_op<ClipNormTensorOp>("fastclip::clip_norm_", "tensor");
     return call(op, tensors_, max_norm, p, known(norm));
   }
 

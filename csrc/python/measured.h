@@ -85,10 +85,9 @@ class [[gnu::visibility("hidden")]] Measured {
   // The common case of a clip, in one call of C++: after backward all of Python is cold. Nothing if
   // Python has to look, at the threshold or at a gradient; then nothing is done.
   std::optional<at::Tensor> clip_(const py::list& items, py::handle max_norm) {
-    const Threshold threshold(max_norm);
-    const auto grads = threshold.is_usual() ? take(items) : std::nullopt;
+    const auto grads = is_usual(max_norm) ? take(items) : std::nullopt;
     if (!grads) return std::nullopt;
-    return threshold.clip_(*grads, p_);
+    return grads->clip_norm_(as_limit(max_norm), p_);
   }
 
   virtual void forget() { std::ranges::fill(norms_, at::Tensor()); }

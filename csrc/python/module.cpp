@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "../process.h"
 #include "clip.h"
 #include "measured.h"
 #include "walk.h"
@@ -19,6 +20,13 @@ namespace cuda {
 [[gnu::weak]] std::vector<int> architectures();
 [[gnu::weak]] const char* refusal(int device);
 }  // namespace cuda
+
+bool has_process_groups() {
+  const py::gil_scoped_acquire gil;
+  const auto distributed = py::module_::import("torch.distributed");
+  return distributed.attr("is_available")().cast<bool>() &&
+         distributed.attr("is_initialized")().cast<bool>();
+}
 
 namespace {
 
@@ -36,6 +44,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_refusal", [](int device) {
     return fastclip::cuda::refusal ? fastclip::cuda::refusal(device) : "not built";
   });
+  m.def("use_kernels", [](bool enabled) { fastclip::kernels_are_on = enabled; });
+  m.def("kernels_are_on", [] { return fastclip::kernels_are_on.load(); });
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   m.def("clip_grad_norm_", fastclip::clip_grad_norm);
@@ -54,9 +64,7 @@ PYBIND11_MODULE(_C, m) {
       .def("clamp_", &PlainGrads::clamp_)
       .def("part", &PlainGrads::part)
       .def("clip_by_known_", &PlainGrads::clip_by_known_)
-      .def("clip_norm_", &PlainGrads::clip_norm_, py::arg("max_norm"), py::arg("p"),
-           py::arg("norm") = std::nullopt)
-      .def("clip_norm_", &PlainGrads::clip_norm_tensor_, py::arg("max_norm"), py::arg("p"),
+      .def("clip_norm_", fastclip::clip_norm, py::arg("max_norm"), py::arg("p"),
            py::arg("norm") = std::nullopt);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")

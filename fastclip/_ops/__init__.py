@@ -5,11 +5,11 @@ kernels device by device, and the dispatcher is the only switch between them. No
 says `torch.ops` or `_C`, and it imports no other.
 """
 
-from .coef import means_zeros
-from .loading import NVCC, REBUILD, extension, has_kernels, refusal
+from .coef import clip_coef, means_zeros
+from .loading import NVCC, REBUILD, extension, has_kernels, refusal, turned_off
 from .measure import empty_norm
 from .process import once
 from .reference import count_rows, result_dtype
 from .rows import norm_of, widest
-from .schemas import clamp_, clip_coef, clip_norm_, define, norm, norms, record_, scale_
-from .transforms import is_differentiated, is_known, is_transformed, refused
+from .schemas import clamp_, clip_norm_, norm, norms, record_, scale_
+from .transforms import is_differentiated, is_known, is_transformed, refuse_transforms

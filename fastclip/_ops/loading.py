@@ -1,11 +1,14 @@
 """The extension: found beside the package, if it is built for this torch; and why it may not serve.
 
-Built for another torch it would not load, which is seen before it is tried.
+Built for another torch it would not load, which is seen before it is tried. Nor is it loaded where
+FASTCLIP_KERNELS=0 is in the environment; kernels.py has
+the switch of a process that has loaded it.
 """
 
 import importlib
 import importlib.machinery
 import mmap
+import os
 import re
 import warnings
 from pathlib import Path
@@ -27,6 +30,11 @@ def _built_for(path: str) -> str:
 
 def _load() -> ModuleType | None:
     """`_C`; None if it is not built, built for another minor version of torch, or does not load."""
+    asked = os.environ.get("FASTCLIP_KERNELS", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"FASTCLIP_KERNELS={asked}: expected 0, for the plain-PyTorch ops, or 1")
+    if asked == "0":
+        return None
     # In this package and nowhere else: an editable install of another checkout would be found.
     package = str(Path(__file__).parent.parent)
     spec = importlib.machinery.PathFinder.find_spec("fastclip._C", [package])
@@ -50,8 +58,19 @@ def _load() -> ModuleType | None:
 extension: Any = _load()
 
 
+def turned_off() -> str | None:
+    """What has turned the kernels off; None if nothing has."""
+    if os.environ.get("FASTCLIP_KERNELS") == "0":
+        return "FASTCLIP_KERNELS=0 is set"
+    if extension is not None and not extension.kernels_are_on():
+        return "fastclip.use_kernels(False) was called"
+    return None
+
+
 def refusal(device: torch.device) -> str | None:
     """Why the kernels do not serve a CUDA device, and the way out; None if they do."""
+    if why := turned_off():
+        return why
     reason = extension.cuda_refusal(device.index) if extension else "not built"
     if reason == "not built":
         return f"the CUDA kernels are not built. With nvcc ({NVCC}), in a checkout: {REBUILD}"
@@ -66,5 +85,8 @@ def refusal(device: torch.device) -> str | None:
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether compiled kernels are registered for a device type, 'cpu' or 'cuda'."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fastclip::norm", device_type.upper())
+    """Whether compiled kernels serve a device type, 'cpu' or 'cuda'."""
+    key = device_type.upper()
+    return not turned_off() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "fastclip::norm", key
+    )

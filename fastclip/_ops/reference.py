@@ -164,7 +164,11 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
     # A device multiplies by 1 rather than wait.
     if is_known(coef) and bool(coef == 1):
         return
-    zeros = means_zeros(coef)
+    if may_zero and is_known(coef):
+        if bool(means_zeros(coef)):
+            torch._foreach_zero_(tensors)
+            return
+        may_zero = False
     # The last ones to be measured are in the cache yet.
     for some in _alike(tensors[::-1]):
         here, wide = some[0].device, _wide(some[0])
@@ -172,14 +176,27 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
         if is_transformed():
             for tensor in some:
                 _multiply(tensor, value)
-        elif some[0].dtype == wide or here.type == "cpu":
+                tensor.masked_fill_(means_zeros(value) & may_zero, 0)
+            continue
+        if some[0].dtype == wide or here.type == "cpu":
             # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
             torch._foreach_mul_(some, value)
         else:
             _scale_halves(some, value)
-    if may_zero and (not is_known(coef) or bool(zeros)):
-        for tensor in tensors:
-            tensor.masked_fill_(zeros.to(tensor.device), 0)
+        if may_zero:
+            _zero_unless_kept(some, value)
+
+
+def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
+    """Write zeros, also over NaN, where a coefficient that the host does not know is -0.0.
+
+    No product of numbers makes 0 of a NaN; that of its bits and 0 does.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
+    # The bits of -0.0 are those of the least whole number.
+    is_kept = coef.reshape(1).view(own) != torch.iinfo(own).min
+    torch._foreach_mul_([t.view(theirs) for t in tensors], is_kept.to(theirs)[0])
 
 
 def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -> None:

@@ -1,8 +1,7 @@
-"""What every op is: its schema, its fake, its default, and what it is inside transforms.
+"""What every op is: its schema, its fake and its default.
 
-A new op is one call of `define`, here or beside the one feature that it serves; a kernel for it is
-registered in a file of csrc/cpu or csrc/cuda. `Dtype` in csrc/formulas.h says what a new dtype
-takes.
+A new op is one call of `define`; a kernel for it is registered in a file of csrc/cpu or csrc/cuda.
+`Dtype` in csrc/formulas.h says what a new dtype takes.
 """
 
 import warnings
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import coef, reference
-from .loading import refusal
+from . import reference
+from .coef import as_limit
+from .loading import refusal, turned_off
 from .process import once
 from .rows import widest
-from .transforms import refused
 
 
 def define(
@@ -24,9 +23,8 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     default: Callable[..., Any],
-    transformed: Callable[..., Any] | None = None,
 ) -> Any:
-    """Return the op. `transformed`: what it is inside transforms, if not its default."""
+    """Return the op."""
     libraries: dict[str, torch.library.Library] = once("libraries", dict)
     # One that an earlier import of this package has defined goes with its library.
     libraries.pop(name, None)
@@ -34,16 +32,16 @@ def define(
     library.define(name + schema)
     torch.library.register_fake(f"fastclip::{name}", fake, lib=library)
     library.impl(name, default, "CompositeExplicitAutograd")
-    library.impl(name, transformed or default, "FuncTorchDynamicLayerFrontMode")
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.fastclip, packet), overload or "default")
+    library.impl(name, default, "FuncTorchDynamicLayerFrontMode")
+    return getattr(torch.ops.fastclip, name).default
 
 
 def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
     """`default`, with a warning where a GPU's gradients reach it that kernels might have served."""
 
     def op(tensors: Sequence[Tensor], *args: Any) -> Any:
-        if tensors and tensors[0].is_cuda and (why := refusal(tensors[0].device)):
+        is_meant = not (tensors and tensors[0].is_cuda) or turned_off()
+        if not is_meant and (why := refusal(tensors[0].device)):
             warnings.warn(
                 f"fastclip's plain-PyTorch ops are in use for {tensors[0].device}: {why}",
                 stacklevel=2,
@@ -82,7 +80,7 @@ def _in_place_fake(*args: Any) -> None:
 
 def _clip_norm_fake(
     tensors: Sequence[Tensor],
-    max_norm: float | Tensor,
+    max_norm: Tensor,
     p: float,
     norms: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -115,35 +113,16 @@ define(
 )
 define(
     "clip_norm_",
-    "(Tensor(a!)[] tensors, float max_norm, float p, Tensor[]? norms=None) -> Tensor",
-    _clip_norm_fake,
-    _announced(reference.clip_norm_),
-)
-define(
-    "clip_norm_.tensor",
     "(Tensor(a!)[] tensors, Tensor max_norm, float p, Tensor[]? norms=None) -> Tensor",
     _clip_norm_fake,
     _announced(reference.clip_norm_),
 )
 
-define(
-    "clip_coef",
-    "(Tensor total_norm, float max_norm, bool wide=True) -> Tensor",
-    lambda total_norm, *how: torch.empty_like(total_norm),
-    coef.clip_coef,
-)
-define(
-    "clip_coef.tensor",
-    "(Tensor total_norm, Tensor max_norm, bool wide=True) -> Tensor",
-    lambda total_norm, *how: torch.empty_like(total_norm),
-    coef.clip_coef,
-)
 record_ = define(
     "record_",
     "(Tensor(a!) rows, Tensor(b!) steps, Tensor norms, Tensor limits) -> ()",
     _in_place_fake,
     reference.record_,
-    refused("GradClipper"),
 )
 
 norm: Callable[..., Tensor] = torch.ops.fastclip.norm
@@ -152,29 +131,14 @@ scale_ = torch.ops.fastclip.scale_
 clamp_ = torch.ops.fastclip.clamp_
 
 
-# The dispatcher would take a 0-d tensor for a number and wait for its value.
 def clip_norm_(
     tensors: Sequence[Tensor],
     max_norm: float | Tensor,
     p: float,
     norms: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    if tensors:
-        max_norm = _as_traced(max_norm, tensors[0])
-    ops = torch.ops.fastclip.clip_norm_
-    op: Callable[..., Tensor] = ops.tensor if isinstance(max_norm, Tensor) else ops.default
-    return op(tensors, max_norm, p, norms)
-
-
-def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
-    max_norm = _as_traced(max_norm, total_norm)
-    ops = torch.ops.fastclip.clip_coef
-    op: Callable[..., Tensor] = ops.tensor if isinstance(max_norm, Tensor) else ops.default
-    return op(total_norm, max_norm, wide)
-
-
-def _as_traced(number: float | Tensor, beside: Tensor) -> float | Tensor:
-    """The compiler would compile an op anew for every number, but not for a tensor."""
-    if isinstance(number, Tensor) or not torch.compiler.is_compiling():
-        return number
-    return beside.new_ones((), dtype=widest(beside.device)) * number
+    """As the op; the threshold may be a number, of which the CPU holds the tensor."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    limit = as_limit(max_norm, device)
+    total_norm: Tensor = torch.ops.fastclip.clip_norm_(tensors, limit, p, norms)
+    return total_norm

@@ -4,9 +4,6 @@ There every op is its default, in plain PyTorch, which is all that a transform c
 has its derivative, and a clip is differentiated as any function is.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -22,9 +19,11 @@ def is_differentiated() -> bool:
 
 
 def is_known(value: Tensor) -> bool:
-    """Whether the host has it already: it is on the CPU, no fake, and not one of many in `vmap`."""
-    is_here = value.device.type == "cpu" and not isinstance(value, FakeTensor)
-    return is_here and not is_transformed()
+    """Whether the host has its numbers already, and so may ask for them."""
+    # In a graph and in `vmap` it stands for many.
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return value.device.type == "cpu" and not isinstance(value, FakeTensor)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,14 +31,11 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, copy=is_differentiated())
 
 
-def refused(name: str) -> Callable[..., Any]:
-    """What an op that keeps numbers from step to step is there: a transform may not see them."""
-
-    def op(*args: Any) -> Any:
+def refuse_transforms(name: str) -> None:
+    """Raise inside a transform, for what keeps numbers from step to step: it may not see them."""
+    if is_transformed():
         raise RuntimeError(
             f"{name} keeps numbers of every step, which torch.vmap, torch.func.grad and other "
             "transforms of functions cannot; call it outside of them, or clip there by "
             "clip_grad_norm_ with a number or a tensor"
         )
-
-    return op

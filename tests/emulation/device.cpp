@@ -17,6 +17,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../../csrc/process.h"
 #include "machine.h"
 
 namespace emulation {
@@ -169,6 +170,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }  // namespace
 }  // namespace emulation
 
+bool fastclip::has_process_groups() { return emulation::machine().process_groups != 0; }
+
 PYBIND11_MODULE(_emulation, m) {
   using emulation::Machine;
   at::RegisterPrivateUse1HooksInterface(new emulation::Hooks);
@@ -179,6 +182,7 @@ PYBIND11_MODULE(_emulation, m) {
       .def_readwrite("cooperative", &Machine::cooperative)
       .def_readwrite("l2_bytes", &Machine::l2_bytes)
       .def_readwrite("held_blocks", &Machine::held_blocks)
+      .def_readwrite("process_groups", &Machine::process_groups)
       .def_readwrite("capability", &Machine::capability)
       .def_readwrite("seed", &Machine::seed)
       .def_readwrite("launches", &Machine::launches)

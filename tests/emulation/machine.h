@@ -19,6 +19,7 @@ struct Machine {
   int cooperative = 1;
   int l2_bytes = 50 << 20;
   int held_blocks = 0;  // that another process keeps resident
+  int process_groups = 0;
   int capability = 90;
   uint64_t seed = 0;
   int launches = 0;      // counts them

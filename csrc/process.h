@@ -1,0 +1,10 @@
+// What only Python knows of the process that a kernel runs in.
+#pragma once
+
+namespace fastclip {
+
+// Whether torch.distributed has process groups. Their collectives may hold multiprocessors of a GPU
+// until another rank comes along.
+bool has_process_groups();
+
+}  // namespace fastclip
