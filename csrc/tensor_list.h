@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/COWDeleter.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -45,6 +46,11 @@ constexpr size_t kAhead = 16;
 inline void prefetch(const void* begin, size_t bytes) {
   for (size_t line = 0; line < bytes; line += 64)
     __builtin_prefetch(static_cast<const char*>(begin) + line);
+}
+
+// The current stream and the like of a tensor's device, whatever kind of device it is.
+inline c10::impl::VirtualGuardImpl guard_of(const at::Tensor& tensor) {
+  return c10::impl::VirtualGuardImpl(tensor.device().type());
 }
 
 // What is one item of a list: a tensor, or a row of it, its slice along the first dimension if it

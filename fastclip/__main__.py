@@ -1,4 +1,4 @@
-"""`python -m fastclip info | demo | run`: what is installed, and what clipping does to training."""
+"""`python -m fastclip info | check | demo | run`: what is installed, and what clipping does."""
 
 import argparse
 import importlib.util
@@ -15,6 +15,7 @@ import torch
 import fastclip
 
 from . import _ops, patching
+from ._check import check
 from ._demo import RULES, demo
 from ._run import run
 
@@ -115,6 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "add a run by this rule, which finds the threshold itself"
     add("--rule", choices=RULES, help=what)
     add("--out", type=_out, default="fastclip-demo.png", help="picture path (default: %(default)s)")
+    what = "see whether what is installed is right and how fast it is; under torchrun on all ranks"
+    add = commands.add_parser("check", help=what, description=what).add_argument
+    add("--device", type=_device, default=best, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--json", type=Path, dest="json_path", metavar="FILE", help="write all that was found")
     what = "run a script with torch's clipping functions replaced by fastclip's"
     usage = "%(prog)s [--stats] [--plot FILE] script | -m module | -c code [arguments ...]"
     running = commands.add_parser("run", help=what, description=what, usage=usage)
@@ -127,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "run" and not command:
         running.error("expected a script, -m and a module, or -c and code")
     called: dict[str, Callable[..., None]]
-    called = {"info": info, "demo": demo, "run": partial(run, command)}
+    called = {"info": info, "check": check, "demo": demo, "run": partial(run, command)}
     called[name](**options)
 
 

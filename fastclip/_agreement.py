@@ -8,6 +8,7 @@ import torch
 
 from ._arguments import Threshold
 from ._ops import has_kernels
+from ._ranks import PROTOCOL
 from ._state import State
 
 
@@ -28,12 +29,13 @@ def check_agreement(
     Raises:
         ValueError: they do not clip alike; on all ranks.
     """
+    version = sys.modules["fastclip"].__version__
     kernels = {device: has_kernels(device) for device in ("cpu", "cuda")}
     told: dict[str, Any] = {
         "names": list(names),
         "thresholds and rules": [_text_of(threshold) for threshold in thresholds],
         "norm_type and nonfinite": [p, nonfinite],
-        "versions and kernels": [sys.modules["fastclip"].__version__, torch.__version__, kernels],
+        "versions and kernels": [version, PROTOCOL, torch.__version__, kernels],
     }
     differing = read().find_differing([str(value) for value in told.values()])
     if differing is not None:

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _site
 from ._history import History, Ring, draw, stats_of
 from ._ops import clip_coef, widest
+from ._private import private
 from ._ranks import rank, value_of
 from .patching import patch_with
+
+_current_mode = private("torch.utils._python_dispatch._get_current_dispatch_mode")
 
 
 def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
@@ -104,7 +106,7 @@ class Counted:
     def _keep(self, total_norm: Tensor, max_norm: float | Tensor) -> None:
         norm = value_of(total_norm)
         # Fake tensors have no number, and what runs in a mode may become one.
-        if type(norm) is not Tensor or norm.is_meta or _get_current_dispatch_mode() is not None:
+        if type(norm) is not Tensor or norm.is_meta or _current_mode() is not None:
             return
         norm = norm.reshape(()).to(widest(norm.device))
         limit: float | Tensor = max_norm

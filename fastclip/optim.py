@@ -14,6 +14,7 @@ from ._decide import decide, is_bad, resolved
 from ._gradients import Gradients, fail, read
 from ._ops import is_known, widest
 from ._optimizers import as_list, layers_of, parameters_of
+from ._private import attribute
 from .accumulator import NormAccumulator
 
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -190,9 +191,9 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
         raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
         return None
-    scale, _ = scaler._check_scale_growth_tracker("unscale_")
+    scale, _ = attribute(scaler, "_check_scale_growth_tracker")("unscale_")
     for optimizer in optimizers:
-        stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+        stage = _states(scaler)[id(optimizer)]["stage"]
         if stage is not OptState.READY:
             done = "unscaled" if stage is OptState.UNSCALED else "stepped"
             raise RuntimeError(
@@ -200,6 +201,11 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
                 "scaler.update(); this does both, unscale and clip, once in each step"
             )
     return scale.to(widest(scale.device)).reciprocal().float()
+
+
+def _states(scaler: GradScaler) -> Any:
+    """What it has done for each optimizer since the last update."""
+    return attribute(scaler, "_per_optimizer_states")
 
 
 def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | None) -> None:
@@ -217,6 +223,6 @@ def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | N
 def _note(scaler: GradScaler, optimizers: list[Optimizer], is_bad: Tensor, stage: OptState) -> None:
     """As `scaler.unscale_` notes it; a tensor each, for `scaler.update` adds them up in place."""
     for optimizer in optimizers:
-        state = scaler._per_optimizer_states[id(optimizer)]
+        state = _states(scaler)[id(optimizer)]
         state["found_inf_per_device"] = {is_bad.device: is_bad.clone()}
         state["stage"] = stage

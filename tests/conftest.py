@@ -1,6 +1,5 @@
 """Fixtures, the float64 oracle, and the tolerances, derived once from eps and the sizes."""
 
-import fcntl
 import functools
 import math
 import tempfile
@@ -60,11 +59,7 @@ def emulation_folder(config: pytest.Config) -> Path:
 
 @functools.cache
 def emulated(cache: Path) -> Any:
-    # Tests may run in several processes, of which the first one builds.
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        library = emulation.build(cache)
-    return emulation.load(library)
+    return emulation.load(emulation.build(cache))
 
 
 # Few blocks, so that each has several spans. Small parameters make several launches of a list of

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -43,8 +42,7 @@ at::Tensor as_numbers(const at::Tensor& tensor) {
 }
 
 cuda::Stream stream_of(const at::Tensor& tensor) {
-  const c10::impl::VirtualGuardImpl device(tensor.device().type());
-  return {tensor.get_device(), device.getStream(tensor.device()).native_handle()};
+  return {tensor.get_device(), guard_of(tensor).getStream(tensor.device()).native_handle()};
 }
 
 // Runs what measures, with memory for `spans` partial results and the norms, which it returns.

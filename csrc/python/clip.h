@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
 #include <optional>
@@ -26,15 +25,15 @@ inline double as_number(py::handle value) {
 
 // Whether Python need not look at a threshold: it is a number >= 0, or a 0-d tensor.
 inline bool is_usual(py::handle max_norm) {
-  if (!THPVariable_Check(max_norm.ptr())) return as_number(max_norm) >= 0;
-  const at::Tensor& tensor = THPVariable_Unpack(max_norm.ptr());
-  return THPVariable_CheckExact(max_norm.ptr()) && tensor.dim() == 0 &&
-         tensor.layout() == at::kStrided && !tensor.is_meta();
+  if (!is_tensor(max_norm)) return as_number(max_norm) >= 0;
+  const at::Tensor& tensor = unpack(max_norm);
+  return is_exact_tensor(max_norm) && tensor.dim() == 0 && tensor.layout() == at::kStrided &&
+         !tensor.is_meta();
 }
 
 // A threshold as a tensor: itself, or on the CPU.
 inline at::Tensor as_limit(py::handle max_norm) {
-  if (THPVariable_Check(max_norm.ptr())) return THPVariable_Unpack(max_norm.ptr());
+  if (is_tensor(max_norm)) return unpack(max_norm);
   return at::scalar_tensor(as_number(max_norm), at::kDouble);
 }
 

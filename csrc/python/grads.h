@@ -5,8 +5,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "../tensor_list.h"
+#include "tensors.h"
 
 namespace fastclip {
 
@@ -39,8 +38,7 @@ class PlainGrads {
   // Whether the host can read and write it as one double.
   static bool is_number(const at::Tensor& tensor) {
     return tensor.is_cpu() && tensor.numel() == 1 && tensor.scalar_type() == at::kDouble &&
-           !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-           !c10::impl::dispatch_mode_enabled();
+           !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !is_watched();
   }
 
   using MaybeNorm = std::optional<at::Tensor>;

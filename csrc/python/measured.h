@@ -13,9 +13,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/intrusive_ptr.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <exception>
@@ -124,7 +122,7 @@ class [[gnu::visibility("hidden")]] Measured {
   };
 
   static const at::Tensor& parameter(const py::list& items, size_t i) {
-    return THPVariable_Unpack(PyList_GET_ITEM(items.ptr(), i));
+    return unpack(PyList_GET_ITEM(items.ptr(), i));
   }
 
   // kNone if it is another tensor now: hooks go with parameters, also where those are swapped.
@@ -144,7 +142,7 @@ class [[gnu::visibility("hidden")]] Measured {
   // Backward may have run on another stream, which must not have this memory back before its time.
   static void keep_for_this_stream(const at::Tensor& norm) {
     if (norm.is_cpu()) return;
-    const c10::impl::VirtualGuardImpl device(norm.device().type());
+    const auto device = guard_of(norm);
     device.recordDataPtrOnStream(norm.storage().data_ptr(), device.getStream(norm.device()));
   }
 

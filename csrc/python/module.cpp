@@ -1,7 +1,6 @@
 // What Python sees of the extension: facts about the build, the walk, and the gradients it reads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <vector>

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <bit>
@@ -68,8 +67,8 @@ std::optional<PlainGrads> read(const py::object& list) {
     for (Py_ssize_t i = 0; i < batch; ++i) {
       if (begin + i + kTogether < count)
         prefetch(items[begin + i + kTogether], sizeof(PyObject) + 8);
-      if (!THPVariable_CheckExact(items[begin + i])) return std::nullopt;
-      found[i] = &THPVariable_Unpack(items[begin + i]);
+      if (!is_exact_tensor(items[begin + i])) return std::nullopt;
+      found[i] = &unpack(items[begin + i]);
       impls[i] = found[i]->unsafeGetTensorImpl();
       prefetch(impls[i], 64);
     }

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <structmember.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>
@@ -87,7 +86,7 @@ class Wrapped {
           prefetch(PyTuple_GET_ITEM(items.ptr(), begin + i + kTogether), 2 * sizeof(PyObject));
         const py::handle item = PyTuple_GET_ITEM(items.ptr(), begin + i);
         if (!is_tensor(item)) return std::nullopt;
-        tensors[i] = found[i] = &THPVariable_Unpack(item.ptr());
+        tensors[i] = found[i] = &unpack(item);
         prefetch(found[i]->unsafeGetTensorImpl(), 64);
       }
       if (what == What::kGrads) follow_grads(found, batch);
@@ -95,14 +94,13 @@ class Wrapped {
         prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
       for (size_t i = 0; i < batch; ++i) {
         const bool wraps = !layouts_[begin + i].is_none() && found[i]->defined();
-        if (wraps) wrappers[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(*found[i]));
+        if (wraps) wrappers[i] = wrap(*found[i]);
       }
       for (size_t i = 0; i < batch; ++i) {
         if (!wrappers[i]) continue;
         inners[i] = inner_.of(wrappers[i]);
-        if (!inners[i] || !THPVariable_CheckExact(inners[i].ptr())) return std::nullopt;
-        prefetch(THPVariable_Unpack(inners[i].ptr()).unsafeGetTensorImpl(),
-                 sizeof(c10::TensorImpl));
+        if (!inners[i] || !is_exact_tensor(inners[i])) return std::nullopt;
+        prefetch(unpack(inners[i]).unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
       }
       for (size_t i = 0; i < batch; ++i) {
         const size_t at = begin + i;
@@ -116,9 +114,8 @@ class Wrapped {
         if (wrappers[i] && !is_laid_out(wrappers[i], at) &&
             !(is_planned && is_equal(wrappers[i], at)))
           return std::nullopt;
-        if (!grads.add(wrappers[i] ? THPVariable_Unpack(inners[i].ptr()) : *found[i]))
-          return std::nullopt;
-        if (wrappers[i]) grads.note(THPVariable_Unpack(wrappers[i].ptr()));
+        if (!grads.add(wrappers[i] ? unpack(inners[i]) : *found[i])) return std::nullopt;
+        if (wrappers[i]) grads.note(unpack(wrappers[i]));
         grads.note(slots_[at]);
       }
     }
@@ -126,13 +123,8 @@ class Wrapped {
   }
 
  private:
-  // As isinstance, but for classes that only claim to be.
-  static bool is_tensor(py::handle item) {
-    return PyObject_TypeCheck(item.ptr(), reinterpret_cast<PyTypeObject*>(THPVariableClass));
-  }
-
   bool is_laid_out(py::handle tensor, size_t i) const {
-    if (layouts_[i].is_none()) return THPVariable_CheckExact(tensor.ptr());
+    if (layouts_[i].is_none()) return is_exact_tensor(tensor);
     return layout_.of(tensor).is(layouts_[i]);
   }
 

@@ -2,7 +2,7 @@
 
 `read` and `take` return `Gradients`: plain ones, whose list the extension has read in C++; local
 ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops`,
-`_arguments` and `_warnings`.
+`_arguments`, `_private` and `_warnings`.
 """
 
 from .local import held

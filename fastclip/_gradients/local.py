@@ -8,19 +8,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _ops
 from .._ops import (
     clip_coef,
     count_rows,
     is_differentiated,
+    is_fake,
     is_known,
     means_zeros,
     result_dtype,
 )
+from .._private import attribute, private
+
+_is_traceable = private("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
+_neg_view = private("torch._neg_view")
 
 
 class LocalGrads:
@@ -79,7 +81,7 @@ class LocalGrads:
                 for i, norm in zip(positions, norms.split(_sizes(some, rows)), strict=True):
                     each[i] = norm
             for i in gaps:
-                index = grads[i]._indices()[0].to(each[i].device)
+                index = _indices(grads[i])[0].to(each[i].device)
                 each[i] = each[i].new_zeros(len(grads[i])).index_copy_(0, index, each[i])
             return torch.cat(each)
 
@@ -100,7 +102,7 @@ class LocalGrads:
             several = len(devices) > 1 or gaps
             each = list(coefs.split(_sizes(self.tensors, rows))) if several else []
             for i in gaps:
-                each[i] = each[i][self.tensors[i]._indices()[0].to(coefs.device)]
+                each[i] = each[i][_indices(self.tensors[i])[0].to(coefs.device)]
             for device, positions in devices.items():
                 here = torch.cat([each[i] for i in positions]).to(device) if each else coefs
                 _scale_([scaled[i] for i in positions], here, None, rows)
@@ -147,8 +149,15 @@ def _sizes(tensors: Sequence[Tensor], rows: bool) -> list[int]:
 def held(tensor: Tensor) -> Tensor:
     """The strided tensor in which the elements are stored."""
     if tensor.is_sparse:
-        return tensor._values()
+        values: Tensor = attribute(tensor, "_values")()
+        return values
     return tensor.values() if tensor.layout == torch.jagged else tensor
+
+
+def _indices(tensor: Tensor) -> Tensor:
+    """Of a sparse tensor, coalesced or not."""
+    indices: Tensor = attribute(tensor, "_indices")()
+    return indices
 
 
 def _measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
@@ -179,10 +188,10 @@ def _gaps(tensors: Sequence[Tensor], rows: bool) -> list[int]:
 def _is_opaque(tensor: Tensor) -> bool:
     """Whether only its class can read it, and not what stands for a plain tensor in a graph."""
     if torch.compiler.is_compiling():
-        return is_traceable_wrapper_subclass(tensor)
+        return bool(_is_traceable(tensor))
     if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return False
-    return not isinstance(tensor, FakeTensor | FunctionalTensor)
+    return not is_fake(tensor)
 
 
 def _scale_(
@@ -239,9 +248,9 @@ def _stored(tensor: Tensor, rows: bool = False) -> Tensor:
     """The stored real numbers: lazy conjugates and negatives have the same magnitudes."""
     if tensor.is_complex():
         real = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-        real = torch._neg_view(real) if _is_negated(real) else real
+        real = _neg_view(real) if _is_negated(real) else real
         return real[None] if rows and tensor.dim() < 2 else real
-    return torch._neg_view(tensor) if _is_negated(tensor) else tensor
+    return _neg_view(tensor) if _is_negated(tensor) else tensor
 
 
 def _is_negated(tensor: Tensor) -> bool:

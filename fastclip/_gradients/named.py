@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _ops
+from .._private import attribute
 
 
 def named(source: Any) -> list[tuple[str, Tensor]]:
@@ -81,7 +82,8 @@ class NamedParameters:
             modules = [m for h in holders if isinstance(h, nn.Module) for m in h.modules()]
             self._optimizers = [h for h in holders if isinstance(h, Optimizer)]
             self._lists = _lists(self._optimizers)
-            dicts = [d for m in modules for d in (m._parameters, m._modules)]
+            kinds = "_parameters", "_modules"
+            dicts = [attribute(module, kind) for module in modules for kind in kinds]
             self._watch = self._watched(own + self._lists + dicts)
         return named(self.source)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _ops
 from .._arguments import answered
+from .._private import private
 from .._ranks import (
     NONE,
     Asked,
@@ -36,6 +36,7 @@ from .protocol import Gradients, GradientsHere
 from .spread import SpreadGrads, clipped_by
 from .traced import traced
 
+_has_foreach = private("torch.utils._foreach_utils._device_has_foreach_support")
 Tensors = Tensor | Iterable[Tensor]
 
 
@@ -226,7 +227,7 @@ def _extension() -> Any:
 
 def _check_foreach(grads: GradientsHere, foreach: bool | None) -> None:
     for device in grads.devices() if foreach else ():
-        if not _device_has_foreach_support(device):
+        if not _has_foreach(device):
             raise RuntimeError(
                 f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )

@@ -2,7 +2,7 @@
 
 Each exists on every device with nothing built, as its default in plain PyTorch; the extension adds
 kernels device by device, and the dispatcher is the only switch between them. Nothing but this room
-says `torch.ops` or `_C`, and it imports no other.
+says `torch.ops` or `_C`, and it imports `_private` alone.
 """
 
 from .coef import clip_coef, means_zeros
@@ -12,4 +12,11 @@ from .process import once
 from .reference import count_rows, result_dtype
 from .rows import norm_of, widest
 from .schemas import clamp_, clip_norm_, norm, norms, record_, scale_
-from .transforms import is_differentiated, is_known, is_transformed, refuse_transforms
+from .transforms import (
+    is_differentiated,
+    is_fake,
+    is_known,
+    is_transformed,
+    refuse_transforms,
+    without_modes,
+)

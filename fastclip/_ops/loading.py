@@ -86,7 +86,6 @@ def refusal(device: torch.device) -> str | None:
 
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels serve a device type, 'cpu' or 'cuda'."""
-    key = device_type.upper()
-    return not turned_off() and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "fastclip::norm", key
-    )
+    if extension is None or turned_off():
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and bool(extension.cuda_architectures))

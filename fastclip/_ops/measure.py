@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
+from .._private import private
 from . import pieces
 from .pieces import (
     block_of,
@@ -25,6 +25,8 @@ from .pieces import (
 )
 from .rows import norm_of, norms_in_rows, norms_of_rows, norms_of_segments, widest
 from .transforms import converted, is_known, is_transformed
+
+foreach_norm = private("torch._foreach_norm")
 
 # A norm as small may have lost squares that are no float32.
 TINY = 1e-9
@@ -83,7 +85,7 @@ def _largest(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     full = [i for i, t in enumerate(tensors) if t.numel()]
     if full:
-        most = torch._foreach_norm([tensors[i] for i in full], math.inf)
+        most = foreach_norm([tensors[i] for i in full], math.inf)
         norms[full] = torch.stack(most).double()
     return norms
 
@@ -97,7 +99,7 @@ def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
     at_once = max(1, pieces.COPY // pieces.SHORT)
     for i in range(0, len(short), at_once):
         some = [tensors[j] for j in short[i : i + at_once]]
-        found.append(norms_of_segments(_flatten_dense_tensors(some), [*map(Tensor.numel, some)], p))
+        found.append(norms_of_segments(pieces.put_in_one(some), [*map(Tensor.numel, some)], p))
     if long:
         copy = room([tensors[i] for i in long])
         rows = [_rows_of_one(tensors[i], p, copy) for i in long]
@@ -145,12 +147,12 @@ def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[Tensor]:
     if dtype == torch.float64 or p == math.inf:
-        return torch._foreach_norm(tensors, p, dtype=dtype)
+        return foreach_norm(tensors, p, dtype=dtype)
     # In float32 in two steps, so that no sum has many terms.
     long = {i: t for i, t in enumerate(tensors) if t.numel() > pieces.SMALL}
     # Over gaps a device may add one after another.
     short = [t.contiguous() for i, t in enumerate(tensors) if i not in long]
-    norms = iter(torch._foreach_norm(short, p, dtype=dtype) if short else ())
+    norms = iter(foreach_norm(short, p, dtype=dtype) if short else ())
     return [_in_steps(long[i], p) if i in long else next(norms) for i in range(len(tensors))]
 
 

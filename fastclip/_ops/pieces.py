@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+
+from .._private import private
+
+put_in_one = private("torch._utils._flatten_dense_tensors")
 
 # Elements that are summed in float32, on the CPU. Their order is the same for any thread count.
 ROW = 256
@@ -65,10 +68,10 @@ def put_together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         small[dtype].append(tensor)
         sizes[dtype] += size
         if sizes[dtype] >= COPY:
-            yield _flatten_dense_tensors(small.pop(dtype))
+            yield put_in_one(small.pop(dtype))
             sizes[dtype] = 0
     for some in small.values():
-        yield _flatten_dense_tensors(some)
+        yield put_in_one(some)
 
 
 def room(tensors: Sequence[Tensor]) -> Tensor | None:

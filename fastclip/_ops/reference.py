@@ -6,11 +6,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .._private import private
 from . import pieces
 from .coef import clip_coef, means_zeros
 from .measure import each, each_row, empty_norm, total
 from .rows import norm_of, widest
 from .transforms import converted, is_known, is_transformed
+
+foreach_mul_ = private("torch._foreach_mul_")
+foreach_zero_ = private("torch._foreach_zero_")
+foreach_clamp_min_ = private("torch._foreach_clamp_min_")
+foreach_clamp_max_ = private("torch._foreach_clamp_max_")
+foreach_unscale_ = private("torch._amp_foreach_non_finite_check_and_unscale_")
 
 
 def norm(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
@@ -89,8 +96,8 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
         for tensor in [t for t in some if apart or (t.is_cpu and t.numel() >= pieces.SMALL)]:
             tensor.clamp_(-limit, limit)
         if short := [t for t in some if not apart and (not t.is_cpu or t.numel() < pieces.SMALL)]:
-            torch._foreach_clamp_min_(short, -limit)
-            torch._foreach_clamp_max_(short, limit)
+            foreach_clamp_min_(short, -limit)
+            foreach_clamp_max_(short, limit)
 
 
 def clip_norm_(
@@ -166,7 +173,7 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
         return
     if may_zero and is_known(coef):
         if bool(means_zeros(coef)):
-            torch._foreach_zero_(tensors)
+            foreach_zero_(tensors)
             return
         may_zero = False
     # The last ones to be measured are in the cache yet.
@@ -180,7 +187,7 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
             continue
         if some[0].dtype == wide or here.type == "cpu":
             # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
-            torch._foreach_mul_(some, value)
+            foreach_mul_(some, value)
         else:
             _scale_halves(some, value)
         if may_zero:
@@ -196,7 +203,7 @@ def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
     # The bits of -0.0 are those of the least whole number.
     is_kept = coef.reshape(1).view(own) != torch.iinfo(own).min
-    torch._foreach_mul_([t.view(theirs) for t in tensors], is_kept.to(theirs)[0])
+    foreach_mul_([t.view(theirs) for t in tensors], is_kept.to(theirs)[0])
 
 
 def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -> None:
@@ -214,7 +221,7 @@ def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -
     alike = {t.dtype: t for t, _ in changed}
     values = {dtype: coef.to(_wide(t)).unbind() for dtype, t in alike.items()}
     if changed:
-        torch._foreach_mul_([t for t, _ in changed], [values[t.dtype][i] for t, i in changed])
+        foreach_mul_([t for t, _ in changed], [values[t.dtype][i] for t, i in changed])
     for tensor, slot in changed:
         if zeros[slot]:
             tensor.zero_()
@@ -224,7 +231,7 @@ def _scale_halves(tensors: list[Tensor], coef: Tensor) -> None:
     """By a float32, in one call where a device has one."""
     try:
         overflow = torch.zeros_like(coef).reshape(1)
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, overflow, coef)
+        foreach_unscale_(tensors, overflow, coef)
     except NotImplementedError:
         for tensor in tensors:
             tensor.mul_(coef.reshape([1] * tensor.dim()))

@@ -5,18 +5,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import pieces
 from .pieces import block_of, in_float_rows, in_rows
-from .transforms import is_known
+from .transforms import is_known, without_modes
 
 
 @functools.cache
 def _widest(device_type: str) -> torch.dtype:
     try:
         # Fake tensors would say yes for any device.
-        with _disable_current_modes():
+        with without_modes():
             torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
     except (RuntimeError, TypeError):
         return torch.float32

@@ -16,6 +16,7 @@ from .coef import as_limit
 from .loading import refusal, turned_off
 from .process import once
 from .rows import widest
+from .transforms import is_active
 
 
 def define(
@@ -32,7 +33,7 @@ def define(
     library.define(name + schema)
     torch.library.register_fake(f"fastclip::{name}", fake, lib=library)
     library.impl(name, default, "CompositeExplicitAutograd")
-    library.impl(name, default, "FuncTorchDynamicLayerFrontMode")
+    library.impl(name, default if is_active else is_active, "FuncTorchDynamicLayerFrontMode")
     return getattr(torch.ops.fastclip, name).default
 
 

@@ -6,11 +6,26 @@ has its derivative, and a clip is differentiated as any function is.
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from .._private import private
+
+is_active = private("torch._C._are_functorch_transforms_active")
+_FakeTensor = private("torch._subclasses.FakeTensor")
+_FunctionalTensor = private("torch._subclasses.functional_tensor.FunctionalTensor")
+# What a mode, as FakeTensorMode, would make of the tensors in which others keep their numbers.
+without_modes = private("torch.utils._python_dispatch._disable_current_modes")
 
 
 def is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    # Where nothing tells, the ops raise in a transform.
+    return bool(is_active and is_active())
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it only stands for a tensor, in a graph or a mode."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    return isinstance(tensor, (_FakeTensor, _FunctionalTensor))
 
 
 def is_differentiated() -> bool:
@@ -23,7 +38,7 @@ def is_known(value: Tensor) -> bool:
     # In a graph and in `vmap` it stands for many.
     if torch.compiler.is_compiling() or is_transformed():
         return False
-    return value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    return value.device.type == "cpu" and not is_fake(value)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,5 +3,5 @@
 Imports `_ranks` and `_ops`.
 """
 
-from .fused import check, split, step
+from .fused import check, divides, split, step
 from .wrapped import as_list, layers_of, parameters_of

@@ -42,7 +42,12 @@ def _divides(kind: type[Any]) -> bool:
     if "fused" not in inspect.signature(kind).parameters:
         return False
     made = kind([torch.zeros(1, device="cpu")], fused=True)
-    return getattr(made, "_step_supports_amp_scaling", False)
+    return divides(made)
+
+
+def divides(optimizer: Any) -> bool:
+    """Whether a scaler leaves it to divide the gradients."""
+    return getattr(optimizer, FLAGS[-1], False)
 
 
 def split(coef: Tensor, wide: bool) -> tuple[Tensor, Tensor]:

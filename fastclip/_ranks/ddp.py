@@ -7,13 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._private import attribute, private
 from .groups import Step, all_reduce, device_of
+
+_queue = private("torch.autograd.Variable._execution_engine.queue_callback")
+_task_id = private("torch._C._current_graph_task_id")
 
 
 def is_data_parallel(module: object) -> bool:
     """Whether it averages in buckets, as all do but for the reducer in Python that is compiled."""
     kind = torch.nn.parallel.DistributedDataParallel
-    return isinstance(module, kind) and not module._use_python_reducer
+    return isinstance(module, kind) and not attribute(module, "_use_python_reducer")
 
 
 def on_reduced_buckets(
@@ -31,7 +35,6 @@ def on_reduced_buckets(
     Raises:
         ValueError: it has a communication hook, and cannot have two.
     """
-    queue = torch.autograd.Variable._execution_engine.queue_callback
     # The module keeps the first argument of its hook, and could not be copied with a group there.
     group = module.process_group
 
@@ -41,7 +44,7 @@ def on_reduced_buckets(
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[Tensor]:
         number, parameters = bucket.index(), bucket.parameters()
-        has_joined = torch._C._current_graph_task_id() == -1
+        has_joined = _task_id() == -1
 
         def measured(done: Any) -> Tensor:
             average: Tensor
@@ -54,7 +57,7 @@ def on_reduced_buckets(
             forget()
         elif bucket.is_last():
             # After what the module itself has queued, which is later than this.
-            queue(lambda: queue(finish))
+            _queue(lambda: _queue(finish))
         count = _sharers(module, group, has_joined)
         # To the bit what the module does without a hook.
         buffer = bucket.buffer()
@@ -77,9 +80,9 @@ def _sharers(module: Any, group: Any, has_joined: bool) -> int:
 
     It knows them from a collective of its own, of which it tells no hook.
     """
-    join = module._join_config
-    asked = join.enable and join.is_first_joinable and not module._divide_by_initial_world_size
-    if not asked:
+    join = attribute(module, "_join_config")
+    may_ask = join.enable and join.is_first_joinable
+    if not may_ask or attribute(module, "_divide_by_initial_world_size"):
         return int(group.size())
     device = device_of(group)
     mine = torch.tensor([not has_joined], dtype=torch.float64, device=device)

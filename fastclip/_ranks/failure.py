@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._ops import is_known, widest
+from .._private import private
 
 # How many ranks have failed, and the sum of the marks under which they leave their reasons.
 NUMBERS = 2
@@ -90,4 +91,4 @@ def _key(mark: int) -> str:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    return private("torch.distributed.distributed_c10d._get_default_store")()

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A mesh keeps its ranks in a tensor, of which a mode, as FakeTensorMode, would make what it likes.
-from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from .._ops import without_modes
+from .._private import attribute, private
+
+_world = private("torch.distributed.distributed_c10d._world")
 
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
@@ -116,7 +118,7 @@ def age_of(group: Any) -> int:
     Ranks make a group together, so of two groups the older is the same one on all their ranks. The
     private dict is the one that `get_process_group_ranks` reads, and nothing else has that order.
     """
-    return list(dist.distributed_c10d._world.pg_group_ranks).index(group)
+    return list(attribute(_world, "pg_group_ranks")).index(group)
 
 
 def device_of(group: Any, wanted: str | None = None) -> torch.device:

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Groups, Key, Step, age_of, device_of, ranks_of, without_modes
+from .._ops import without_modes
+from .._private import attribute, private
+from .groups import Groups, Key, Step, age_of, device_of, ranks_of
 
 # Where a DTensor keeps its layout and what is on this rank; what of two layouts has to be equal.
 LAYOUT = "_spec"
@@ -47,7 +49,7 @@ class Mesh:
     """
 
     def __init__(self, mesh: Any, others: Collection["Mesh"]) -> None:
-        self.device_type, self.root = mesh.device_type, mesh._get_root_mesh()
+        self.device_type, self.root = mesh.device_type, attribute(mesh, "_get_root_mesh")()
         with without_modes():
             self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
             lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
@@ -139,7 +141,7 @@ def is_dtensor(value: object) -> TypeGuard["dist.tensor.DTensor"]:
 
 
 def layout_of(item: Tensor) -> Any:
-    return getattr(item, LAYOUT) if is_dtensor(item) else None
+    return attribute(item, LAYOUT) if is_dtensor(item) else None
 
 
 def value_of(tensor: Tensor) -> Tensor:
@@ -147,7 +149,8 @@ def value_of(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     here = all(p.is_replicate() for p in tensor.placements)
-    return getattr(tensor, INNER) if here else tensor.full_tensor()
+    found: Tensor = attribute(tensor, INNER) if here else tensor.full_tensor()
+    return found
 
 
 def placed(tensor: Tensor, layout: Any, name: str) -> Tensor:
@@ -170,10 +173,10 @@ def placed(tensor: Tensor, layout: Any, name: str) -> Tensor:
 
 def replicated(mesh: Any, dtype: torch.dtype) -> Any:
     """The layout of a number that all ranks of a mesh have."""
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
+    spec = private("torch.distributed.tensor._dtensor_spec.DTensorSpec")
+    meta = private("torch.distributed.tensor._dtensor_spec.TensorMeta")
     placements = (dist.tensor.Replicate(),) * mesh.ndim
-    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(), (), dtype))
+    return spec(mesh, placements, tensor_meta=meta(torch.Size(), (), dtype))
 
 
 def as_replicated(value: Tensor, layout: Any) -> Tensor:
@@ -182,4 +185,5 @@ def as_replicated(value: Tensor, layout: Any) -> Tensor:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What of a tensor is on this rank, as a plain one."""
-    return getattr(tensor, INNER) if is_dtensor(tensor) else tensor
+    found: Tensor = attribute(tensor, INNER) if is_dtensor(tensor) else tensor
+    return found

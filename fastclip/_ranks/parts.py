@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from .._ops import is_known, norm_of
+from .._private import private
 from . import groups
 from .failure import NUMBERS, mark_of, marked
 from .groups import Step
 
+# The number of the protocol: another one whenever what ranks send each other changes.
+PROTOCOL = 1
 # Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
 # powers are added up. Norms of higher orders are put together relative to the largest.
 MOST_ADDED = 6
@@ -111,7 +114,8 @@ def over(
     """
     picked = pick(parts, step.members, sizes)
     reduced = _reduced(step, picked, p, beside)
-    if reduced is picked and picked._is_view():
+    memory = parts.untyped_storage().data_ptr()
+    if reduced is picked and picked.untyped_storage().data_ptr() == memory:
         return parts
     if len(reduced) == len(parts):
         return reduced
@@ -204,7 +208,6 @@ def _largest(step: Step, parts: Tensor) -> Tensor:
 def _all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     if not torch.compiler.is_compiling():
         return groups.all_reduce(step, values, op)
-    from torch.distributed._functional_collectives import all_reduce
-
+    all_reduce = private("torch.distributed._functional_collectives.all_reduce")
     traced: Tensor = all_reduce(values, op.lower(), step.group)
     return traced

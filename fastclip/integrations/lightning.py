@@ -13,6 +13,7 @@ except ImportError:
 import torch
 
 from .._arguments import Group, Nonfinite, NormType
+from .._optimizers import divides
 from .._ranks import value_of
 from ..clipper import GradClipper
 
@@ -87,8 +88,10 @@ class GradClip(Callback):
                 f"GradClip: {type(trainer.strategy).__name__} hides which rank has which part of a "
                 "gradient; use DDPStrategy or ModelParallelStrategy, or gradient_clip_val"
             )
-        fused = [getattr(o, "_step_supports_amp_scaling", False) for o in trainer.optimizers]
-        if any(fused) and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if (
+            any(map(divides, trainer.optimizers))
+            and getattr(trainer.precision_plugin, "scaler", None) is not None
+        ):
             raise RuntimeError(
                 "GradClip: the scaled gradients of a fused optimizer are divided in its step; use "
                 "fused=False, or clip in the step with clipped_step"

@@ -4,6 +4,7 @@
 behaviour sanitizer stands for the GPU's own faults, such as a misaligned vector load.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import re
@@ -39,7 +40,14 @@ def _sources(*folders: Path) -> bytes:
 
 
 def build(cache: Path, kernels: Path = CSRC) -> Path:
-    """Compile what is not in `cache` yet; `kernels` is csrc, or a copy with a fault planted."""
+    """Compile what is not in `cache` yet; `kernels` is csrc, or a copy with faults planted."""
+    # Of several processes the first one builds.
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _built(cache, kernels)
+
+
+def _built(cache: Path, kernels: Path) -> Path:
     toolkit = _toolkit()
     torch_ = [f"-isystem{TORCH}/include", f"-isystem{TORCH}/include/torch/csrc/api/include"]
     torch_ += [f"-isystem{sysconfig.get_paths()['include']}"]

@@ -188,7 +188,8 @@ PYBIND11_MODULE(_emulation, m) {
       .def_readwrite("launches", &Machine::launches)
       .def_readwrite("fail_launch", &Machine::fail_launch)
       .def_readwrite("fail_queries", &Machine::fail_queries)
-      .def_readwrite("last_error", &Machine::last_error);
+      .def_readwrite("last_error", &Machine::last_error)
+      .def_readwrite("fault", &Machine::fault);
   m.attr("machine") = pybind11::cast(&emulation::machine());
   m.def("allocations", [] { return emulation::allocations.load(); });
   m.def("allocated_bytes", [] { return emulation::allocated.load(); });

@@ -26,9 +26,13 @@ struct Machine {
   int fail_launch = 0;   // the error of the next ones
   int fail_queries = 0;  // and of questions about the device
   int last_error = 0;    // until it is asked for
+  int fault = 0;         // which planted one acts; 0: none
 };
 
 Machine& machine();
+
+// Whether this planted fault acts.
+inline bool planted(int fault) { return machine().fault == fault; }
 
 // Runs a grid; returns a cudaError_t, which is then the last error. `together`: all blocks at once,
 // as a grid barrier needs.

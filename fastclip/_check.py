@@ -1,0 +1,208 @@
+"""`python -m fastclip check`: whether what is installed here is right, and how fast it is.
+
+Each case of _check_cases.py is run. Under torchrun every rank does so, and the ranks compare
+themselves.
+"""
+
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import collect_env
+
+import fastclip
+
+from . import _ops, _ranks
+from ._check_cases import Canvas, Case, cases, have_equal_bits
+from .clip import clip_grad_norm_
+
+# Of torch's ops, all that a kernel of ours needs below it. A plain op needs more.
+NEEDS = {"empty", "empty_strided", "to", "_to_copy", "copy_", "item", "_local_scalar_dense"}
+
+
+def uses_kernels(device: str) -> bool:
+    """Whether ops run compiled kernels there: torch's profiler sees what is called below them."""
+    tensors = [torch.ones(n, device=device) for n in (70_000, 3)]
+    calls = (lambda: _ops.clip_norm_(tensors, 1.0, 2.0), lambda: _ops.norms(tensors, 2.0))
+    names = set()
+    for call in calls:
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        below = [e for e in profile.events() if e.name.startswith("fastclip::")]
+        while below:
+            event = below.pop()
+            below += event.cpu_children
+            is_torchs = event.name.startswith("aten::")
+            names |= {event.name.removeprefix("aten::")} if is_torchs else set()
+    return names <= NEEDS
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _milliseconds(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Medians of turns, in each of which every call is made for some milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, call) in itertools.product(range(8), calls.items()):
+        count, start = 0, time.perf_counter()
+        while count == 0 or (time.perf_counter() - start < 0.02 and count < 100):
+            call()
+            count += 1
+        _wait(device)
+        if turn:
+            times[name].append(1e3 * (time.perf_counter() - start) / count)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def speed(device: str) -> list[dict[str, Any]]:
+    """Milliseconds on three lists: ours and torch's, and the memory's own read and copy of them."""
+    type_ = torch.device(device).type
+    size = {"cuda": 1 << 30, "cpu": 1 << 26}.get(type_, 1 << 18)
+    if type_ == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 16)
+    half, full = torch.bfloat16, torch.float32
+    found = []
+    for name, shapes in {
+        "bf16, as of a model": [(size // 2 // 64, half)] * 64,
+        "mixed": [(size // 6 // 32, half), (size // 6 // 32, full)] * 32,
+        "1000 x 64": [(64, full)] * 1000,
+    }.items():
+        made = [torch.nn.Parameter(torch.zeros(n, dtype=d, device=device)) for n, d in shapes]
+        for parameter in made:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        flat = torch.ones(sum(p.nbytes for p in made) // 4, device=device)
+        calls: dict[str, Callable[[], Any]] = {
+            "fastclip": partial(clip_grad_norm_, made, 1e9),
+            "torch": partial(torch.nn.utils.clip_grad_norm_, made, 1e9, foreach=True),
+            "read": flat.sum,
+            "copy": partial(torch.empty_like(flat).copy_, flat),
+        }
+        found.append({"list": name, "bytes": flat.nbytes, **_milliseconds(device, calls)})
+    return found
+
+
+def _facts(device: torch.device, uses_kernels: bool) -> dict[str, str]:
+    """What there is here, in words."""
+    is_cuda, kernels = device.type == "cuda", "compiled, and called"
+    if not uses_kernels:
+        reason = _ops.refusal(device) if is_cuda else _ops.turned_off()
+        kernels = f"none: plain PyTorch ({reason or f'not built: {_ops.REBUILD}'})"
+    told = {
+        "fastclip": f"{fastclip.__version__}, protocol {_ranks.PROTOCOL}",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "device": platform.machine(),
+        "kernels": kernels,
+    }
+    if is_cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)
+        told["device"] = f"{name}, CUDA {torch.version.cuda}, driver {driver}"
+    return told
+
+
+def _replayed(device: str) -> str:
+    """A clip that a CUDA graph has captured, against the same one, called."""
+    case = Case(device, "clip_norm_", "mixed")
+    called, captured = Canvas(case), Canvas(case)
+    total_norm = _ops.clip_norm_(called.tensors, 1.0, 2.0)
+    _ops.norm(captured.tensors, 2.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _ops.clip_norm_(captured.tensors, 1.0, 2.0)
+    for _ in range(2):
+        captured.memory.copy_(captured.before)
+        graph.replay()
+    same = have_equal_bits(found, total_norm) and captured.memory.equal(called.memory)
+    return "" if same else "a CUDA graph, replayed, gave other bits than a call"
+
+
+def _first_wrong(device: torch.device, say: Callable[[str], None]) -> tuple[int, list[str]]:
+    """How many cases there were, and what is wrong with the first that is."""
+    every = list(cases(str(device)))
+    if device.type == "cuda" and (last := torch.cuda.device_count() - 1) != device.index:
+        every += [case._replace(device=f"cuda:{last}") for case in every[:40]]
+    streams: list[Any] = [torch.cuda.Stream(device)] if device.type == "cuda" else []
+    for stream in [None, *streams]:
+        with torch.cuda.stream(stream):
+            for i, case in enumerate(every):
+                say(f"case {i + 1} of {len(every)}")
+                try:
+                    why = case.wrong()
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                if why:
+                    again = f"from fastclip._check_cases import Case\n  print({case}.wrong())"
+                    return i, [f"{why[:500]}\n  to see it again:\n  {again}"]
+    if streams and (why := _replayed(str(device))):
+        return len(every), [why]
+    return len(every) * (1 + len(streams)), []
+
+
+def check(device: torch.device, json_path: Path | None) -> None:
+    """Print what is found; end with exit status 1 if anything is wrong."""
+    is_many = _ranks.join()
+    if is_many and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    is_first = _ranks.rank() in (None, 0)
+    start = time.perf_counter()
+
+    def say(progress: str) -> None:
+        if is_first and sys.stderr.isatty():
+            print(f"\r{progress:40}", end="\r", file=sys.stderr)
+
+    serve = _ops.has_kernels(device.type) and not (device.type == "cuda" and _ops.refusal(device))
+    used = uses_kernels(str(device))
+    record: dict[str, Any] = {"facts": _facts(device, used)}
+    record["cases"], record["wrong"] = _first_wrong(device, say)
+    if serve and not used and not record["wrong"]:
+        record["wrong"] = ["the kernels are there, and plain PyTorch was called"]
+    if is_many:
+        record["told"] = told = _ranks.gather(record)
+        record["wrong"] = [f"rank {i}: {why}" for i, one in enumerate(told) for why in one["wrong"]]
+        record["wrong"] += _ranks.differing([one["facts"] for one in told])
+        if not record["wrong"]:
+            record["models"] = _ranks.clip_models(clip_grad_norm_)
+            for i, models in enumerate(_ranks.gather(record["models"])):
+                record["wrong"] += [f"rank {i}: {n}: {why}" for n, why in models.items() if why]
+    else:
+        say("speed")
+        record["speed"] = speed(str(device))
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    if is_first:
+        _print(record)
+        if json_path is not None:
+            json_path.write_text(json.dumps(record, indent=1) + "\n")
+    if is_many:
+        _ranks.leave()
+    if record["wrong"]:
+        sys.exit(1)
+
+
+def _print(record: dict[str, Any]) -> None:
+    wrong = record["wrong"]
+    for name, fact in record["facts"].items():
+        print(f"{name:9} {fact}")
+    print(f"{'right':9} {record['cases']} cases" + (", up to one that is not" * bool(wrong)))
+    if record.get("models"):
+        print(f"{'ranks':9} the same versions and kernels; clipped {', '.join(record['models'])}")
+    for row in record.get("speed", ()):
+        ms = {name: row[name] for name in ("fastclip", "torch", "read", "copy")}
+        times = ", ".join(f"{name} {value:.3f} ms" for name, value in ms.items())
+        ratio, share = ms["torch"] / ms["fastclip"], 100 * ms["read"] / ms["fastclip"]
+        print(f"{'fast':9} {row['list']}: {times}: {ratio:.1f} x torch, {share:.0f} % of a read")
+    for why in wrong:
+        print(f"{'WRONG':9} {why}")
+    print(f"{'verdict':9} {'WRONG' if wrong else 'right'}, after {record['seconds']} s")
