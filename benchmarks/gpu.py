@@ -53,17 +53,9 @@ MEASURED = [
     Step("compiled", 60, 100),
 ]
 BUILD = Step("build", 0, 240)
-PROOF = Step("proof", 0, 60)
-# Where a profiler of kernels does not survive.
-PROOF_BENEATH = "proof beneath the ops"
-CORRECTNESS = Step("correctness", 20, 60)
+CHECK = Step("check", 0, 90)
 SUITE = Step("suite", 30, 300, gpu_only=True)
 SANITIZER = Step("sanitizer", 30, 90, gpu_only=True)
-# One test of each op, and that its kernels are there.
-EVERY_OP = (
-    "matches_the_oracle or norms_of_their_groups or rounds_once or clamp_is or measure_then_scale "
-    "or kernels_are_there"
-)
 
 
 class Run:
@@ -202,19 +194,16 @@ def measure(run: Run) -> None:
             worker.close()
 
 
-def prove(run: Run) -> None:
-    """In a process of its own: what a profiler leaves behind slows launches."""
-    for name in (PROOF.name, PROOF_BENEATH):
-        worker = Worker("gpu_rows", run.device, run.quick)
-        try:
-            found = worker.ask(name, PROOF.most, run.tell)
-        finally:
-            worker.close()
-        if not found["state"].startswith(("failed: its process ended", f"failed: {NO_END}")):
-            break
-    run.end(PROOF, found)
-    if found["state"] != "done":
-        refuse(run, found["state"].removeprefix("failed: "))
+def check(run: Run) -> None:
+    """`python -m fastclip check`; if the kernels of this tree are wrong nothing else is measured."""
+    found = run.out.with_suffix(".check.json")
+    options = ["--device", run.device, "--json", str(found)]
+    if not run.command(CHECK, [sys.executable, "-m", "fastclip", "check", *options]):
+        refuse(run, f"check: {run.record['steps']['check'].get('said')} ({found})")
+    run.record["check"] = json.loads(found.read_text())
+    kernels = run.record["check"]["facts"]["kernels"]
+    if not kernels.startswith("compiled"):
+        refuse(run, f"no kernels serve {run.device} after the build: {kernels}")
 
 
 def conclude(run: Run) -> None:
@@ -236,10 +225,7 @@ def ask_all(run: Run) -> None:
     if not run.command(BUILD, build):
         said = run.record["steps"]["build"]["said"]
         refuse(run, f"the build failed: {said} ({run.out.stem}.build.log)")
-    prove(run)
-    some = "rounds_once" if run.quick else EVERY_OP
-    ops = ["tests/test_ops.py", "tests/test_cuda.py", "-k", f"({some}) and not default"]
-    run.command(CORRECTNESS, pytest(run.device, *ops))
+    check(run)
     measure(run)
     run.command(SUITE, pytest(run.device), reserve=SANITIZER.least)
     sanitizer = shutil.which("compute-sanitizer", path=environment(run.device)["PATH"])
@@ -256,7 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: what is seen, not speed")
-    steps = [step.name for step in (CORRECTNESS, *MEASURED, SUITE, SANITIZER)]
+    steps = [step.name for step in (*MEASURED, SUITE, SANITIZER)]
     parser.add_argument("--only", nargs="+", default=[], choices=steps, help="after a build")
     parser.add_argument("--commit", default="", help="of a tree without its git")
     args = parser.parse_args()
@@ -265,7 +251,7 @@ def main() -> None:
     # Who ends this ends what it has started: the groups of their own would not hear of it.
     signal.signal(signal.SIGTERM, lambda *how: sys.exit("terminated"))
     os.environ["PATH"] = environment(args.device)["PATH"]
-    only = [BUILD.name, *args.only] if args.only else []
+    only = [BUILD.name, CHECK.name, *args.only] if args.only else []
     ask_all(Run(args.out.absolute(), args.device, args.quick, only, args.commit))
 
 

@@ -26,7 +26,9 @@ def info() -> None:
         f"{extension.__file__} ({extension.built_for})" if extension else "not built for this torch"
     )
     cpu = "compiled kernels"
-    if not _ops.has_kernels("cpu"):
+    if off := _ops.turned_off():
+        cpu = f"plain PyTorch: {off}"
+    elif not _ops.has_kernels("cpu"):
         cpu = f"plain PyTorch; for compiled kernels, in the checkout: {_ops.REBUILD}"
     print(
         f"fastclip   {fastclip.__version__}\n"

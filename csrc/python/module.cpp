@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("use_kernels", [](bool enabled) { fastclip::kernels_are_on = enabled; });
   m.def("kernels_are_on", [] { return fastclip::kernels_are_on.load(); });
+  m.def("has_process_groups", fastclip::has_process_groups);
   m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
   m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
   m.def("clip_grad_norm_", fastclip::clip_grad_norm);

@@ -23,21 +23,27 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -
     """Return min(1, max_norm / (total_norm + 1e-6)), of the norm's shape and dtype.
 
     An infinite threshold gives 1 for any norm; a NaN or negative one gives NaN. Not `wide`, it is
-    computed in float32, where that holds the norm.
+    computed in float32.
     """
-    if not wide:
-        near = total_norm.float()
-        coef = clip_coef(near, max_norm)
-        return coef.where(near <= torch.finfo(near.dtype).max, clip_coef(total_norm, max_norm))
-    limit = as_limit(max_norm, total_norm.device)
+    dtype = total_norm.dtype if wide else torch.float32
+    return clip_coef_in(dtype, total_norm, max_norm).to(total_norm.dtype)
+
+
+def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    limit, eps = as_limit(max_norm, total_norm.device), 1e-6
+    if dtype != total_norm.dtype:
+        # A power of two rounds nothing, and brings norms beyond float32 into its range.
+        unit = 2.0**-48
+        total_norm, limit, eps = total_norm * unit, limit.to(total_norm.dtype) * unit, eps * unit
+    norm = total_norm.to(dtype)
     if limit.dim() == 0 and is_known(limit):
         number = float(limit)
-        if not 0 <= number <= torch.finfo(total_norm.dtype).max:
-            return torch.full_like(total_norm, 1 if number > 0 else math.nan)
+        if not 0 <= number <= torch.finfo(dtype).max:
+            return torch.full_like(norm, 1 if number > 0 else math.nan)
         # A device divides a number of the CPU without a launch to bring it there.
-        return ((limit.to(total_norm.dtype) + 0.0) / (total_norm + 1e-6)).clamp(max=1)
-    limit = limit.to(total_norm)
-    coef = ((limit + 0.0) / (total_norm + 1e-6)).clamp(max=1)
+        return ((limit.to(dtype) + 0.0) / (norm + eps)).clamp(max=1)
+    limit = limit.to(norm)
+    coef = ((limit + 0.0) / (norm + eps)).clamp(max=1)
     return coef.where(limit >= 0, math.nan).masked_fill(limit == math.inf, 1)
 
 

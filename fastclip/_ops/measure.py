@@ -132,17 +132,18 @@ def _each_slice(tensor: Tensor, p: float, copy: Tensor | None) -> Tensor:
 
 def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
     """No wait, and no more calls of a device than torch makes."""
-    device = tensors[0].device
-    empty = torch.zeros((), dtype=widest(device), device=device)
-    norms, places = [empty] * len(tensors), defaultdict(list)
+    device, places = tensors[0].device, defaultdict(list)
     for i, tensor in enumerate(tensors):
         places[tensor.device].extend([i] * bool(tensor.numel()))
+    norms: dict[int, Tensor] = {}
     for place, index in places.items():
         if index:
             found = _measured([tensors[i] for i in index], p, widest(place))
-            for i, norm in zip(index, found, strict=True):
-                norms[i] = norm.to(empty)
-    return torch.stack(norms)
+            norms |= zip(index, (norm.to(device, widest(device)) for norm in found), strict=True)
+    if len(norms) < len(tensors):
+        empty = torch.zeros((), dtype=widest(device), device=device)
+        norms = {i: norms.get(i, empty) for i in range(len(tensors))}
+    return torch.stack([norms[i] for i in range(len(tensors))])
 
 
 def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._private import private
 from . import pieces
-from .coef import clip_coef, means_zeros
+from .coef import clip_coef_in, means_zeros
 from .measure import each, each_row, empty_norm, total
 from .rows import norm_of, widest
 from .transforms import converted, is_known, is_transformed
@@ -114,7 +114,7 @@ def clip_norm_(
     device = tensors[0].device
     total_norm = total_norm.to(device, widest(device))
     _note_writes(tensors)
-    _scale(tensors, clip_coef(total_norm, max_norm, dtype == torch.float64), False)
+    _scale(tensors, clip_coef_in(dtype, total_norm, max_norm), False)
     return total_norm.to(dtype)
 
 

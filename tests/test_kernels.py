@@ -1,0 +1,164 @@
+"""The switch between kernels and plain PyTorch, and `check`, which says what is right."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import parameters
+
+import fastclip
+from fastclip import _check_cases, _ops
+from fastclip._check import check, uses_kernels
+from fastclip._check_cases import Case, cases
+
+ROOT = Path(__file__).parent.parent
+built = pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
+
+
+def python(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture
+def switch():
+    yield
+    fastclip.use_kernels(True)
+
+
+@built
+def test_kernels_can_be_turned_off_and_on(switch):
+    grads = [torch.randn(10_000), torch.randn(3, dtype=torch.float64)]
+    found = []
+    for enabled in (True, False, True):
+        fastclip.use_kernels(enabled)
+        assert _ops.has_kernels("cpu") == uses_kernels("cpu") == enabled
+        made = parameters(grads)
+        found.append((fastclip.clip_grad_norm_(made, 1.0), made[0].grad))
+        clipper = fastclip.GradClipper(parameters(grads), 1.0)
+        torch.testing.assert_close(clipper.clip_(), found[0][0], rtol=1e-6, atol=0)
+        assert clipper.stats()["clipped"] == 1
+    for norm, grad in found:
+        torch.testing.assert_close(norm, found[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, found[0][1], rtol=1e-6, atol=0)
+
+
+def test_the_environment_turns_kernels_off_and_info_says_so():
+    result = python("-m", "fastclip", "info", FASTCLIP_KERNELS="0")
+    assert "plain PyTorch: FASTCLIP_KERNELS=0 is set" in result.stdout, result.stderr
+    code = "import fastclip; print(fastclip._ops.extension); fastclip.use_kernels(True)"
+    result = python("-c", code, FASTCLIP_KERNELS="0")
+    assert result.stdout == "None\n"
+    assert "use_kernels: no kernels were loaded: FASTCLIP_KERNELS=0 is set" in result.stderr
+    result = python("-c", "import fastclip", FASTCLIP_KERNELS="off")
+    assert "FASTCLIP_KERNELS=off: expected 0" in result.stderr
+
+
+@built
+def test_what_turned_kernels_off_is_said(switch, capsys):
+    fastclip.use_kernels(False)
+    check(torch.device("cpu"), None)
+    said = capsys.readouterr().out
+    assert "plain PyTorch (fastclip.use_kernels(False) was called)" in said
+    assert "verdict   right" in said
+
+
+@built
+def test_the_extension_knows_of_process_groups(tmp_path):
+    assert not _ops.extension.has_process_groups()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    assert _ops.extension.has_process_groups()
+    dist.destroy_process_group()
+    assert not _ops.extension.has_process_groups()
+
+
+def test_check_writes_all_that_it_found(tmp_path, capsys):
+    check(torch.device("cpu"), tmp_path / "check.json")
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["cases"] == len(list(cases("cpu")))
+    assert found["wrong"] == []
+    assert found["facts"]["torch"] == torch.__version__
+    assert all(row["fastclip"] > 0 for row in found["speed"])
+    said = capsys.readouterr().out
+    assert "x torch" in said
+    expected = "compiled, and called" if _ops.extension else "none: plain PyTorch"
+    assert expected in said
+
+
+def write_beyond(tensors, *how):
+    last = tensors[-1]
+    beyond = last.as_strided((1,), (1,), last.storage_offset() + last.numel())
+    beyond.fill_(0.0)
+
+
+count = iter(range(1, 9))
+FAULTS = {
+    "norm": (lambda op, ts, *how: op(ts, *how) * (1 + 1e-5), "expected the norms"),
+    "norms": (
+        lambda op, ts, *how: op(ts, *how) * (1 + next(count) * 1e-7),
+        "other bits the second",
+    ),
+    "scale_": (lambda op, ts, *how: op(ts[:-1], *how), "expected tensors[10] to become"),
+    "clamp_": (lambda op, ts, *how: (op(ts, *how), write_beyond(ts))[0], "outside of the tensors"),
+    "clip_norm_ idle": (
+        lambda op, ts, *how: (op(ts, *how), ts[5].mul_(1 - 1e-7))[0],
+        "were written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_case_says_what_is_wrong(monkeypatch, name):
+    assert Case("cpu", name, "float32").wrong() == ""
+    fault, said = FAULTS[name]
+    op = name.split()[0]
+    faulty = SimpleNamespace(**vars(_ops) | {op: partial(fault, getattr(_ops, op))})
+    monkeypatch.setattr(_check_cases, "_ops", faulty)
+    assert said in Case("cpu", name, "float32").wrong()
+
+
+def test_check_ends_with_1_and_says_how_to_see_it_again(monkeypatch, capsys):
+    faulty = SimpleNamespace(**vars(_ops) | {"clamp_": lambda tensors, bound: None})
+    monkeypatch.setattr(_check_cases, "_ops", faulty)
+    with pytest.raises(SystemExit) as ended:
+        check(torch.device("cpu"), None)
+    said = capsys.readouterr().out
+    assert ended.value.code == 1
+    (again,) = re.findall(r"print\((Case\(.*\))\.wrong\(\)\)", said)
+    assert eval(again).wrong()
+
+
+ODD = """
+import os, fastclip
+if os.environ["RANK"] == "1" and os.environ["ODD"] == "version":
+    fastclip.__version__ = "0.2.0"
+from fastclip.__main__ import main
+main(["check", "--device", "cpu"])
+"""
+
+
+@pytest.mark.parametrize("odd", ["none", "version", "kernels"])
+def test_check_under_torchrun_names_the_odd_rank(tmp_path, odd):
+    script = tmp_path / "odd.py"
+    script.write_text(
+        "import os\n"
+        "if os.environ['RANK'] == '1' and os.environ['ODD'] == 'kernels':\n"
+        "    os.environ['FASTCLIP_KERNELS'] = '0'\n" + ODD
+    )
+    result = python("-m", "torch.distributed.run", "--nproc-per-node=2", str(script), ODD=odd)
+    assert (result.returncode == 0) == (odd == "none" or (odd == "kernels" and not _ops.extension))
+    if odd == "version":
+        assert "rank 1 has fastclip 0.2.0" in result.stdout, result.stderr
+    elif result.returncode:
+        assert "rank 1 has kernels none: plain PyTorch (FASTCLIP_KERNELS=0 is set)" in result.stdout
+    else:
+        assert "clipped DDP, FSDP2, mesh of 2 x 1" in result.stdout
