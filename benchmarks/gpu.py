@@ -195,7 +195,7 @@ def measure(run: Run) -> None:
 
 
 def check(run: Run) -> None:
-    """`python -m fastclip check`; if the kernels of this tree are wrong nothing else is measured."""
+    """`python -m fastclip check`: nothing else is measured if the kernels are wrong."""
     found = run.out.with_suffix(".check.json")
     options = ["--device", run.device, "--json", str(found)]
     if not run.command(CHECK, [sys.executable, "-m", "fastclip", "check", *options]):

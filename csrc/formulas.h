@@ -24,13 +24,14 @@ struct Flat {
   }
 };
 
-// What is accumulated: p = 1, 2, infinity, and any other p > 0.
-enum class Norm { kSum, kSquares, kMax, kPower };
+// The norms that have kernels: of order 1, 2 and infinity. The default op measures those of any
+// other order.
+enum class Norm { kSum, kSquares, kMax };
+
+inline bool has_kernel(double p) { return p == 1 || p == 2 || (std::isinf(p) && p > 0); }
 
 inline Norm norm_kind(double p) {
-  if (p == 1) return Norm::kSum;
-  if (p == 2) return Norm::kSquares;
-  return std::isinf(p) ? Norm::kMax : Norm::kPower;
+  return p == 1 ? Norm::kSum : p == 2 ? Norm::kSquares : Norm::kMax;
 }
 
 // Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold

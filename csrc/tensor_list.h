@@ -92,10 +92,10 @@ class FlatList {
     return list;
   }
 
-  // Norms of order p <= 0 have no kernel.
+  // Nothing either if norms of order p have no kernel.
   static std::optional<FlatList> look(at::TensorList tensors, double p, Unit unit = Unit::kTensor,
                                       Access access = Access::kRead) {
-    return p > 0 ? look(tensors, unit, access) : std::nullopt;
+    return has_kernel(p) ? look(tensors, unit, access) : std::nullopt;
   }
 
   // Before a list that was looked at to be read is written after all: `is_written(i)` of any item

@@ -62,16 +62,14 @@ def lists() -> dict[str, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["mixed", "many", "long"])
-@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 def test_any_grid_and_schedule_gives_the_same_bits(machine, name, p):
-    if name == "long" and p == 3.0:
-        p = 20.0
     source = lists()[name]
     expected = oracle(source, p)
     results = []
     machines = [(1, 512, 13000, 1), (3, 1536, 13000, 1), (2, 1536, 12000, 0), (7, 2048, 13000, 0)]
     # How a long list is cut does not depend on the order.
-    machines = machines[::3] if name == "long" and p in (1.0, 20.0) else machines
+    machines = machines[::3] if name == "long" and p == 1.0 else machines
     for multiprocessors, threads, driver, cooperative in machines:
         machine.multiprocessors, machine.threads_per_multiprocessor = multiprocessors, threads
         machine.driver, machine.cooperative = driver, cooperative
@@ -161,7 +159,7 @@ def test_many_rows_need_no_finish(machine, width, rows):
     torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 def test_an_empty_slot_is_0_whatever_lies_beside_it(p):
     long, short = torch.randn(16384, device="emulated"), torch.ones(10, device="emulated")
     empty = torch.empty(0, device="emulated")
@@ -176,28 +174,13 @@ def test_an_empty_slot_is_0_whatever_lies_beside_it(p):
         assert norms.tolist() == pytest.approx(expected, rel=3e-7)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 2.5, 0.5])
+@pytest.mark.parametrize("p", [1.0, 2.0])
 def test_one_span_has_the_same_bits_alone_and_in_a_clip(p):
     for _ in range(20):
         tensor = torch.randn(1000, dtype=torch.float64, device="emulated")
         alone, clipped = _ops.norm([tensor], p), _ops.clip_norm_([tensor.clone()], 1.0, p)
         beside = _ops.norms([tensor, tensor[:0]], p)[0]
         assert alone.item() == clipped.item() == beside.item()
-
-
-@pytest.mark.parametrize("p", [3.0, 7.0, 64.0, 2000.0, 2.5, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_powers_hold_at_the_ends_of_the_range(machine, p, dtype):
-    info = torch.finfo(dtype)
-    small = info.smallest_normal * 8
-    for values in ([small] * 5, [info.max / 64, small, 1.0], [small, 3 * small, 1.0], [0.0] * 9):
-        for offset in (0, 1):
-            memory = torch.tensor([0.0] * offset + values, dtype=dtype).to("emulated")
-            norm = _ops.norm([memory[offset:]], p)
-            assert norm.item() == pytest.approx(oracle([memory[offset:]], p), rel=1e-6)
-    for bad, seen in ((math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
-        tensor = torch.tensor([1.0] * 40 + [bad] + [2.0] * 40, dtype=dtype, device="emulated")
-        assert _ops.norm([tensor], p).item() == pytest.approx(seen, nan_ok=True)
 
 
 def test_parameters_of_4_kib_take_fewer_tensors_a_launch(machine):

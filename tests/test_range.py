@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import ORDERS, oracle, parameters, precision
+from conftest import ORDERS, oracle, parameters
 from torch import nn
 
 import fastclip
@@ -148,7 +148,8 @@ def test_squares_beyond_float64_have_a_norm_on_the_cpu(ops, device, p, size):
     tensors = [torch.randn(size, dtype=torch.float64) * 1e200, torch.randn(7), torch.randn(9, 2)]
     norm = oracle(tensors, p)
     assert ops.norm(tensors, p).item() == pytest.approx(norm, rel=1e-13)
-    close = {"rel": precision(ops, 1e-13)}
+    # The default op measures all, also the float32 ones, once a square is beyond float64.
+    close = {"rel": 1e-13 if p == math.inf else 1e-6}
     each = [oracle([t], p) for t in tensors]
     assert ops.norms(tensors, p, None, True).tolist() == pytest.approx(each, **close)
     some = [oracle(tensors[:2], p), each[2]]

@@ -120,8 +120,8 @@ void check_measure(const Format& f, Tile& tile, double p) {
   if (std::isinf(p) || std::isinf(most)) expected = most;
   if (has_nan) expected = kNan;
   const double found =
-      fastclip::cpu::measure(tile.data(), f.dtype, tile.size(), fastclip::norm_kind(p), p);
-  // 32 lanes, and the tree that adds them up; a power is as exact as `pow`.
+      fastclip::cpu::measure(tile.data(), f.dtype, tile.size(), fastclip::norm_kind(p));
+  // 32 lanes, and the tree that adds them up.
   const double eps = std::numeric_limits<double>::epsilon();
   const double slack = (tile.size() / 32 + 40 + (plain ? 0 : tile.size())) * eps;
   const bool near = same(found, expected) || std::abs(found - expected) <= slack * expected;
@@ -158,7 +158,7 @@ void check_clamp(const Format& f, Tile tile, double bound) {
 void check(const Format& f, const std::vector<uint64_t>& elements, size_t offset, bool summed) {
   Tile tile(f, elements, offset);
   if (summed)
-    for (const double p : {1.0, 2.0, kInf, 3.0, 0.5}) check_measure(f, tile, p);
+    for (const double p : {1.0, 2.0, kInf}) check_measure(f, tile, p);
   for (const double c : {0.3, 0.0, -0.0, 1e-5, 3.0, -1.0, 0x1p-16, 0x1p100, kInf, kNan})
     check_scale(f, tile, c);
   for (const double bound : {0.0, 0.1, 1.0, 65510.0, 1e9, kInf}) check_clamp(f, tile, bound);

@@ -11,12 +11,15 @@ namespace {
 at::Tensor clip_norm_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p,
                          Norms norms) {
   check_threshold(max_norm);
-  auto lists = ClipLists::look(tensors, p, norms);
-  if (!lists || !max_norm.is_cpu())
+  const auto by_default = [&] {
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
-  bump_versions(tensors);
+  };
+  auto lists = ClipLists::look(tensors, p, norms);
+  if (!lists || !max_norm.is_cpu()) return by_default();
   const cpu::Spans spans(lists->measured());
-  const double norm = cpu::total_norm(lists->measured(), spans, p);
+  const double norm = cpu::total_norm(lists->measured(), spans, norm_kind(p));
+  if (cpu::may_have_overflowed(lists->measured(), norm_kind(p), norm)) return by_default();
+  bump_versions(tensors);
   const at::ScalarType dtype = lists->scaled.result_dtype();
   const double coef = clip_coef_as(dtype == at::kDouble, norm, max_norm.item<double>());
   const auto scale = [&](const cpu::Spans& all) {

@@ -15,51 +15,32 @@ namespace fastclip::cpu {
 // Puts partial results together: of tiles to a span's, of spans to a group's.
 class Accumulator {
  public:
-  Accumulator(Norm kind, double p) : kind_(kind), p_(p) {}
+  explicit Accumulator(Norm kind) : kind_(kind) {}
 
   void add(double partial) {
-    if (kind_ == Norm::kPower) {
-      add_norm(partial);
-    } else if (kind_ == Norm::kMax) {
-      if (partial > total_ || std::isnan(partial)) total_ = partial;
-    } else {
+    if (kind_ != Norm::kMax) {
       total_ += partial;
+    } else if (partial > total_ || std::isnan(partial)) {
+      total_ = partial;
     }
   }
 
-  // What `add` takes: a power sum, a maximum, or for kPower a norm.
-  double partial() const {
-    return kind_ == Norm::kPower ? most_ * std::pow(total_, 1 / p_) : total_;
-  }
-
-  double norm() const { return kind_ == Norm::kSquares ? std::sqrt(total_) : partial(); }
+  double partial() const { return total_; }
+  double norm() const { return kind_ == Norm::kSquares ? std::sqrt(total_) : total_; }
 
  private:
-  // Powers are taken relative to the largest norm so far, so that none overflows.
-  void add_norm(double norm) {
-    if (norm == most_) {
-      total_ += 1;
-    } else if (norm < most_) {
-      total_ += std::pow(norm / most_, p_);
-    } else {
-      total_ = total_ * std::pow(most_ / norm, p_) + 1;
-      most_ = norm;
-    }
-  }
-
   Norm kind_;
-  double p_, total_ = 0, most_ = 0;
+  double total_ = 0;
 };
 
 // One partial result for each span.
-inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& spans, Norm kind,
-                                      double p) {
+inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& spans, Norm kind) {
   std::vector<double> partials(spans.size());
   spans.parallel([&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
-      Accumulator span(kind, p);
+      Accumulator span(kind);
       spans.for_each_tile(k, [&](size_t i, void* data, int64_t n) {
-        span.add(measure(data, tensors[i].dtype, n, kind, p));
+        span.add(measure(data, tensors[i].dtype, n, kind));
       });
       partials[k] = span.partial();
     }
@@ -67,28 +48,17 @@ inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& span
   return partials;
 }
 
-// Calls measure(kind), which gives norms, and where squares of float64 elements may have overflowed
-// measures again as other orders are, relative to the largest.
-template <class Measure>
-std::vector<double> without_overflow(const FlatList& tensors, double p, Measure&& measure) {
-  std::vector<double> norms = measure(norm_kind(p));
-  const auto is_inf = [](double norm) { return std::isinf(norm); };
-  if (norm_kind(p) != Norm::kSquares || tensors.result_dtype() != at::kDouble ||
-      std::ranges::none_of(norms, is_inf))
-    return norms;
-  const std::vector<double> others = measure(Norm::kPower);
-  for (size_t i = 0; i < norms.size(); ++i)
-    if (is_inf(norms[i])) norms[i] = others[i];
-  return norms;
+// The norm of all tensors, from one group of spans.
+inline double total_norm(const FlatList& tensors, const Spans& spans, Norm kind) {
+  Accumulator total(kind);
+  for (const double partial : norm_phase(tensors, spans, kind)) total.add(partial);
+  return total.norm();
 }
 
-// The norm of all tensors, from one group of spans.
-inline double total_norm(const FlatList& tensors, const Spans& spans, double p) {
-  return without_overflow(tensors, p, [&](Norm kind) -> std::vector<double> {
-    Accumulator total(kind, p);
-    for (const double partial : norm_phase(tensors, spans, kind, p)) total.add(partial);
-    return {total.norm()};
-  })[0];
+// Whether squares of float64 elements may have overflowed; the default op then measures again,
+// relative to the largest.
+inline bool may_have_overflowed(const FlatList& tensors, Norm kind, double norm) {
+  return kind == Norm::kSquares && tensors.result_dtype() == at::kDouble && std::isinf(norm);
 }
 
 // Multiplies tensor i by coef(i) in place unless that is 1. Spans go from last to first:

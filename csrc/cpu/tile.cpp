@@ -112,16 +112,7 @@ template <class scalar_t>
 }
 
 template <class scalar_t>
-[[gnu::always_inline]] inline double power_norm(const scalar_t* x, int64_t n, double p) {
-  const double most = maximum(x, n);
-  if (most == 0 || !std::isfinite(most)) return most;
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += std::pow(std::abs(widen(x[i]) / most), p);
-  return most * std::pow(total, 1 / p);
-}
-
-template <class scalar_t>
-[[gnu::always_inline]] inline double measure_as(const void* data, int64_t n, Norm kind, double p) {
+[[gnu::always_inline]] inline double measure_as(const void* data, int64_t n, Norm kind) {
   const auto* x = static_cast<const scalar_t*>(data);
   switch (kind) {
     case Norm::kSum:
@@ -130,8 +121,6 @@ template <class scalar_t>
       return sum<Norm::kSquares>(x, n);
     case Norm::kMax:
       return maximum(x, n);
-    case Norm::kPower:
-      return power_norm(x, n, p);
   }
   return 0;
 }
@@ -183,9 +172,9 @@ template <class Visit>
 #if defined(__x86_64__) && defined(__gnu_linux__)
 [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
 #endif
-double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p) {
+double measure(const void* data, Dtype dtype, int64_t n, Norm kind) {
   return with_scalar(dtype, [=](auto zero) __attribute__((always_inline)) {
-    return measure_as<decltype(zero)>(data, n, kind, p);
+    return measure_as<decltype(zero)>(data, n, kind);
   });
 }
 

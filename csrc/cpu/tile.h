@@ -5,13 +5,12 @@
 
 namespace fastclip::cpu {
 
-// The partial result of n elements: their sum, sum of squares or maximum (NaN wins), and for any
-// other p their norm, since powers of it may not fit a float64. Finite for finite elements, but
-// for squares of float64 ones, see without_overflow.
-double measure(const void* data, Dtype dtype, int64_t n, Norm kind, double p);
+// The partial result of n elements: their sum, sum of squares or maximum (NaN wins). Finite for
+// finite elements, but for squares of float64 ones, see may_have_overflowed.
+double measure(const void* data, Dtype dtype, int64_t n, Norm kind);
 
-// data *= coef, in float32 with one rounding (float64 elements in float64); below 0, see Note
-// [coef], data = 0.
+// data *= coef, in float32 with one rounding (float64 elements in float64); data = 0 where the
+// coefficient is -0.0, see Note [coef].
 void scale(void* data, Dtype dtype, int64_t n, double coef);
 
 // data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays. Writes nothing

@@ -41,18 +41,17 @@ __device__ void store(Numbers numbers, int i, double value) {
 }
 
 // How many blocks share a multiprocessor: three hold 96 KiB of loads in flight, in 40 registers a
-// thread. `pow` in float64 takes more.
-template <Norm kind>
-constexpr int kResident = kind == Norm::kPower ? 1 : 3;
+// thread.
+constexpr int kResident = 3;
 
 // kBoth needs all blocks of the grid resident at once.
 enum class Phases { kNorm, kScale, kBoth };
 
 template <Phases phases, Norm kind, class Table>
-__global__ void __launch_bounds__(kThreads, kResident<kind>)
+__global__ void __launch_bounds__(kThreads, kResident)
     clip_kernel(const __grid_constant__ Table table, const Work work) {
   if constexpr (phases != Phases::kScale) {
-    norm_phase<kind>(table, work.p, [&](int span, double partial) {
+    norm_phase<kind>(table, [&](int span, double partial) {
       if (work.spans > 0)
         work.partials[span] = partial;
       else
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kind>)
     cooperative_groups::this_grid().sync();
   }
   // Every block adds up the same partial results: a barrier less than one block telling the others.
-  const double norm = finish<kind>(work.partials, work.spans, work.p);
+  const double norm = finish<kind>(work.partials, work.spans);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
   const double coef = clip_coef_as(work.norms.is_double, norm, number(work, 0));
   if (coef != 1) change_phase<Multiply>(table, [=](int) { return coef; });
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ Slots slots, const Work work) {
   for (int i = blockIdx.x; i < slots.count; i += gridDim.x) {
     const uint32_t begin = slots.begins[i], end = slots.begins[i + 1];
-    const double norm = finish<kind>(work.partials + begin, static_cast<int>(end - begin), work.p);
+    const double norm = finish<kind>(work.partials + begin, static_cast<int>(end - begin));
     if (threadIdx.x == 0) store(work.norms, slots.first + i, norm);
   }
 }
@@ -104,8 +103,8 @@ bool takes_large_tables() {
   return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kLargeParameters;
 }
 
-void for_norm(double p, auto&& visit) {
-  pick<Norm::kSum, Norm::kSquares, Norm::kMax, Norm::kPower>(norm_kind(p), visit);
+void for_norm(Norm kind, auto&& visit) {
+  pick<Norm::kSum, Norm::kSquares, Norm::kMax>(kind, visit);
 }
 
 // Launches as many blocks as are resident at once, or as there are tasks for. With `together` all
@@ -149,7 +148,7 @@ void for_each_table(const Partition& partition, auto&& visit) {
 template <Phases phases>
 bool launch_phases(const char* what, const Partition& partition, const Work& work, Stream stream) {
   bool done = false;
-  for_norm(work.p, [&]<Norm kind>() {
+  for_norm(work.kind, [&]<Norm kind>() {
     for_each_table(partition, [&]<class Table>(const Table& table) {
       done = launch(what, clip_kernel<phases, kind, Table>, table.spans, table, work, stream,
                     phases == Phases::kBoth);
@@ -195,7 +194,7 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream) {
   for (slots.first = 0; slots.first < work.slots; slots.first += slots.count) {
     slots.count = std::min(work.slots - slots.first, Slots::kSlots);
     std::copy_n(begins.begin() + slots.first, slots.count + 1, slots.begins);
-    for_norm(work.p, [&]<Norm kind>() {
+    for_norm(work.kind, [&]<Norm kind>() {
       launch("the launch of finish_kernel", finish_kernel<kind>, slots.count, slots, work, stream);
     });
   }

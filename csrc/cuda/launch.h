@@ -29,7 +29,7 @@ struct Numbers {
 
 // What a kernel works with besides its tensors; each launch names what it uses.
 struct Work {
-  double p = 2;
+  Norm kind = Norm::kSquares;
   double number = 0;           // max_norm or bound
   Numbers given = {};          // max_norm or coef; without data it is `number`
   Numbers norms = {};          // the result
@@ -38,7 +38,7 @@ struct Work {
   int slots = 1;
 };
 
-// The norm of each slot, of order p; for several slots the partition is apart and sorted.
+// The norm of each slot; for several slots the partition is apart and sorted.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
 // The norm of what is measured, and the rest scaled to max_norm: one launch, if it `may_fuse` them,

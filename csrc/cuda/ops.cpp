@@ -69,7 +69,7 @@ at::Tensor norm_cuda(at::TensorList tensors, double p, bool wide) {
   const auto list = look(tensors, p);
   if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
   return measure_slots(tensors[0], {parts_of(*list), false}, {},
-                       wide ? at::kDouble : list->result_dtype(), {.p = p});
+                       wide ? at::kDouble : list->result_dtype(), {.kind = norm_kind(p)});
 }
 
 at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
@@ -82,7 +82,7 @@ at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef 
   std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
   return measure_slots(tensors[0], {parts, true}, {groups},
                        wide ? at::kDouble : list->result_dtype(),
-                       {.p = p, .slots = static_cast<int>(groups)});
+                       {.kind = norm_kind(p), .slots = static_cast<int>(groups)});
 }
 
 void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
@@ -116,7 +116,7 @@ at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, do
   if (!lists || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
   bump_versions(tensors);
-  cuda::Work work{.p = p};
+  cuda::Work work{.kind = norm_kind(p)};
   at::Tensor limit;
   if (max_norm.is_cpu())
     work.number = max_norm.item<double>();
