@@ -3,8 +3,8 @@
 
 namespace fastclip {
 
-// Whether torch.distributed has process groups. Their collectives may hold multiprocessors of a GPU
-// until another rank comes along.
+// Whether torch.distributed has its default process group, as it has where it has others. Their
+// collectives may hold multiprocessors of a GPU until another rank comes along.
 bool has_process_groups();
 
 }  // namespace fastclip

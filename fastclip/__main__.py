@@ -22,9 +22,9 @@ from ._run import run
 
 def info() -> None:
     extension = _ops.extension
-    built = (
-        f"{extension.__file__} ({extension.built_for})" if extension else "not built for this torch"
-    )
+    built = f"{extension.__file__} ({extension.built_for})" if extension else "not built"
+    if extension is None and (off := _ops.turned_off()):
+        built = f"not loaded: {off}"
     cpu = "compiled kernels"
     if off := _ops.turned_off():
         cpu = f"plain PyTorch: {off}"
@@ -80,9 +80,13 @@ def _device(value: str) -> torch.device:
 
 
 def _out(value: str) -> Path:
-    path = Path(value)
-    if path.suffix != ".png":
+    if not value.endswith(".png"):
         raise argparse.ArgumentTypeError(f"expected a path that ends in .png, got {value!r}")
+    return _file(value)
+
+
+def _file(value: str) -> Path:
+    path = Path(value)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {value!r}: no such folder, or no right to")
     return path
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "see whether what is installed is right and how fast it is; under torchrun on all ranks"
     add = commands.add_parser("check", help=what, description=what).add_argument
     add("--device", type=_device, default=best, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--json", type=Path, dest="json_path", metavar="FILE", help="write all that was found")
+    add("--json", type=_file, dest="json_path", metavar="FILE", help="write all that was found")
     what = "run a script with torch's clipping functions replaced by fastclip's"
     usage = "%(prog)s [--stats] [--plot FILE] script | -m module | -c code [arguments ...]"
     running = commands.add_parser("run", help=what, description=what, usage=usage)

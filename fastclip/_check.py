@@ -25,25 +25,35 @@ from ._check_cases import Canvas, Case, cases, have_equal_bits
 from .clip import clip_grad_norm_
 
 # Of torch's ops, all that a kernel of ours needs below it. A plain op needs more.
-NEEDS = {"empty", "empty_strided", "to", "_to_copy", "copy_", "item", "_local_scalar_dense"}
+NEEDS = ("empty", "empty_strided", "to", "_to_copy", "copy_", "item", "_local_scalar_dense")
 
 
 def uses_kernels(device: str) -> bool:
     """Whether ops run compiled kernels there: torch's profiler sees what is called below them."""
     tensors = [torch.ones(n, device=device) for n in (70_000, 3)]
-    calls = (lambda: _ops.clip_norm_(tensors, 1.0, 2.0), lambda: _ops.norms(tensors, 2.0))
-    names = set()
+    coef = torch.ones((), dtype=_ops.widest(tensors[0].device), device=device)
+    calls: list[Callable[[], Any]] = [
+        partial(_ops.clip_norm_, tensors, 1.0, 2.0),
+        partial(_ops.norm, tensors, 2.0),
+        partial(_ops.norms, tensors, 2.0),
+        partial(_ops.scale_, tensors, coef / 2),
+        partial(_ops.clamp_, tensors, 0.5),
+    ]
+    profiler: Any = torch.profiler
     for call in calls:
         call()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as profile:
             call()
         below = [e for e in profile.events() if e.name.startswith("fastclip::")]
+        if not below:
+            return False
         while below:
             event = below.pop()
             below += event.cpu_children
-            is_torchs = event.name.startswith("aten::")
-            names |= {event.name.removeprefix("aten::")} if is_torchs else set()
-    return names <= NEEDS
+            kind, _, name = event.name.partition("::")
+            if kind == "aten" and name not in NEEDS:
+                return False
+    return True
 
 
 def _wait(device: str) -> None:
@@ -97,7 +107,9 @@ def _facts(device: torch.device, uses_kernels: bool) -> dict[str, str]:
     is_cuda, kernels = device.type == "cuda", "compiled, and called"
     if not uses_kernels:
         reason = _ops.refusal(device) if is_cuda else _ops.turned_off()
-        kernels = f"none: plain PyTorch ({reason or f'not built: {_ops.REBUILD}'})"
+        if reason is None and not _ops.has_kernels(device.type):
+            reason = f"not built: {_ops.REBUILD}"
+        kernels = f"none: plain PyTorch ({reason or 'though they are built'})"
     told = {
         "fastclip": f"{fastclip.__version__}, protocol {_ranks.PROTOCOL}",
         "torch": torch.__version__,
@@ -129,10 +141,13 @@ def _replayed(device: str) -> str:
     return "" if same else "a CUDA graph, replayed, gave other bits than a call"
 
 
-def _first_wrong(device: torch.device, say: Callable[[str], None]) -> tuple[int, list[str]]:
+def _first_wrong(
+    device: torch.device, is_alone: bool, say: Callable[[str], None]
+) -> tuple[int, list[str]]:
     """How many cases there were, and what is wrong with the first that is."""
     every = list(cases(str(device)))
-    if device.type == "cuda" and (last := torch.cuda.device_count() - 1) != device.index:
+    last = torch.cuda.device_count() - 1
+    if device.type == "cuda" and is_alone and last != device.index:
         every += [case._replace(device=f"cuda:{last}") for case in every[:40]]
     streams: list[Any] = [torch.cuda.Stream(device)] if device.type == "cuda" else []
     for stream in [None, *streams]:
@@ -144,18 +159,26 @@ def _first_wrong(device: torch.device, say: Callable[[str], None]) -> tuple[int,
                 except Exception as error:
                     why = f"{type(error).__name__}: {error}"
                 if why:
-                    again = f"from fastclip._check_cases import Case\n  print({case}.wrong())"
+                    shown = str(case).replace("p=inf", "p=float('inf')")
+                    again = f"from fastclip._check_cases import Case\n  print({shown}.wrong())"
                     return i, [f"{why[:500]}\n  to see it again:\n  {again}"]
-    if streams and (why := _replayed(str(device))):
-        return len(every), [why]
+    if streams:
+        try:
+            why = _replayed(str(device))
+        except Exception as error:
+            why = f"{type(error).__name__} while a CUDA graph captured a clip: {error}"
+        if why:
+            return len(every), [why]
     return len(every) * (1 + len(streams)), []
 
 
 def check(device: torch.device, json_path: Path | None) -> None:
     """Print what is found; end with exit status 1 if anything is wrong."""
-    is_many = _ranks.join()
+    is_many = _ranks.join(device.type)
     if is_many and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     is_first = _ranks.rank() in (None, 0)
     start = time.perf_counter()
 
@@ -166,7 +189,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
     serve = _ops.has_kernels(device.type) and not (device.type == "cuda" and _ops.refusal(device))
     used = uses_kernels(str(device))
     record: dict[str, Any] = {"facts": _facts(device, used)}
-    record["cases"], record["wrong"] = _first_wrong(device, say)
+    record["cases"], record["wrong"] = _first_wrong(device, not is_many, say)
     if serve and not used and not record["wrong"]:
         record["wrong"] = ["the kernels are there, and plain PyTorch was called"]
     if is_many:
@@ -174,7 +197,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
         record["wrong"] = [f"rank {i}: {why}" for i, one in enumerate(told) for why in one["wrong"]]
         record["wrong"] += _ranks.differing([one["facts"] for one in told])
         if not record["wrong"]:
-            record["models"] = _ranks.clip_models(clip_grad_norm_)
+            record["models"] = _ranks.clip_models(clip_grad_norm_, device.type)
             for i, models in enumerate(_ranks.gather(record["models"])):
                 record["wrong"] += [f"rank {i}: {n}: {why}" for n, why in models.items() if why]
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _ops
 from .clip import clip_grad_norm_
 
-DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 GAP = 512
 
 
@@ -64,7 +64,8 @@ class Canvas:
     to whoever reads them, and are looked at afterwards."""
 
     def __init__(self, case: Case) -> None:
-        kinds = list(DTYPES.values()) if case.dtype == "mixed" else [DTYPES[case.dtype]]
+        names = DTYPES if case.dtype == "mixed" else (case.dtype,)
+        kinds: list[torch.dtype] = [getattr(torch, name) for name in names]
         random, places, end = torch.Generator().manual_seed(0), [], 0
         shapes = _shapes(case.sizes, kinds[0].itemsize)
         for shape, dtype in zip(shapes, itertools.cycle(kinds), strict=False):
@@ -104,7 +105,9 @@ def have_equal_bits(one: Tensor, other: Tensor) -> bool:
 
 def _norm(xs: list[Tensor], p: float) -> Tensor:
     # The zero is for lists without elements.
-    x = torch.cat([*(x.reshape(-1) for x in xs), torch.zeros(1, dtype=torch.float64)]).abs()
+    x = torch.cat(
+        [*(x.reshape(-1) for x in xs), torch.zeros(1, dtype=torch.float64, device="cpu")]
+    ).abs()
     unit = x.amax().clamp(1e-300, 1e300)
     norm: Tensor = torch.linalg.vector_norm(x / unit, p) * unit
     return norm
@@ -149,7 +152,7 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     for parameter, tensor in zip(parameters, ts, strict=True):
         parameter.grad = tensor
     if not total < math.inf:
-        made = {"keep": xs, "zero": [x * 0 for x in map(torch.zeros_like, xs)]}.get(op, made)
+        made = {"keep": list(xs), "zero": [*map(torch.zeros_like, xs)]}.get(op, made)
     policy: Any = op
     return clip_grad_norm_(parameters, limit, p, nonfinite=policy), norms.new_tensor(total), made
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-TESTED = "2.11 to 2.14"
+TESTED = "2.13 and 2.14"
 
 
 class Missing:

@@ -131,7 +131,8 @@ class Counted:
         if not steps:
             return
         norms, limits = rows.unbind(1)
-        history = History("total", norms, limits, clip_coef(norms, limits))
+        coefs = clip_coef(norms, limits).masked_fill(norms < 0, torch.nan)
+        history = History("total", norms, limits, coefs)
         found = stats_of(steps, history)
         of = f"of the last {len(norms)} " if steps > len(norms) else ""
         _say(

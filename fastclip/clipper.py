@@ -50,8 +50,7 @@ class GradClipper:
         each: measure each gradient, and make the norms of the groups of those norms, so that
             `norms_by_parameter` has those of the last step without a read; norm_type > 0, and no
             `process_group`.
-        history: how many steps are recorded, >= 1; 8192, or as many as 16 MiB hold at 16 bytes for
-            each group, if it is not given.
+        history: how many steps are recorded, >= 1; 8192, or what 16 MiB hold, if it is not given.
 
     `clipper.max_norm` is the threshold, and may be set to another between steps; of groups it maps
     their names to theirs: `clipper.max_norm["head"] = 0.5`. Over ranks the first `clip_`, also of a

@@ -19,7 +19,7 @@ def use_kernels(enabled: bool) -> None:
 
     Reference: `torch.backends.mkldnn.set_flags`.
 
-    >>> use_kernels(True)
+    >>> use_kernels(False)  # and True again
     """
     if _ops.extension is not None:
         _ops.extension.use_kernels(bool(enabled))

@@ -191,7 +191,7 @@ def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | 
         raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
         return None
-    scale, _ = attribute(scaler, "_check_scale_growth_tracker")("unscale_")
+    scale: Tensor = attribute(scaler, "_check_scale_growth_tracker")("unscale_")[0]
     for optimizer in optimizers:
         stage = _states(scaler)[id(optimizer)]["stage"]
         if stage is not OptState.READY:

@@ -75,8 +75,8 @@ class AutoClip(State):
         held = count.clamp(max=self.history)
         rank = (held - 1).clamp_(min=0).to(norms) * (self.percentile / 100)
         below = rank.floor()
-        low, high = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
-        limit = low.lerp(high, rank - below)
+        around = norms.sort().values.take(torch.stack([below, rank.ceil()]).long())
+        limit: Tensor = around[0].lerp(around[1], rank - below)
         return limit.masked_fill((count == 0) & norm.isfinite(), math.inf).to(total_norm)
 
 

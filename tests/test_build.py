@@ -156,6 +156,9 @@ def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
         device = torch.device("cuda:1")
 
     class Extension:
+        def kernels_are_on(self):
+            return True
+
         def cuda_refusal(self, device):
             assert device == 1
             return refusal

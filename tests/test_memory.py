@@ -75,7 +75,7 @@ def most_bytes(counter: Path, function: str, norm_type: str) -> int:
 
 
 @pytest.mark.skipif(_ops.extension is None, reason="the default ops measure in 8 MB blocks")
-@pytest.mark.parametrize("norm_type", ["2", "inf", "3"])
+@pytest.mark.parametrize("norm_type", ["2", "inf"])
 def test_a_call_allocates_50_kb_and_50_bytes_a_tensor(counter, norm_type):
     assert most_bytes(counter, "fastclip", norm_type) <= 50_000
 

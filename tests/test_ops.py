@@ -513,6 +513,18 @@ def test_a_threshold_tensor_is_one_number(ops, device, count):
     assert torch.equal(tensors[0].cpu(), torch.ones(3))
 
 
+def test_a_threshold_of_one_element_or_one_that_is_tiny_clips(ops, device):
+    for max_norm in (torch.tensor([0.5], device=device), torch.tensor([0.5], requires_grad=True)):
+        tensors = [torch.ones(4, device=device)]
+        with torch.no_grad():
+            ops.clip_norm_(tensors, max_norm, 2.0)
+        assert tensors[0].tolist() == pytest.approx([0.25] * 4)
+    for max_norm in (1e-28, 1e-32, 1e-37):
+        tensors = [torch.ones(4, device=device)]
+        ops.clip_norm_(tensors, max_norm, 2.0)
+        assert tensors[0].tolist() == pytest.approx([max_norm / 2] * 4)
+
+
 @pytest.mark.parametrize("max_norm", [1e39, torch.finfo(torch.float64).max])
 def test_a_threshold_beyond_float32_only_measures(ops, device, max_norm):
     tensors = [torch.ones(4, device=device)]

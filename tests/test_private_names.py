@@ -130,13 +130,17 @@ SPARSE = torch.sparse_coo_tensor([[1, 1]], [2.0, 3.0], (4,), check_invariants=Fa
 # The file that uses it, what breaks without it, for which there is no public way, and what it is.
 PATHS = {
     FUNCTORCH: ("_ops/transforms.py", "torch.vmap and torch.func", is_what_functorch_says),
-    "torch._subclasses.FakeTensor": ("_ops/transforms.py", "fake tensors, torch.compile", is_fake),
+    "torch._subclasses.FakeTensor": (
+        "_ops/transforms.py",
+        "fake tensors, torch.compile, opaque subclasses",
+        is_fake,
+    ),
     "torch._subclasses.functional_tensor.FunctionalTensor": (
         "_ops/transforms.py",
         "torch.compile",
         is_functional,
     ),
-    DISABLED: ("_ops/transforms.py", "meshes under a mode", disables_modes),
+    DISABLED: ("_ops/transforms.py", "all DTensors, process_group", disables_modes),
     "torch._utils._flatten_dense_tensors": (
         "_ops/pieces.py",
         "plain ops on small tensors",
@@ -170,7 +174,7 @@ PATHS = {
     UNSCALE: ("_ops/reference.py", "plain ops on half gradients of a device", unscales),
     f"{MODES}.is_traceable_wrapper_subclass": (
         "_gradients/local.py",
-        "subclasses in a graph",
+        "torch.compile",
         lambda p: private(p)(torch.ones(1)) is False,
     ),
     "torch._neg_view": (
@@ -187,7 +191,7 @@ PATHS = {
     f"{SPEC}.TensorMeta": ("_ranks/mesh.py", "the norm of DTensors as a DTensor", makes_a_layout),
     f"{C10D}._world": (
         "_ranks/groups.py",
-        "the order of collectives over several meshes",
+        "all DTensors over ranks",
         lambda p: dist.group.WORLD in list(private(p).pg_group_ranks),
     ),
     f"{C10D}._get_default_store": (
@@ -207,12 +211,12 @@ PATHS = {
     ),
     "torch._C._current_graph_task_id": (
         "_ranks/ddp.py",
-        "NormAccumulator under DDP with join",
+        "NormAccumulator under DDP",
         task_ids,
     ),
     f"{MODES}._get_current_dispatch_mode": (
         "_run.py",
-        "`run --stats` under a mode",
+        "`run --stats`, which then counts nothing",
         lambda p: disables_modes(f"{MODES}._disable_current_modes"),
     ),
 }
@@ -230,7 +234,7 @@ ATTRIBUTES = {
     ),
     "pg_group_ranks": (
         "_ranks/groups.py",
-        "the order of collectives over several meshes",
+        "all DTensors over ranks",
         lambda a: a(private(f"{C10D}._world"))[dist.group.WORLD] == {0: 0},
     ),
     "_use_python_reducer": (
@@ -240,7 +244,7 @@ ATTRIBUTES = {
     ),
     "_join_config": (
         "_ranks/ddp.py",
-        "NormAccumulator under DDP with join",
+        "NormAccumulator under DDP",
         lambda a: (a(joined()).enable, a(joined()).is_first_joinable) == (False, False),
     ),
     "_divide_by_initial_world_size": (
@@ -279,7 +283,7 @@ ATTRIBUTES = {
         lambda a: a(scaler())[0]["stage"] is OptState.READY,
     ),
 }
-# An optimizer without it is one that does not divide gradients: nothing to raise.
+# Without it no optimizer divides gradients: clipped_step refuses all of them.
 SAID_OTHERWISE = {"_step_supports_amp_scaling": "_optimizers/fused.py"}
 # Headers of C++ that torch does not promise, and what of each is used; a build says what is gone.
 HEADERS = {
@@ -288,6 +292,28 @@ HEADERS = {
     "c10/core/impl/TorchDispatchModeTLS.h": "csrc/python/tensors.h",  # modes
     "c10/core/impl/COWDeleter.h": "csrc/tensor_list.h",  # memory that is shared until written
     "c10/core/impl/VirtualGuardImpl.h": "csrc/tensor_list.h",  # streams of any device
+}
+# What has no underscore, or no header of its own, and is not promised either: a text, and its file.
+OTHERS = {
+    "FuncTorchDynamicLayerFrontMode": "fastclip/_ops/schemas.py",  # ops inside torch.func
+    "vars(torch.ops.fastclip)": "fastclip/_ops/process.py",  # where torch keeps ops
+    "real_obj": "fastclip/_ranks/traced.py",  # the mesh behind its stand-in in a graph
+    "DTensor(value": "fastclip/_ranks/mesh.py",  # the norm of DTensors as a DTensor
+    "get_backend_config": "fastclip/_ranks/groups.py",  # where a group communicates
+    "group.allreduce(": "fastclip/_ranks/groups.py",  # all collectives
+    "found_inf_per_device": "fastclip/optim.py",  # what a scaler keeps for its update
+    "momentum_buffer": "fastclip/_optimizers/fused.py",  # a first step of SGD that is skipped
+    "cpu_children": "fastclip/_check.py",  # whether kernels are called
+    "co_freevars": "fastclip/_redirect.py",  # patch: the closure of torch's decorator
+    "aten::_amp_foreach_non_finite": "csrc/python/unscale.h",  # NormAccumulator with a scaler
+    "_unsafe_get_target": "csrc/python/measured.h",  # NormAccumulator
+    "getWeakStorageImpl": "csrc/python/measured.h",  # NormAccumulator
+    "autograd_meta": "csrc/python/walk.h",  # the speed of the walk
+    "is_python_dispatch": "csrc/python/grads.h",  # which tensors are plain
+    "unsafe_storage": "csrc/tensor_list.h",  # memory that is shared until written
+    "version_counter": "csrc/tensor_list.h",  # in-place ops bump versions
+    "redispatch": "csrc/tensor_list.h",  # kernels leave what they cannot do to the default
+    "GOMP_parallel": "csrc/cpu/threads.h",  # torch's own threads
 }
 # Python's own.
 PYTHONS = {
@@ -299,6 +325,7 @@ PYTHONS = {
     "_replace",
 }
 ROOT = Path(__file__).parent.parent
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 SOURCES = sorted((ROOT / "fastclip").glob("**/*.py"))
 TREES = {str(p.relative_to(ROOT / "fastclip")): ast.parse(p.read_text()) for p in SOURCES}
 
@@ -361,13 +388,20 @@ def test_no_private_name_is_used_in_another_way():
 def test_each_header_is_included_in_one_file():
     found: dict[str, str] = {}
     for path in sorted((ROOT / "csrc").glob("**/*")):
-        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+        if path.suffix in SUFFIXES:
             for header in re.findall(
                 r"#include <((?:torch/csrc|c10/core/impl)/.*)>", path.read_text()
             ):
                 assert header not in found, f"{header} is included in {path} and {found[header]}"
                 found[header] = str(path.relative_to(ROOT))
     assert found == HEADERS
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_what_is_promised_as_little_is_used_in_one_file(text):
+    paths = [p for room in ("fastclip", "csrc") for p in (ROOT / room).glob("**/*.[pch]*")]
+    code = {p: re.sub(r"#.*|//.*", "", p.read_text()) for p in paths if p.suffix in SUFFIXES}
+    assert [str(p.relative_to(ROOT)) for p in code if text in code[p]] == [OTHERS[text]]
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,8 @@ def in_the_step() -> Tensor:
 
 
 def main() -> None:
+    if torch.cuda.is_available():
+        fastclip.use_kernels(True)
     drop_in()
     per_tensor()
     rules()

@@ -115,6 +115,7 @@ at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, do
   const auto lists = look<ClipLists>(tensors, p, norms, Access::kWrite);
   if (!lists || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
+  const bool may_fuse = !has_process_groups();
   bump_versions(tensors);
   cuda::Work work{.kind = norm_kind(p)};
   at::Tensor limit;
@@ -126,7 +127,6 @@ at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, do
   std::optional<cuda::Partition> known;
   if (lists->known) known.emplace(parts_of(*lists->known), false);
   const cuda::Partition& measured = known ? *known : scaled;
-  const bool may_fuse = !has_process_groups();
   return measure(tensors[0], measured.spans(), {}, lists->scaled.result_dtype(), work,
                  [&](const auto& all, auto stream) {
                    cuda::launch_clip(measured, scaled, may_fuse, all, stream);

@@ -34,7 +34,7 @@ inline bool is_usual(py::handle max_norm) {
 // A threshold as a tensor: itself, or on the CPU.
 inline at::Tensor as_limit(py::handle max_norm) {
   if (is_tensor(max_norm)) return unpack(max_norm);
-  return at::scalar_tensor(as_number(max_norm), at::kDouble);
+  return at::scalar_tensor(max_norm.cast<double>(), at::kDouble);
 }
 
 // A threshold on the device of `norm`; a copy from the CPU would wait for that.

@@ -6,17 +6,26 @@ import torch
 from torch import Tensor
 
 from .rows import widest
-from .transforms import is_known
+from .transforms import is_known, is_transformed
 
 
 def as_limit(max_norm: float | Tensor, device: torch.device) -> Tensor:
     """A threshold as a tensor: a number's is on the CPU, where every device reads it at no cost."""
     if isinstance(max_norm, Tensor):
         return max_norm
-    if torch.compiler.is_compiling():
-        # A constant would be compiled anew whenever it changes.
+    if torch.compiler.is_compiling() or is_transformed():
+        # A constant would be compiled anew whenever it changes, and a transform hides that it is on
+        # the CPU.
         return torch.ones((), dtype=widest(device), device=device) * max_norm
     return torch.full((), max_norm, dtype=torch.float64, device="cpu")
+
+
+def one_number(max_norm: float | Tensor) -> float | Tensor:
+    if not isinstance(max_norm, Tensor):
+        return max_norm
+    if max_norm.numel() != 1:
+        raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
+    return max_norm.reshape(())
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
@@ -30,20 +39,23 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -
 
 
 def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    limit, eps = as_limit(max_norm, total_norm.device), 1e-6
-    if dtype != total_norm.dtype:
-        # A power of two rounds nothing, and brings norms beyond float32 into its range.
+    """As `clip_coef`, computed in `dtype`, which is that of the result."""
+    limit, unit = as_limit(max_norm, total_norm.device), 1.0
+    number = float(limit.detach()) if limit.dim() == 0 and is_known(limit) else None
+    is_number = number is not None
+    if number is not None and not 0 <= number < math.inf:
+        return torch.full_like(total_norm, 1 if number > 0 else math.nan, dtype=dtype)
+    # A power of two brings norms beyond float32 into its range, and rounds nothing; but thresholds
+    # so small that the coefficient of such norms is 0.
+    if dtype != total_norm.dtype and (number is None or number > 2.0**-60):
         unit = 2.0**-48
-        total_norm, limit, eps = total_norm * unit, limit.to(total_norm.dtype) * unit, eps * unit
-    norm = total_norm.to(dtype)
-    if limit.dim() == 0 and is_known(limit):
-        number = float(limit)
-        if not 0 <= number <= torch.finfo(dtype).max:
-            return torch.full_like(norm, 1 if number > 0 else math.nan)
-        # A device divides a number of the CPU without a launch to bring it there.
-        return ((limit.to(dtype) + 0.0) / (norm + eps)).clamp(max=1)
-    limit = limit.to(norm)
-    coef = ((limit + 0.0) / (norm + eps)).clamp(max=1)
+    # A number stays on the CPU: a device divides it without a launch that would bring it there.
+    limit = limit.to(total_norm.dtype) if is_number else limit.to(total_norm)
+    near = (limit * unit).clamp(max=torch.finfo(dtype).max).to(dtype)
+    norm = (total_norm if unit == 1 else total_norm * unit).to(dtype)
+    coef = ((near + 0.0) / (norm + 1e-6 * unit)).clamp(max=1)
+    if is_number:
+        return coef
     return coef.where(limit >= 0, math.nan).masked_fill(limit == math.inf, 1)
 
 

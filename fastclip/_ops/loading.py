@@ -1,8 +1,7 @@
 """The extension: found beside the package, if it is built for this torch; and why it may not serve.
 
-Built for another torch it would not load, which is seen before it is tried. Nor is it loaded where
-FASTCLIP_KERNELS=0 is in the environment; kernels.py has
-the switch of a process that has loaded it.
+Built for another torch it would not load, which is seen before it is tried. Nor is it where
+FASTCLIP_KERNELS=0 is in the environment; kernels.py has the switch of a process that loaded it.
 """
 
 import importlib
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 
 REBUILD = "pip install --no-build-isolation -e ."
+# What the environment said when this was imported.
+_ASKED = os.environ.get("FASTCLIP_KERNELS", "1")
 NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
 
 
@@ -30,10 +31,9 @@ def _built_for(path: str) -> str:
 
 def _load() -> ModuleType | None:
     """`_C`; None if it is not built, built for another minor version of torch, or does not load."""
-    asked = os.environ.get("FASTCLIP_KERNELS", "1")
-    if asked not in ("0", "1"):
-        raise ValueError(f"FASTCLIP_KERNELS={asked}: expected 0, for the plain-PyTorch ops, or 1")
-    if asked == "0":
+    if _ASKED not in ("0", "1"):
+        raise ValueError(f"FASTCLIP_KERNELS={_ASKED}: expected 0, for the plain-PyTorch ops, or 1")
+    if _ASKED == "0":
         return None
     # In this package and nowhere else: an editable install of another checkout would be found.
     package = str(Path(__file__).parent.parent)
@@ -60,8 +60,8 @@ extension: Any = _load()
 
 def turned_off() -> str | None:
     """What has turned the kernels off; None if nothing has."""
-    if os.environ.get("FASTCLIP_KERNELS") == "0":
-        return "FASTCLIP_KERNELS=0 is set"
+    if _ASKED == "0":
+        return "FASTCLIP_KERNELS=0 was set"
     if extension is not None and not extension.kernels_are_on():
         return "fastclip.use_kernels(False) was called"
     return None

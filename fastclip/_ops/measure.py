@@ -148,7 +148,8 @@ def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[Tensor]:
     if dtype == torch.float64 or p == math.inf:
-        return foreach_norm(tensors, p, dtype=dtype)
+        found: Sequence[Tensor] = foreach_norm(tensors, p, dtype=dtype)
+        return found
     # In float32 in two steps, so that no sum has many terms.
     long = {i: t for i, t in enumerate(tensors) if t.numel() > pieces.SMALL}
     # Over gaps a device may add one after another.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._private import private
 from . import pieces
-from .coef import clip_coef_in, means_zeros
+from .coef import clip_coef_in, means_zeros, one_number
 from .measure import each, each_row, empty_norm, total
 from .rows import norm_of, widest
 from .transforms import converted, is_known, is_transformed
@@ -106,8 +106,7 @@ def clip_norm_(
     p: float,
     norms: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
-        raise ValueError(f"max_norm: expected a 0-d tensor, got shape {list(max_norm.shape)}")
+    max_norm = one_number(max_norm)
     total_norm, dtype = norm(tensors if norms is None else norms, p, True), result_dtype(tensors)
     if not tensors:
         return total_norm.to(dtype)
@@ -169,13 +168,13 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> None:
     """By one coefficient, of the precision of each tensor, float32 for halves."""
     # A device multiplies by 1 rather than wait.
-    if is_known(coef) and bool(coef == 1):
-        return
-    if may_zero and is_known(coef):
-        if bool(means_zeros(coef)):
+    if is_known(coef):
+        if bool(coef == 1):
+            return
+        if may_zero and bool(means_zeros(coef)):
             foreach_zero_(tensors)
             return
-        may_zero = False
+    may_zero = may_zero and not is_known(coef)
     # The last ones to be measured are in the cache yet.
     for some in _alike(tensors[::-1]):
         here, wide = some[0].device, _wide(some[0])
@@ -184,21 +183,17 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
             for tensor in some:
                 _multiply(tensor, value)
                 tensor.masked_fill_(means_zeros(value) & may_zero, 0)
-            continue
-        if some[0].dtype == wide or here.type == "cpu":
+        elif some[0].dtype == wide or here.type == "cpu":
             # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
             foreach_mul_(some, value)
         else:
             _scale_halves(some, value)
-        if may_zero:
+        if may_zero and not is_transformed():
             _zero_unless_kept(some, value)
 
 
 def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Write zeros, also over NaN, where a coefficient that the host does not know is -0.0.
-
-    No product of numbers makes 0 of a NaN; that of its bits and 0 does.
-    """
+    """Zeros where `coef` is -0.0: bits times 0, since a NaN times 0 is NaN."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
     # The bits of -0.0 are those of the least whole number.

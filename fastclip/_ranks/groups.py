@@ -12,8 +12,6 @@ from torch import Tensor
 from .._ops import without_modes
 from .._private import attribute, private
 
-_world = private("torch.distributed.distributed_c10d._world")
-
 # The sorted ranks of a process group.
 Ranks = tuple[int, ...]
 
@@ -118,7 +116,9 @@ def age_of(group: Any) -> int:
     Ranks make a group together, so of two groups the older is the same one on all their ranks. The
     private dict is the one that `get_process_group_ranks` reads, and nothing else has that order.
     """
-    return list(attribute(_world, "pg_group_ranks")).index(group)
+    # Asked for each time: whoever runs ranks as threads exchanges it.
+    world = private("torch.distributed.distributed_c10d._world")
+    return list(attribute(world, "pg_group_ranks")).index(group)
 
 
 def device_of(group: Any, wanted: str | None = None) -> torch.device:

@@ -25,6 +25,8 @@ from . import groups
 from .failure import NUMBERS, mark_of, marked
 from .groups import Step
 
+_traced_all_reduce = private("torch.distributed._functional_collectives.all_reduce")
+
 # The number of the protocol: another one whenever what ranks send each other changes.
 PROTOCOL = 1
 # Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
@@ -114,8 +116,7 @@ def over(
     """
     picked = pick(parts, step.members, sizes)
     reduced = _reduced(step, picked, p, beside)
-    memory = parts.untyped_storage().data_ptr()
-    if reduced is picked and picked.untyped_storage().data_ptr() == memory:
+    if reduced is picked and _share_memory(picked, parts):
         return parts
     if len(reduced) == len(parts):
         return reduced
@@ -124,6 +125,10 @@ def over(
     for i, some in zip(step.members, present, strict=True):
         each[i] = some
     return torch.cat(each)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def over_line(line: list[Step], part: Tensor, value: float | None) -> tuple[Tensor, float | None]:
@@ -208,6 +213,5 @@ def _largest(step: Step, parts: Tensor) -> Tensor:
 def _all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
     if not torch.compiler.is_compiling():
         return groups.all_reduce(step, values, op)
-    all_reduce = private("torch.distributed._functional_collectives.all_reduce")
-    traced: Tensor = all_reduce(values, op.lower(), step.group)
+    traced: Tensor = _traced_all_reduce(values, op.lower(), step.group)
     return traced

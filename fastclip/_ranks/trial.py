@@ -17,12 +17,12 @@ from .mesh import is_dtensor
 PATIENCE = datetime.timedelta(seconds=120)
 
 
-def join() -> bool:
-    """Join the ranks that torchrun has started; False if it has started no others."""
+def join(type_: str) -> bool:
+    """Join the ranks that torchrun has started, on a type of device; False if there are none."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
     backend = "gloo"
-    if torch.cuda.is_available():
+    if type_ == "cuda":
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=PATIENCE)
@@ -53,7 +53,7 @@ def differing(told: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-def clip_models(clip: Callable[[Any, float], Tensor]) -> dict[str, str]:
+def clip_models(clip: Callable[[Any, float], Tensor], type_: str) -> dict[str, str]:
     """Clip a model that is spread in several ways; of each "", or what differs from float64.
 
     A rank's share of the work is its own batch; what all batches together come to in float64, each
@@ -62,7 +62,6 @@ def clip_models(clip: Callable[[Any, float], Tensor]) -> dict[str, str]:
     from torch.distributed.fsdp import fully_shard
 
     size, own = dist.get_world_size(), dist.get_rank()
-    type_ = "cuda" if torch.cuda.is_available() else "cpu"
     batches = torch.randn(size, 4, 12, generator=torch.Generator().manual_seed(1), device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
