@@ -15,9 +15,10 @@ import torch.distributed as dist
 from conftest import parameters
 
 import fastclip
-from fastclip import _check_cases, _ops
+from fastclip import _check, _check_cases, _ops
 from fastclip._check import check, uses_kernels
 from fastclip._check_cases import Case, cases
+from fastclip._ops import reference
 
 ROOT = Path(__file__).parent.parent
 built = pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
@@ -61,6 +62,19 @@ def test_the_environment_turns_kernels_off_and_info_says_so():
     assert "use_kernels: no kernels were loaded: FASTCLIP_KERNELS=0 was set" in result.stderr
     result = python("-c", "import fastclip", FASTCLIP_KERNELS="off")
     assert "FASTCLIP_KERNELS=off: expected 0" in result.stderr
+
+
+@built
+def test_the_environment_counts_as_it_was_at_the_import(monkeypatch):
+    monkeypatch.setenv("FASTCLIP_KERNELS", "0")
+    assert _ops.has_kernels("cpu")
+    assert _ops.turned_off() is None
+
+
+def test_ops_that_the_profiler_does_not_see_are_no_proof(monkeypatch):
+    faulty = SimpleNamespace(**vars(_ops) | {"scale_": reference.scale_})
+    monkeypatch.setattr(_check, "_ops", faulty)
+    assert not uses_kernels("cpu")
 
 
 @built
