@@ -10,9 +10,10 @@ namespace fastclip {
 
 // What the kernels take, in the order of their switches. A new one is a case of `element_size`
 // below, of `kernel_dtype` in tensor_list.h, of the switches and integers of cpu/tile.cpp and
-// cuda/tile.cuh, of what fastclip/_gradients/look.py supports, and of DTYPES in
-// fastclip/_check_cases.py and tests/conftest.py.
-enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
+// cuda/tile.cuh, of the two bits that an `Entry` of cuda/partition.h has for it, of what
+// fastclip/_gradients/look.py supports, and of DTYPES in fastclip/_check_cases.py and
+// tests/conftest.py.
+enum class Dtype { kFloat, kBFloat16, kHalf, kDouble, kCount };
 
 // A tensor as flat memory: all that is left of it for a kernel.
 struct Flat {

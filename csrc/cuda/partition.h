@@ -41,6 +41,8 @@ struct Entry {
   constexpr Dtype dtype() const { return static_cast<Dtype>(packed >> 62); }
 };
 static_assert(sizeof(Entry) == 16);
+static_assert(static_cast<int>(Dtype::kCount) <= 1 << 2, "the dtype has two bits");
+static_assert(kTileBytes / 2 <= 1 << 14, "half the bytes of a last tile have 14 bits");
 
 // What a launch reads from its parameters: whole spans of the partition.
 template <size_t kBytes>
