@@ -24,8 +24,7 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     default: Callable[..., Any],
-) -> Any:
-    """Return the op."""
+) -> None:
     libraries: dict[str, torch.library.Library] = once("libraries", dict)
     # One that an earlier import of this package has defined goes with its library.
     libraries.pop(name, None)
@@ -34,7 +33,6 @@ def define(
     torch.library.register_fake(f"fastclip::{name}", fake, lib=library)
     library.impl(name, default, "CompositeExplicitAutograd")
     library.impl(name, default if is_active else is_active, "FuncTorchDynamicLayerFrontMode")
-    return getattr(torch.ops.fastclip, name).default
 
 
 def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,17 +117,24 @@ define(
     _announced(reference.clip_norm_),
 )
 
-record_ = define(
+define(
     "record_",
     "(Tensor(a!) rows, Tensor(b!) steps, Tensor norms, Tensor limits) -> ()",
     _in_place_fake,
     reference.record_,
 )
 
-norm: Callable[..., Tensor] = torch.ops.fastclip.norm
-norms: Callable[..., Tensor] = torch.ops.fastclip.norms
-scale_ = torch.ops.fastclip.scale_
-clamp_ = torch.ops.fastclip.clamp_
+
+def _op(name: str) -> Callable[..., Any]:
+    """An op, found when it is called: an import of this package anew has defined it anew."""
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        return getattr(torch.ops.fastclip, name)(*args, **kwargs)
+
+    return op
+
+
+norm, norms, scale_, clamp_, record_ = map(_op, ("norm", "norms", "scale_", "clamp_", "record_"))
 
 
 def clip_norm_(
