@@ -134,7 +134,9 @@ def _op(name: str) -> Callable[..., Any]:
     return op
 
 
-norm, norms, scale_, clamp_, record_ = map(_op, ("norm", "norms", "scale_", "clamp_", "record_"))
+norm: Callable[..., Tensor] = _op("norm")
+norms: Callable[..., Tensor] = _op("norms")
+scale_, clamp_, record_ = map(_op, ("scale_", "clamp_", "record_"))
 
 
 def clip_norm_(
