@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 REBUILD = "pip install --no-build-isolation -e ."
+NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
 # What the environment said when this was imported.
 _ASKED = os.environ.get("FASTCLIP_KERNELS", "1")
-NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
 
 
 def _built_for(path: str) -> str:
