@@ -1,6 +1,7 @@
-// One look at a tensor list, shared by every device: whether the kernels can take it as flat
-// memory, what dtype the answer has, and what every host function owes its caller besides the
-// kernel. A host function looks first and hands what it cannot take to the default op.
+// A tensor list as every device sees it: whether the kernels can take it as flat memory, what dtype
+// the answer has, and what every host function owes its caller besides the kernel. A host function
+// calls `try_flatten` first, and hands a list or an argument that it cannot take to the default op,
+// which raises the errors too.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,10 +54,6 @@ inline c10::impl::VirtualGuardImpl guard_of(const at::Tensor& tensor) {
   return c10::impl::VirtualGuardImpl(tensor.device().type());
 }
 
-// What is one item of a list: a tensor, or a row of it, its slice along the first dimension if it
-// has two or more.
-enum class Unit { kTensor, kRow };
-
 // What becomes of a list. Memory that tensors share until one of them is written stays shared by
 // those that are only read.
 enum class Access { kRead, kWrite };
@@ -69,12 +66,13 @@ inline std::atomic<bool> kernels_are_on{true};
 // once, for its object is more memory than a small tensor's data.
 class FlatList {
  public:
-  // Nothing if the kernels are off, or any tensor is not flat or elsewhere: that list is for the
-  // default op.
-  static std::optional<FlatList> look(at::TensorList tensors, Unit unit = Unit::kTensor,
-                                      Access access = Access::kRead) {
+  // The items are the tensors, or with `rows` their slices along the first dimension, of those that
+  // have two or more. Nothing if the kernels are off, or any tensor is not flat or elsewhere: that
+  // list is for the default op.
+  static std::optional<FlatList> try_flatten(at::TensorList tensors, bool rows = false,
+                                             Access access = Access::kRead) {
     if (!kernels_are_on) return std::nullopt;
-    FlatList list(unit);
+    FlatList list(rows);
     list.items_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (i + 2 * kAhead < tensors.size())
@@ -90,12 +88,6 @@ class FlatList {
       list.wide_ |= t.scalar_type() == at::kDouble;
     }
     return list;
-  }
-
-  // Nothing either if norms of order p have no kernel.
-  static std::optional<FlatList> look(at::TensorList tensors, double p, Unit unit = Unit::kTensor,
-                                      Access access = Access::kRead) {
-    return has_kernel(p) ? look(tensors, unit, access) : std::nullopt;
   }
 
   // Before a list that was looked at to be read is written after all: `is_written(i)` of any item
@@ -118,6 +110,7 @@ class FlatList {
   }
 
   size_t size() const { return items_.size(); }
+  bool has_rows() const { return rows_; }
   const Flat& operator[](size_t i) const { return items_[i]; }
   int64_t elements() const { return elements_; }
 
@@ -125,11 +118,9 @@ class FlatList {
   at::ScalarType result_dtype() const { return wide_ ? at::kDouble : at::kFloat; }
 
  private:
-  explicit FlatList(Unit unit) : unit_(unit) {}
+  explicit FlatList(bool rows) : rows_(rows) {}
 
-  int64_t count_items(const at::Tensor& t) const {
-    return unit_ == Unit::kRow && t.dim() > 1 ? t.size(0) : 1;
-  }
+  int64_t count_items(const at::Tensor& t) const { return rows_ && t.dim() > 1 ? t.size(0) : 1; }
 
   // The tensor, or its rows if each is one run of memory; else false.
   bool add(const at::Tensor& t, const char* data) {
@@ -150,7 +141,7 @@ class FlatList {
     return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   }
 
-  Unit unit_;
+  bool rows_;
   std::vector<Flat> items_;
   int64_t elements_ = 0;
   bool wide_ = false, is_shared_ = false;
@@ -161,11 +152,11 @@ struct ClipLists {
   FlatList scaled;
   std::optional<FlatList> known;
 
-  static std::optional<ClipLists> look(at::TensorList tensors, double p,
-                                       std::optional<at::TensorList> norms,
-                                       Access access = Access::kRead) {
-    auto scaled = FlatList::look(tensors, p, Unit::kTensor, access);
-    auto known = norms ? FlatList::look(*norms) : std::nullopt;
+  static std::optional<ClipLists> try_flatten(at::TensorList tensors,
+                                              std::optional<at::TensorList> norms,
+                                              Access access = Access::kRead) {
+    auto scaled = FlatList::try_flatten(tensors, false, access);
+    auto known = norms ? FlatList::try_flatten(*norms) : std::nullopt;
     if (!scaled || known.has_value() != norms.has_value()) return std::nullopt;
     const bool both = norms && !norms->empty() && !tensors.empty();
     if (both && norms->front().device() != tensors[0].device()) return std::nullopt;
@@ -196,39 +187,20 @@ auto call_default(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
   return op.redispatch(c10::DispatchKeySet(), std::forward<Args>(args)...);
 }
 
-// What `norms` and `scale_` speak of without groups.
-inline Unit unit_of(at::OptionalIntArrayRef group, bool rows) {
-  TORCH_CHECK_VALUE(!(group && rows), "group: expected none with rows=True, a row is its own");
-  return rows ? Unit::kRow : Unit::kTensor;
+// How many groups `norms` and `scale_` speak of; without `group` each item is one. Nothing if
+// `group` does not fit the list: the default op says why.
+inline std::optional<int64_t> count_groups(const FlatList& list, at::OptionalIntArrayRef group) {
+  const auto count = static_cast<int64_t>(list.size());
+  if (!group) return count;
+  const bool fits = !list.has_rows() && static_cast<int64_t>(group->size()) == count &&
+                    std::ranges::all_of(*group, [](int64_t g) { return g >= 0; });
+  if (!fits) return std::nullopt;
+  return count == 0 ? 0 : std::ranges::max(*group) + 1;
 }
 
-// How many slots `norms` and `scale_` speak of: the groups, or the items without groups.
-inline int64_t count_groups(const FlatList& list, at::OptionalIntArrayRef group) {
-  if (!group) return static_cast<int64_t>(list.size());
-  TORCH_CHECK_VALUE(group->size() == list.size(), "group: expected one index per tensor, ",
-                    list.size(), ", got ", group->size());
-  int64_t groups = 0;
-  for (const int64_t g : *group) {
-    TORCH_CHECK_VALUE(g >= 0, "group: expected indices from 0, got ", g);
-    groups = std::max(groups, g + 1);
-  }
-  return groups;
-}
-
-// coef of `scale_`: 0-d, or 1-d with one value per group.
-inline void check_coef(const FlatList& list, const at::Tensor& coef,
-                       at::OptionalIntArrayRef group) {
-  if (coef.dim() == 0) return;
-  const int64_t groups = count_groups(list, group);
-  TORCH_CHECK_VALUE(coef.dim() == 1 && coef.numel() >= groups,
-                    "coef: expected a 0-d tensor or one value for each of ", groups,
-                    " groups, got shape ", coef.sizes());
-}
-
-// max_norm of `clip_norm_`.
-inline void check_threshold(const at::Tensor& max_norm) {
-  TORCH_CHECK_VALUE(max_norm.numel() == 1, "max_norm: expected a 0-d tensor, got shape ",
-                    max_norm.sizes());
+// Whether `coef` is one number, or has one for each group; the default op says why it does not.
+inline bool fits(const at::Tensor& coef, std::optional<int64_t> groups) {
+  return groups && (coef.dim() == 0 || (coef.dim() == 1 && coef.numel() >= *groups));
 }
 
 // The in-place ops promise this for every tensor they are given, written or not. The counters of a

@@ -1,4 +1,5 @@
-"""From norms to coefficients: by a threshold or a rule, and where a norm is not finite."""
+"""The middle of a clip: from norms to coefficients, by a threshold or a rule, and where a norm is
+not finite."""
 
 import math
 from collections.abc import Iterable
@@ -7,22 +8,41 @@ import torch
 from torch import Tensor
 
 from ._arguments import Threshold, answered
-from ._ops import clip_coef
+from ._gradients import Gradients
+from ._ops import ZEROS, clip_coef
+
+
+def clip_by_norm_(
+    grads: Gradients,
+    max_norm: Threshold,
+    p: float,
+    nonfinite: str = "propagate",
+    factor: float | Tensor | None = None,
+) -> Tensor:
+    """Scale gradients in place by their norm; return that as `clip_grad_norm_` does."""
+    if nonfinite == "propagate" and factor is None and not callable(max_norm):
+        return grads.clip_norm_(max_norm, p)
+    norm = grads.norm(p) if factor is None else grads.norm(p) * factor
+    limit = resolved(max_norm, norm)
+    grads.scale_(decide(norm, limit, p, grads.is_wide(), nonfinite, factor))
+    return grads.result(norm)
 
 
 def decide(
     norms: Tensor,
-    max_norm: Threshold,
+    limit: float | Tensor,
+    p: float,
     wide: bool,
     nonfinite: str = "propagate",
     factor: float | Tensor | None = None,
 ) -> Tensor:
-    """What to multiply gradients by: factor * min(1, max_norm / (norm + 1e-6)), of `norms`' shape.
+    """Return what gradients are multiplied by: factor * min(1, limit / (norm + 1e-6)).
 
-    `norms`, 0-d or 1-d, are those of `factor` times the gradients, of which any is float64 if they
-    are `wide`.
+    `norms`, 0-d or 1-d, of order p, are those of `factor` times the gradients, of which any is
+    float64 if they are `wide`. The result has their shape.
     """
-    limit = resolved(max_norm, norms)
+    if nonfinite == "error":
+        raise_if_nonfinite(norms, p)
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
         # A tensor may be anything; below 0 it would reverse the step.
@@ -32,7 +52,7 @@ def decide(
             "max_norm: it is NaN, so this step is to be dropped, and nonfinite is 'error'; catch "
             "this and skip the step, or pass nonfinite='keep' or 'zero'"
         )
-    return spared(coef, norms, limit, nonfinite)
+    return apply_policy(coef, norms, limit, nonfinite)
 
 
 def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
@@ -53,11 +73,11 @@ def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
     return bad | limit.isnan().to(norms.device) if isinstance(limit, Tensor) else bad
 
 
-def spared(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """`coef`; where a step is bad 1 for "keep", for "zero" one that `scale_` zeroes by."""
+def apply_policy(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
+    """Return `coef`, but where a step is bad 1 for "keep", and ZEROS for "zero"."""
     if nonfinite not in ("keep", "zero"):
         return coef
-    return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else -0.0)
+    return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else ZEROS)
 
 
 def raise_if_nonfinite(norms: Tensor, p: float) -> None:

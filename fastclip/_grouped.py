@@ -44,7 +44,7 @@ class Grouped:
 
     def _forget(self) -> None:
         self.items: list[Tensor] = []
-        self.labels: list[int] = []
+        self.group_of: list[int] = []
         self.each_norms: Tensor | None = None
         self._plan: Any = None
 
@@ -67,11 +67,11 @@ class Grouped:
             self._find()
 
     def _find(self) -> None:
-        items, labels, found = found_in_groups(self._sources, self.names)
-        if labels != self.labels or list(map(id, items)) != list(map(id, self.items)):
+        items, group_of, found = found_in_groups(self._sources, self.names)
+        if group_of != self.group_of or list(map(id, items)) != list(map(id, self.items)):
             # A plan and norms are of these items in these groups.
             self._forget()
-        self.items, self.labels, self.item_names = items, labels, found
+        self.items, self.group_of, self.item_names = items, group_of, found
         self._is_spread = is_spread(items)
 
     def read(self, agree: bool) -> Gradients:
@@ -79,7 +79,7 @@ class Grouped:
             return read(self.items, kind=Kind.EACH, agree=agree)
         if self.is_simple:
             return read(self.items, kind=Kind.of_order(self.p), agree=agree)
-        grads = read_by(self._plan, self.items, self.asked, self.labels, self.p, agree)
+        grads = read_by(self._plan, self.items, self.asked, self.group_of, self.p, agree)
         self._plan = grads.plan
         return grads
 
@@ -90,7 +90,7 @@ class Grouped:
             self._present = present(found, self.items)
             each = aligned(found, self.items)
             self.each_norms = each if scale is None else each * scale
-            counts = [self.labels.count(label) for label in range(len(self.asked))]
+            counts = [self.group_of.count(group) for group in range(len(self.asked))]
             return _ops.norms(list(self.each_norms.split(counts)), self.p, None, True)
         norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
         return norms if scale is None else norms * scale
@@ -101,7 +101,7 @@ class Grouped:
             grads.scale_(coefs[0])
         elif self.each:
             of_group = coefs.unbind()
-            each = [of_group[self.labels[i]] for i in self._present]
+            each = [of_group[self.group_of[i]] for i in self._present]
             grads.scale_each_(torch.stack(each) if each else coefs[:0])
         else:
             grads.scale_(coefs)
@@ -117,5 +117,5 @@ class Grouped:
 
     def __getstate__(self) -> dict[str, Any]:
         sources = [NamedParameters(source.source) for source in self._sources]
-        found: dict[str, Any] = {"items": [], "labels": [], "each_norms": None, "_plan": None}
+        found: dict[str, Any] = {"items": [], "group_of": [], "each_norms": None, "_plan": None}
         return {**vars(self), "_sources": sources, **found}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._decide import spared
+from ._decide import apply_policy
 from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
@@ -105,7 +105,7 @@ def histories(rows: Tensor, names: Sequence[str], nonfinite: str) -> list[Histor
     # As they were: of norms that are float32, in float32.
     coefs, wide = _ops.clip_coef(norms, limits, False), _ops.clip_coef(norms, limits)
     coefs = coefs.where(norms == norms.float(), wide)
-    coefs = spared(coefs, norms, limits, nonfinite).clamp(min=0)
+    coefs = apply_policy(coefs, norms, limits, nonfinite).clamp(min=0)
     each = zip(names, norms.unbind(1), limits.unbind(1), coefs.unbind(1), strict=True)
     return [History(*one) for one in each]
 

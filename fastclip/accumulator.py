@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _ops
 from ._arguments import NormType, Threshold, positive_order, threshold
-from ._decide import resolved
+from ._decide import clip_by_norm_
 from ._gradients import Gradients, NamedParameters, read
 from ._ranks import is_alone, is_data_parallel, is_dtensor, is_spread, on_reduced_buckets
 from ._warnings import warn
@@ -75,18 +75,9 @@ class NormAccumulator:
         Raises:
             TypeError, ValueError: bad input, named; gradients untouched.
         """
-        self._look_again()
-        total_norm: Tensor | None = None
-        if self._measured is not None:
-            total_norm = self._measured.clip_(self._items, max_norm)
-        if total_norm is not None:
-            return total_norm
         max_norm = threshold(max_norm)
-        grads = self._take()
-        if callable(max_norm):
-            norm = grads.norm(self.p)
-            return grads.clip_norm_(resolved(max_norm, norm), self.p, norm)
-        return grads.clip_norm_(max_norm, self.p)
+        self._look_again()
+        return clip_by_norm_(self._take(), max_norm, self.p)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -19,8 +19,8 @@ from ._arguments import (
     scalar,
     threshold,
 )
-from ._decide import decide, raise_if_nonfinite, resolved
-from ._gradients import as_list, clipped_at_once, read, take
+from ._decide import clip_by_norm_, raise_if_nonfinite
+from ._gradients import as_list, clip_at_once_, read, take
 from ._ops import clip_coef, is_differentiated
 from ._ranks import Kind
 
@@ -88,23 +88,13 @@ def clip_grad_norm_(
     items = as_list(parameters, "parameters")
     usual = not (foreach or error_if_nonfinite) and nonfinite == "propagate"
     if usual and process_group is None and type(grad_scale) is float and grad_scale == 1:
-        total_norm = clipped_at_once(items, max_norm, norm_type)
+        total_norm = clip_at_once_(items, max_norm, norm_type)
         if total_norm is not None:
             return total_norm
     max_norm, p = threshold(max_norm), order(norm_type)
     nonfinite, scale = policy(nonfinite, error_if_nonfinite), factor(grad_scale, p)
-    agree = nonfinite != "propagate"
-    grads = read(items, foreach, process_group, Kind.of_order(p), agree)
-    if nonfinite == "propagate" and scale is None and not callable(max_norm):
-        return grads.clip_norm_(max_norm, p)
-    if nonfinite == "propagate" and scale is None and p > 0:
-        norm = grads.norm(p)
-        return grads.clip_norm_(resolved(max_norm, norm), p, norm)
-    norm = grads.norm(p) if scale is None else grads.norm(p) * scale
-    if nonfinite == "error":
-        raise_if_nonfinite(norm, p)
-    grads.scale_(decide(norm, max_norm, grads.is_wide(), nonfinite, scale))
-    return grads.result(norm)
+    grads = read(items, foreach, process_group, Kind.of_order(p), nonfinite != "propagate")
+    return clip_by_norm_(grads, max_norm, p, nonfinite, scale)
 
 
 def clip_grad_value_(

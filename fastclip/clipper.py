@@ -23,8 +23,8 @@ from ._arguments import (
     policy,
     positive_order,
 )
-from ._decide import decide, limits_of, raise_if_nonfinite
-from ._gradients import clipped_at_once
+from ._decide import decide, limits_of
+from ._gradients import clip_at_once_
 from ._grouped import Grouped
 from ._history import History, Ring, draw, histories, last_of, stats_of
 from ._ops import refuse_transforms
@@ -142,9 +142,10 @@ class GradClipper:
         grouped.look_again()
         scale = factor(grad_scale, grouped.p)
         if scale is None and grouped.is_simple and nonfinite == "propagate":
-            given = self._thresholds["total"], grouped.p, self._ring, self._is_compared
-            total_norm = clipped_at_once(grouped.items, *given)
+            limit = self._thresholds["total"]
+            total_norm = clip_at_once_(grouped.items, limit, grouped.p)
             if total_norm is not None:
+                self._ring.add(total_norm, limit)
                 return total_norm
         agree = nonfinite != "propagate"
         if grouped.is_over_ranks and not self._is_compared:
@@ -153,10 +154,8 @@ class GradClipper:
             self._is_compared = True
         grads = grouped.read(agree)
         norms = grouped.norms(grads, scale)
-        if nonfinite == "error":
-            raise_if_nonfinite(norms, grouped.p)
         limits = limits_of(self._thresholds.values(), norms)
-        grouped.scale_(grads, decide(norms, limits, grads.is_wide(), nonfinite, scale))
+        grouped.scale_(grads, decide(norms, limits, grouped.p, grads.is_wide(), nonfinite, scale))
         total_norm = grads.result(norms[0] if grouped.is_one else norms)
         self._ring.add(value_of(total_norm), limits)
         return total_norm

@@ -182,7 +182,7 @@ def _measure(grads: Gradients, max_norm: Threshold, p: float, inv_scale: Tensor 
     scaled = grads.norm(p)
     norm = scaled if inv_scale is None else scaled * inv_scale.to(scaled)
     limit = resolved(max_norm, norm)
-    return _Found(norm, decide(norm, limit, grads.is_wide()), is_bad(scaled, limit).float())
+    return _Found(norm, decide(norm, limit, p, grads.is_wide()), is_bad(scaled, limit).float())
 
 
 def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:

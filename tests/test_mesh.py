@@ -767,35 +767,6 @@ def test_torch_agrees_where_it_is_right(world):
     world(2).run(torch_agrees)
 
 
-def straight() -> None:
-    for shape in ((2,), (1, 2)):
-        mesh = init_device_mesh("cpu", shape)
-        cut = [Shard(0)] * mesh.ndim
-        parameters = [
-            spread((6,), mesh, *cut),
-            spread((6, 2), mesh, *cut),
-            spread((4,), mesh, *cut),
-        ]
-        parameters[2].grad = None
-        fastclip.clip_grad_norm_(parameters, math.inf)
-        clipper = fastclip.GradClipper(parameters, 0.1)
-        # The first time ranks compare what they clip by.
-        first = clipper.clip_()
-        with pytest.MonkeyPatch.context() as patch:
-            # What takes the long road.
-            patch.setattr(_gradients.SpreadGrads, "__init__", None)
-            for p in (1, 2.0):
-                check(parameters, p)
-            norm = clipper.clip_()
-        found = [float(n.full_tensor()) for n in (first, norm)]
-        assert clipper.stats()["total_norm"] == found
-
-
-@pytest.mark.skipif(_ops.extension is None, reason="the extension is not built")
-def test_one_sum_over_ranks_takes_the_short_road(world):
-    world(2).run(straight)
-
-
 def plans() -> None:
     made = 0
     real = _ranks.Plan.__init__

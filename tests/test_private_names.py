@@ -289,7 +289,6 @@ SAID_OTHERWISE = {"_step_supports_amp_scaling": "_optimizers/fused.py"}
 HEADERS = {
     "torch/csrc/autograd/python_variable.h": "csrc/python/tensors.h",  # tensors in Python
     "torch/csrc/utils/pybind.h": "csrc/python/tensors.h",  # tensors as arguments
-    "c10/core/impl/TorchDispatchModeTLS.h": "csrc/python/tensors.h",  # modes
     "c10/core/impl/COWDeleter.h": "csrc/tensor_list.h",  # memory that is shared until written
     "c10/core/impl/VirtualGuardImpl.h": "csrc/tensor_list.h",  # streams of any device
 }

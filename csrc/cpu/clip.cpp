@@ -10,12 +10,12 @@ namespace {
 
 at::Tensor clip_norm_cpu(at::TensorList tensors, const at::Tensor& max_norm, double p,
                          Norms norms) {
-  check_threshold(max_norm);
   const auto by_default = [&] {
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
   };
-  auto lists = ClipLists::look(tensors, p, norms);
-  if (!lists || !max_norm.is_cpu()) return by_default();
+  auto lists = ClipLists::try_flatten(tensors, norms);
+  const bool is_number = max_norm.is_cpu() && max_norm.numel() == 1;
+  if (!lists || !has_kernel(p) || !is_number) return by_default();
   const cpu::Spans spans(lists->measured());
   const double norm = cpu::total_norm(lists->measured(), spans, norm_kind(p));
   if (cpu::may_have_overflowed(lists->measured(), norm_kind(p), norm)) return by_default();

@@ -15,8 +15,8 @@ at::Tensor norm_cpu(at::TensorList tensors, double p, bool wide) {
   const auto by_default = [&] {
     return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
   };
-  const auto list = FlatList::look(tensors, p);
-  if (!list) return by_default();
+  const auto list = FlatList::try_flatten(tensors);
+  if (!list || !has_kernel(p)) return by_default();
   const double norm = cpu::total_norm(*list, cpu::Spans(*list), norm_kind(p));
   if (cpu::may_have_overflowed(*list, norm_kind(p), norm)) return by_default();
   return cpu::scalar_result(norm, wide ? at::kDouble : list->result_dtype());
@@ -27,23 +27,22 @@ at::Tensor norms_cpu(at::TensorList tensors, double p, at::OptionalIntArrayRef g
   const auto by_default = [&] {
     return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
   };
-  const auto list = FlatList::look(tensors, p, unit_of(group, rows));
-  if (!list) return by_default();
+  const auto list = FlatList::try_flatten(tensors, rows);
+  const auto groups = list ? count_groups(*list, group) : std::nullopt;
+  if (!groups || !has_kernel(p)) return by_default();
   const Norm kind = norm_kind(p);
-  // Which groups do not fit the list is seen here, before they are used.
-  const int64_t groups = count_groups(*list, group);
   const cpu::Spans spans = cpu::Spans::by_group(*list, group);
   const std::vector<double> partials = cpu::norm_phase(*list, spans, kind);
-  std::vector<cpu::Accumulator> totals(groups, cpu::Accumulator(kind));
+  std::vector<cpu::Accumulator> totals(*groups, cpu::Accumulator(kind));
   for (int64_t k = 0; k < spans.size(); ++k) {
     const size_t i = spans.first_tensor(k);
     totals[group ? (*group)[i] : i].add(partials[k]);
   }
-  at::Tensor result = at::empty({groups}, at::TensorOptions().dtype(at::kDouble));
+  at::Tensor result = at::empty({*groups}, at::TensorOptions().dtype(at::kDouble));
   double* norms = result.mutable_data_ptr<double>();
   std::ranges::transform(totals, norms, &cpu::Accumulator::norm);
   const auto overflowed = [&](double norm) { return cpu::may_have_overflowed(*list, kind, norm); };
-  if (std::any_of(norms, norms + groups, overflowed)) return by_default();
+  if (std::any_of(norms, norms + *groups, overflowed)) return by_default();
   return result.to(wide ? at::kDouble : list->result_dtype());
 }
 

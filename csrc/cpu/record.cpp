@@ -24,17 +24,14 @@ void copy(const at::Tensor& from, const at::Tensor& rows, char* to) {
 
 void record_cpu(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& norms,
                 const at::Tensor& limits) {
-  if (!kernels_are_on)
+  const bool are_rows = rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0 &&
+                        norms.numel() + limits.numel() == rows.size(1);
+  const bool is_count = steps.scalar_type() == at::kLong && steps.numel() == 1 && steps.is_cpu() &&
+                        *steps.const_data_ptr<int64_t>() >= 0;
+  if (!kernels_are_on || !are_rows || !is_count)
     return call_default(find_op<RecordOp>("fastclip::record_"), rows, steps, norms, limits);
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.size(0) > 0,
-                    "rows: expected contiguous rows of numbers, got shape ", rows.sizes());
-  TORCH_CHECK_VALUE(steps.scalar_type() == at::kLong && steps.numel() == 1 && steps.is_cpu(),
-                    "steps: expected one int64 number on the CPU");
-  TORCH_CHECK_VALUE(norms.numel() + limits.numel() == rows.size(1), "norms, limits: expected ",
-                    rows.size(1), " numbers, got shapes ", norms.sizes(), " and ", limits.sizes());
   bump_versions({rows, steps});
   int64_t& count = *steps.mutable_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(count >= 0, "steps: expected a count >= 0, got ", count);
   const auto size = static_cast<int64_t>(rows.element_size());
   char* row =
       static_cast<char*>(rows.mutable_data_ptr()) + count++ % rows.size(0) * rows.size(1) * size;

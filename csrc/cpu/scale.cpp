@@ -9,10 +9,9 @@ namespace {
 
 void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
                bool rows) {
-  auto list = FlatList::look(tensors, unit_of(group, rows));
-  if (!list || !coef.is_cpu())
+  auto list = FlatList::try_flatten(tensors, rows);
+  if (!list || !coef.is_cpu() || !fits(coef, count_groups(*list, group)))
     return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
-  check_coef(*list, coef, group);
   bump_versions(tensors);
   const at::Tensor values = coef.to(at::kDouble).contiguous();
   const double* c = values.const_data_ptr<double>();
@@ -23,7 +22,7 @@ void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntAr
 }
 
 void clamp_cpu(at::TensorList tensors, double bound) {
-  const auto list = FlatList::look(tensors, Unit::kTensor, Access::kWrite);
+  const auto list = FlatList::try_flatten(tensors, false, Access::kWrite);
   if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
   bump_versions(tensors);
   const cpu::Spans spans(*list);

@@ -1,9 +1,9 @@
 // How a tensor list is cut for the threads.
 //
 // Note [partition]: a tile is 16 Ki elements from the start of a tensor, a span is a run of
-// consecutive tiles with one float64 slot for its result. The cut depends on sizes, groups and
-// list order alone, and slots are added in order: neither the thread count nor the alignment
-// changes a bit.
+// consecutive tiles with one float64 for its result. The cut depends on sizes, groups and list
+// order alone, and results are added in order: neither the thread count nor the alignment changes
+// a bit.
 #pragma once
 
 #include <unistd.h>
@@ -17,7 +17,7 @@
 namespace fastclip::cpu {
 
 constexpr int64_t kTile = 16384;
-// 2 048 spans bound the slots and the cut itself to 48 KiB, beyond one span per group.
+// 2 048 spans bound the results and the cut itself to 48 KiB, beyond one span per group.
 constexpr int64_t kMaxSpans = 2048;
 // A thread is woken for no less than this many elements.
 constexpr int64_t kGrain = 65536;

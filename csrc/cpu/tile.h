@@ -10,7 +10,7 @@ namespace fastclip::cpu {
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind);
 
 // data *= coef, in float32 with one rounding (float64 elements in float64); data = 0 where the
-// coefficient is -0.0, see Note [coef].
+// coefficient is -0.0 (see Note [coef]), and only there.
 void scale(void* data, Dtype dtype, int64_t n, double coef);
 
 // data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays. Writes nothing

@@ -18,17 +18,17 @@ constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
 
-// Where the spans of some slots begin, and those of the last end.
-struct Slots {
-  static constexpr int kSlots = 1000;
+// Where the spans of some groups begin, and those of the last end.
+struct Groups {
+  static constexpr int kGroups = 1000;
   int count, first;
-  uint32_t begins[kSlots + 1];
+  uint32_t begins[kGroups + 1];
 };
 
-// max_norm, or the coef of a slot, or the bound.
-__device__ double number(const Work& work, int slot) {
+// max_norm, or the coef of a group, or the bound.
+__device__ double number(const Work& work, int group) {
   if (!work.given.data) return work.number;
-  const int i = work.slots > 1 ? slot : 0;
+  const int i = work.groups > 1 ? group : 0;
   return work.given.is_double ? static_cast<const double*>(work.given.data)[i]
                               : static_cast<const float*>(work.given.data)[i];
 }
@@ -69,18 +69,18 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 template <Norm kind>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ Slots slots, const Work work) {
-  for (int i = blockIdx.x; i < slots.count; i += gridDim.x) {
-    const uint32_t begin = slots.begins[i], end = slots.begins[i + 1];
+    finish_kernel(const __grid_constant__ Groups groups, const Work work) {
+  for (int i = blockIdx.x; i < groups.count; i += gridDim.x) {
+    const uint32_t begin = groups.begins[i], end = groups.begins[i + 1];
     const double norm = finish<kind>(work.partials + begin, static_cast<int>(end - begin));
-    if (threadIdx.x == 0) store(work.norms, slots.first + i, norm);
+    if (threadIdx.x == 0) store(work.norms, groups.first + i, norm);
   }
 }
 
 template <class Change, class Table>
 __global__ void __launch_bounds__(kThreads, 2)
     change_kernel(const __grid_constant__ Table table, const Work work) {
-  change_phase<Change>(table, [&](int slot) { return number(work, slot); });
+  change_phase<Change>(table, [&](int group) { return number(work, group); });
 }
 
 void check(cudaError_t status, const char* what, int device) {
@@ -188,14 +188,15 @@ const char* refusal(int device) {
 
 void launch_norms(const Partition& partition, const Work& work, Stream stream) {
   launch_phases<Phases::kNorm>("the launch of the norm phase", partition, work, stream);
-  if (partition.spans_are_slots(work.slots)) return;
-  const std::vector<uint32_t> begins = partition.begins(work.slots);
-  Slots slots;
-  for (slots.first = 0; slots.first < work.slots; slots.first += slots.count) {
-    slots.count = std::min(work.slots - slots.first, Slots::kSlots);
-    std::copy_n(begins.begin() + slots.first, slots.count + 1, slots.begins);
+  if (partition.spans_are_groups(work.groups)) return;
+  const std::vector<uint32_t> begins = partition.begins(work.groups);
+  Groups groups;
+  for (groups.first = 0; groups.first < work.groups; groups.first += groups.count) {
+    groups.count = std::min(work.groups - groups.first, Groups::kGroups);
+    std::copy_n(begins.begin() + groups.first, groups.count + 1, groups.begins);
     for_norm(work.kind, [&]<Norm kind>() {
-      launch("the launch of finish_kernel", finish_kernel<kind>, slots.count, slots, work, stream);
+      launch("the launch of finish_kernel", finish_kernel<kind>, groups.count, groups, work,
+             stream);
     });
   }
 }

@@ -34,11 +34,11 @@ struct Work {
   Numbers given = {};          // max_norm or coef; without data it is `number`
   Numbers norms = {};          // the result
   double* partials = nullptr;  // one for each span
-  int spans = 0;               // their number. 0: none are kept, a span's norm is its slot's
-  int slots = 1;
+  int spans = 0;               // their number. 0: none are kept, a span's norm is its group's
+  int groups = 1;
 };
 
-// The norm of each slot; for several slots the partition is apart and sorted.
+// The norm of each group; for several groups the partition is apart and sorted.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
 // The norm of what is measured, and the rest scaled to max_norm: one launch, if it `may_fuse` them,
@@ -46,7 +46,7 @@ void launch_norms(const Partition& partition, const Work& work, Stream stream);
 void launch_clip(const Partition& measured, const Partition& scaled, bool may_fuse, const Work&,
                  Stream);
 
-// The tensors scaled by the coef of their slot, or the only one; or clamped to the bound.
+// The tensors scaled by the coef of their group, or the only one; or clamped to the bound.
 enum class Change { kScale, kClamp };
 void launch_change(const Partition& partition, Change change, const Work& work, Stream stream);
 

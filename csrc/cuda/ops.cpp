@@ -17,19 +17,19 @@ namespace {
 
 // Nothing where the list, or its device, is for the default op.
 template <class List = FlatList, class... How>
-std::optional<List> look(at::TensorList tensors, How... how) {
+std::optional<List> try_flatten(at::TensorList tensors, How... how) {
   if (tensors.empty() || tensors[0].is_cpu() || cuda::refusal(tensors[0].get_device()))
     return std::nullopt;
-  return List::look(tensors, how...);
+  return List::try_flatten(tensors, how...);
 }
 
-// With several slots a tensor's is group[i], or i without groups.
-std::vector<cuda::Part> parts_of(const FlatList& list, int64_t slots = 1,
+// Of several groups a tensor's is group[i], or i where each is its own.
+std::vector<cuda::Item> items_of(const FlatList& list, int64_t groups = 1,
                                  at::OptionalIntArrayRef group = std::nullopt) {
-  std::vector<cuda::Part> parts(list.size());
+  std::vector<cuda::Item> items(list.size());
   for (int64_t i = 0; i < static_cast<int64_t>(list.size()); ++i)
-    parts[i] = {list[i], slots == 1 ? 0 : group ? (*group)[i] : i};
-  return parts;
+    items[i] = {list[i], groups == 1 ? 0 : group ? (*group)[i] : i};
+  return items;
 }
 
 cuda::Numbers numbers_of(const at::Tensor& tensor) {
@@ -58,62 +58,62 @@ at::Tensor measure(const at::Tensor& first, int64_t spans, at::IntArrayRef shape
   return norms;
 }
 
-at::Tensor measure_slots(const at::Tensor& first, const cuda::Partition& partition,
-                         at::IntArrayRef shape, at::ScalarType dtype, cuda::Work work) {
-  const int64_t spans = partition.spans_are_slots(work.slots) ? 0 : partition.spans();
+at::Tensor measure_groups(const at::Tensor& first, const cuda::Partition& partition,
+                          at::IntArrayRef shape, at::ScalarType dtype, cuda::Work work) {
+  const int64_t spans = partition.spans_are_groups(work.groups) ? 0 : partition.spans();
   return measure(first, spans, shape, dtype, work,
                  [&](const auto& all, auto stream) { cuda::launch_norms(partition, all, stream); });
 }
 
 at::Tensor norm_cuda(at::TensorList tensors, double p, bool wide) {
-  const auto list = look(tensors, p);
-  if (!list) return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
-  return measure_slots(tensors[0], {parts_of(*list), false}, {},
-                       wide ? at::kDouble : list->result_dtype(), {.kind = norm_kind(p)});
+  const auto list = try_flatten(tensors);
+  if (!list || !has_kernel(p))
+    return call_default(find_op<NormOp>("fastclip::norm"), tensors, p, wide);
+  return measure_groups(tensors[0], {items_of(*list), false}, {},
+                        wide ? at::kDouble : list->result_dtype(), {.kind = norm_kind(p)});
 }
 
 at::Tensor norms_cuda(at::TensorList tensors, double p, at::OptionalIntArrayRef group, bool wide,
                       bool rows) {
-  const auto list = look(tensors, p, unit_of(group, rows));
-  const int64_t groups = list ? count_groups(*list, group) : 0;
-  if (!list || groups > cuda::kMaxSlots)
+  const auto list = try_flatten(tensors, rows);
+  const auto groups = list ? count_groups(*list, group) : std::nullopt;
+  if (!groups || *groups > cuda::kMaxGroups || !has_kernel(p))
     return call_default(find_op<NormsOp>("fastclip::norms"), tensors, p, group, wide, rows);
-  auto parts = parts_of(*list, groups, group);
-  std::ranges::stable_sort(parts, {}, &cuda::Part::slot);
-  return measure_slots(tensors[0], {parts, true}, {groups},
-                       wide ? at::kDouble : list->result_dtype(),
-                       {.kind = norm_kind(p), .slots = static_cast<int>(groups)});
+  auto items = items_of(*list, *groups, group);
+  std::ranges::stable_sort(items, {}, &cuda::Item::group);
+  return measure_groups(tensors[0], {items, true}, {*groups},
+                        wide ? at::kDouble : list->result_dtype(),
+                        {.kind = norm_kind(p), .groups = static_cast<int>(*groups)});
 }
 
 void scale_cuda(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
                 bool rows) {
-  const auto list = look(tensors, unit_of(group, rows), Access::kWrite);
-  const int64_t slots = coef.dim() > 0 ? coef.numel() : 1;
-  if (!list || slots > cuda::kMaxSlots)
+  const auto list = try_flatten(tensors, rows, Access::kWrite);
+  const int64_t groups = coef.dim() > 0 ? coef.numel() : 1;
+  if (!list || groups > cuda::kMaxGroups || !fits(coef, count_groups(*list, group)))
     return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
-  check_coef(*list, coef, group);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
   const at::Tensor values = as_numbers(coef.to(tensors[0].device()));
-  const cuda::Work work{.given = numbers_of(values), .slots = static_cast<int>(slots)};
-  cuda::launch_change({parts_of(*list, slots, group), false}, cuda::Change::kScale, work,
+  const cuda::Work work{.given = numbers_of(values), .groups = static_cast<int>(groups)};
+  cuda::launch_change({items_of(*list, groups, group), false}, cuda::Change::kScale, work,
                       stream_of(tensors[0]));
 }
 
 void clamp_cuda(at::TensorList tensors, double bound) {
-  const auto list = look(tensors, Unit::kTensor, Access::kWrite);
+  const auto list = try_flatten(tensors, false, Access::kWrite);
   if (!list) return call_default(find_op<ClampOp>("fastclip::clamp_"), tensors, bound);
   bump_versions(tensors);
   const c10::DeviceGuard guard(tensors[0].device());
-  cuda::launch_change({parts_of(*list), false}, cuda::Change::kClamp, {.number = bound},
+  cuda::launch_change({items_of(*list), false}, cuda::Change::kClamp, {.number = bound},
                       stream_of(tensors[0]));
 }
 
 at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p,
                           Norms norms) {
-  check_threshold(max_norm);
-  const auto lists = look<ClipLists>(tensors, p, norms, Access::kWrite);
-  if (!lists || !(max_norm.is_cpu() || max_norm.device() == tensors[0].device()))
+  const auto lists = try_flatten<ClipLists>(tensors, norms, Access::kWrite);
+  const bool is_near = lists && (max_norm.is_cpu() || max_norm.device() == tensors[0].device());
+  if (!is_near || max_norm.numel() != 1 || !has_kernel(p))
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
   const bool may_fuse = !has_process_groups();
   bump_versions(tensors);
@@ -123,9 +123,9 @@ at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, do
     work.number = max_norm.item<double>();
   else
     work.given = numbers_of(limit = as_numbers(max_norm));
-  const cuda::Partition scaled(parts_of(lists->scaled), false);
+  const cuda::Partition scaled(items_of(lists->scaled), false);
   std::optional<cuda::Partition> known;
-  if (lists->known) known.emplace(parts_of(*lists->known), false);
+  if (lists->known) known.emplace(items_of(*lists->known), false);
   const cuda::Partition& measured = known ? *known : scaled;
   return measure(tensors[0], measured.spans(), {}, lists->scaled.result_dtype(), work,
                  [&](const auto& all, auto stream) {

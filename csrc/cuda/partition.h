@@ -2,7 +2,7 @@
 // code and plain structs; free of torch.
 //
 // Note [partition]: a tile is 32 KiB from the start of a tensor, a span is a run of consecutive
-// tiles with one float64 slot for its result. The cut depends on sizes, groups and list order
+// tiles with one float64 for its result. The cut depends on sizes, groups and list order
 // alone: neither the grid nor the number of launches nor the alignment changes a bit.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr int64_t kMaxSpans = 4096;
 // No more tiles than the smallest table has entries, so that any table holds a whole span. Beyond
 // 30 GiB there are more spans instead.
 constexpr int64_t kMaxSpanTiles = 240;
-constexpr int64_t kMaxSlots = 1 << 24;
+constexpr int64_t kMaxGroups = 1 << 24;
 constexpr int64_t kMaxTableTiles = (1 << 24) - 1;
 
 // A tensor, or the run of its tiles that one launch handles. 16 bytes: about 2 000 fit a launch.
@@ -35,7 +35,7 @@ struct Entry {
   // Nothing lies there, up to where the next entry begins.
   constexpr bool is_hole() const { return data == nullptr; }
   constexpr int first_tile() const { return static_cast<int>(packed & 0xffffff); }
-  constexpr int slot() const { return static_cast<int>(packed >> 24 & 0xffffff); }
+  constexpr int group() const { return static_cast<int>(packed >> 24 & 0xffffff); }
   // Of its last tile. Even: the narrowest dtypes have two.
   constexpr int last_bytes() const { return 2 * (static_cast<int>(packed >> 48 & 0x3fff) + 1); }
   constexpr Dtype dtype() const { return static_cast<Dtype>(packed >> 62); }
@@ -57,9 +57,9 @@ struct Table {
   constexpr int tiles() const { return entries[count].first_tile(); }
 };
 
-// A tensor and its slot, for a norm or a coefficient.
-struct Part : Flat {
-  int64_t slot;
+// A tensor and its group, for a norm or a coefficient.
+struct Item : Flat {
+  int64_t group;
 
   int64_t bytes() const { return numel * element_size(); }
   int64_t tiles() const { return (bytes() + kTileBytes - 1) / kTileBytes; }
@@ -67,27 +67,27 @@ struct Part : Flat {
 
 class Partition {
  public:
-  // With `apart` parts come by ascending slot, and a span ends where the slot changes, if need be
-  // with a hole. Many slots are a span each, up to 240 tiles.
-  Partition(const std::vector<Part>& parts, bool apart) {
+  // With `apart` items come by ascending group, and a span ends where the group changes, if need be
+  // with a hole. Many groups are a span each, up to 240 tiles.
+  Partition(const std::vector<Item>& items, bool apart) {
     int64_t count = 0;
-    for (const Part& part : parts) count += part.tiles();
-    const bool many = apart && !parts.empty() && parts.back().slot >= kMaxSpans;
-    const int64_t wanted = many ? std::ranges::max(parts, {}, &Part::tiles).tiles()
+    for (const Item& item : items) count += item.tiles();
+    const bool many = apart && !items.empty() && items.back().group >= kMaxSpans;
+    const int64_t wanted = many ? std::ranges::max(items, {}, &Item::tiles).tiles()
                                 : (count + kMaxSpans - 1) / kMaxSpans;
     span_tiles_ = std::clamp<int64_t>(wanted, 1, kMaxSpanTiles);
-    entries_.reserve(parts.size());
-    first_tiles_.reserve(parts.size() + 1);
-    for (const Part& part : parts) {
+    entries_.reserve(items.size());
+    first_tiles_.reserve(items.size() + 1);
+    for (const Item& item : items) {
       const int64_t room = spans() * span_tiles_ - tiles();
-      if (apart && room > 0 && part.slot != entries_.back().slot()) add(nullptr, 0, room);
-      if (part.numel == 0) continue;
-      const int64_t bytes = part.bytes(), halves = (bytes - 1) % kTileBytes / 2;
+      if (apart && room > 0 && item.group != entries_.back().group()) add(nullptr, 0, room);
+      if (item.numel == 0) continue;
+      const int64_t bytes = item.bytes(), halves = (bytes - 1) % kTileBytes / 2;
       bytes_ += bytes;
-      add(part.data,
-          static_cast<uint64_t>(part.dtype) << 62 | static_cast<uint64_t>(halves << 48) |
-              static_cast<uint64_t>(part.slot << 24),
-          part.tiles());
+      add(item.data,
+          static_cast<uint64_t>(item.dtype) << 62 | static_cast<uint64_t>(halves << 48) |
+              static_cast<uint64_t>(item.group << 24),
+          item.tiles());
     }
   }
 
@@ -96,22 +96,23 @@ class Partition {
   int64_t spans() const { return (tiles() + span_tiles_ - 1) / span_tiles_; }
   int64_t bytes() const { return bytes_; }
 
-  // Where the spans of each slot begin, and those of the last end, if they are apart.
-  std::vector<uint32_t> begins(size_t slots) const {
+  // Where the spans of each group begin, and those of the last end, if they are apart.
+  std::vector<uint32_t> begins(size_t groups) const {
     std::vector<uint32_t> begins;
     for (size_t i = 0; i < entries_.size(); ++i)
-      if (!entries_[i].is_hole() && entries_[i].slot() >= static_cast<int>(begins.size()))
-        begins.resize(entries_[i].slot() + 1, static_cast<uint32_t>(first_tiles_[i] / span_tiles_));
-    begins.resize(slots + 1, static_cast<uint32_t>(spans()));
+      if (!entries_[i].is_hole() && entries_[i].group() >= static_cast<int>(begins.size()))
+        begins.resize(entries_[i].group() + 1,
+                      static_cast<uint32_t>(first_tiles_[i] / span_tiles_));
+    begins.resize(groups + 1, static_cast<uint32_t>(spans()));
     return begins;
   }
 
-  // Whether each slot is one span, the one of its number, if they are apart.
-  bool spans_are_slots(int64_t slots) const {
-    bool all = spans() == slots;
+  // Whether each group is one span, the one of its number, if they are apart.
+  bool spans_are_groups(int64_t groups) const {
+    bool all = spans() == groups;
     for (size_t i = 0; all && i < entries_.size(); ++i) {
       const int64_t begin = first_tiles_[i] / span_tiles_, last = first_tiles_[i + 1] - 1;
-      all = entries_[i].is_hole() || (begin == entries_[i].slot() && last / span_tiles_ == begin);
+      all = entries_[i].is_hole() || (begin == entries_[i].group() && last / span_tiles_ == begin);
     }
     return all;
   }

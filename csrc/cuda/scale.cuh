@@ -29,13 +29,13 @@ struct Clamp {
   }
 };
 
-// Applies a change with number(slot) to every tile. Spans go from last to first: what the norm
+// Applies a change with number(group) to every tile. Spans go from last to first: what the norm
 // phase read last is still in the L2 cache. By all blocks of a grid.
 template <class Change, class Table, class Number>
 __device__ void change_phase(const Table& table, Number&& number) {
   for (int span = table.spans - 1 - static_cast<int>(blockIdx.x); span >= 0; span -= gridDim.x) {
     for_each_tile<true>(table, span, [&](const Tile& tile) {
-      const double value = number(tile.slot);
+      const double value = number(tile.group);
       if (Change::is_idle(value)) return;
       with_vectors(tile, [&]<Dtype dtype, class Vectors>(const Vectors& vectors) {
 #pragma unroll(Vectors::kUnroll)

@@ -21,7 +21,7 @@ struct Tile {
   char* data;
   int bytes;
   Dtype dtype;
-  int slot;
+  int group;
 
   // Where vector j of this thread begins, and what is left from there.
   __device__ int offset(int j) const { return (j * kThreads + threadIdx.x) * kVector; }
@@ -49,7 +49,7 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
     if (entry.is_hole()) return;  // in ascending order, the end of what the span holds
     const bool last = tile + 1 == table.entries[i + 1].first_tile();
     visit(Tile{entry.data + static_cast<int64_t>(tile - entry.first_tile()) * kTileBytes,
-               last ? entry.last_bytes() : kTileBytes, entry.dtype(), entry.slot()});
+               last ? entry.last_bytes() : kTileBytes, entry.dtype(), entry.group()});
   }
 }
 

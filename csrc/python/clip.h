@@ -3,13 +3,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <cmath>
 #include <optional>
-#include <utility>
 
-#include "grads.h"
 #include "walk.h"
 
 namespace fastclip {
@@ -31,53 +30,23 @@ inline bool is_usual(py::handle max_norm) {
          !tensor.is_meta();
 }
 
-// A threshold as a tensor: itself, or on the CPU.
-inline at::Tensor as_limit(py::handle max_norm) {
-  if (is_tensor(max_norm)) return unpack(max_norm);
-  return at::scalar_tensor(max_norm.cast<double>(), at::kDouble);
+// `max_norm` is a number, of which the CPU holds the tensor, or a tensor.
+inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p) {
+  if (is_tensor(max_norm)) return grads.clip_norm_(unpack(max_norm), p);
+  return grads.clip_norm_(at::scalar_tensor(max_norm.cast<double>(), at::kDouble), p);
 }
 
-// A threshold on the device of `norm`; a copy from the CPU would wait for that.
-inline at::Tensor beside(const at::Tensor& norm, const at::Tensor& limit) {
-  if (!limit.is_cpu()) return limit.to(norm.device());
-  return at::full({}, limit.item<double>(), norm.options().dtype(at::kDouble));
-}
-
-inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p,
-                            const std::optional<at::Tensor>& norm) {
-  return grads.clip_norm_(as_limit(max_norm), p, norm);
-}
-
-// What `record_` takes besides the numbers: rows, and how many there were.
-using Log = std::optional<std::pair<at::Tensor, at::Tensor>>;
-
-// `clip_norm_` of the gradients of a list or tuple of parameters, by a number, a 0-d tensor or a
-// rule, of whose answer `checked` makes one of the two; norm and threshold go into the log, if
-// there is one. Nothing, and nothing is done, if anything is unusual, or the log is on another
-// device.
-inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters,
-                                                const py::object& max_norm,
-                                                const py::object& norm_type,
-                                                const py::object& checked, const Log& log) {
+// `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor.
+// Nothing, and nothing is done, if anything is unusual.
+inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters, py::handle max_norm,
+                                                py::handle norm_type) {
   if (!PyList_CheckExact(parameters.ptr()) && !PyTuple_CheckExact(parameters.ptr()))
     return std::nullopt;
   const double p = as_number(norm_type);
-  const bool is_rule = PyCallable_Check(max_norm.ptr()) != 0 && PyType_Check(max_norm.ptr()) == 0;
-  if (!(p > 0) || !(is_rule || is_usual(max_norm))) return std::nullopt;
+  if (!(p > 0) || !is_usual(max_norm)) return std::nullopt;
   const auto grads = read<What::kGrads>(parameters);
-  if (!grads || grads->size() == 0 || (log && !grads->is_on(log->first.device())))
-    return std::nullopt;
-  py::object answer = max_norm;
-  std::optional<at::Tensor> norm;
-  if (is_rule) {
-    norm = grads->norm(p);
-    answer = max_norm(*norm);
-    if (!is_usual(answer)) answer = checked(answer);
-  }
-  const at::Tensor limit = as_limit(answer);
-  const at::Tensor total_norm = grads->clip_norm_(limit, p, norm);
-  if (log) PlainGrads::record_(log->first, log->second, total_norm, beside(total_norm, limit));
-  return total_norm;
+  if (!grads || grads->size() == 0) return std::nullopt;
+  return clip_norm(*grads, max_norm, p);
 }
 
 }  // namespace fastclip

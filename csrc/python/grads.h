@@ -4,10 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/scalar_tensor.h>
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -35,20 +32,8 @@ class PlainGrads {
     return op.call(std::forward<Args>(args)...);
   }
 
-  // Whether the host can read and write it as one double.
-  static bool is_number(const at::Tensor& tensor) {
-    return tensor.is_cpu() && tensor.numel() == 1 && tensor.scalar_type() == at::kDouble &&
-           !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !is_watched();
-  }
-
-  using MaybeNorm = std::optional<at::Tensor>;
-
-  Norms known(const MaybeNorm& norm) const {
-    return norm ? Norms(*norm) : known_ ? Norms(*known_) : std::nullopt;
-  }
-
   std::vector<at::Tensor> tensors_, wrappers_;
-  std::vector<int64_t> slots_;
+  std::vector<int64_t> groups_;
   std::optional<std::vector<at::Tensor>> known_;
   // A bit for each that there is.
   uint64_t dtypes_ = 0;
@@ -65,7 +50,7 @@ class PlainGrads {
   }
 
   void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
-  void note(int64_t slot) { slots_.push_back(slot); }
+  void note(int64_t group) { groups_.push_back(group); }
 
   // What was measured before: norms, of one element each, whose norm is that of the tensors.
   void know(std::vector<at::Tensor> norms) { known_ = std::move(norms); }
@@ -81,9 +66,6 @@ class PlainGrads {
     return {tensors_[0].device()};
   }
 
-  // Of at least one.
-  bool is_on(at::Device device) const { return tensors_[0].device() == device; }
-
   // Norms are float64; what is returned of them is as precise as the gradients.
   at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {
     return norms.to(dtype.value_or(is_wide() ? at::kDouble : at::kFloat));
@@ -94,15 +76,15 @@ class PlainGrads {
     return call(op, known_ ? *known_ : tensors_, p, true);
   }
 
-  // All gradients are of the first slot where none was noted.
-  std::vector<int64_t> slots() const {
-    return slots_.empty() ? std::vector<int64_t>(tensors_.size()) : slots_;
+  // All gradients are of the first group where none was noted.
+  std::vector<int64_t> groups() const {
+    return groups_.empty() ? std::vector<int64_t>(tensors_.size()) : groups_;
   }
 
-  // The norm of each slot, up to the last slot that holds a gradient.
+  // The norm of each group, up to the last group that holds a gradient.
   at::Tensor norms(double p) const {
     static const auto op = find_op<NormsOp>("fastclip::norms");
-    const std::vector<int64_t> of = slots();
+    const std::vector<int64_t> of = groups();
     return call(op, tensors_, p, at::OptionalIntArrayRef(of), true, false);
   }
 
@@ -112,10 +94,10 @@ class PlainGrads {
     return call(op, tensors_, p, std::nullopt, true, rows);
   }
 
-  // By one coefficient, or one for each slot.
+  // By one coefficient, or one for each group.
   void scale_(const at::Tensor& coef) const {
     static const auto op = find_op<ScaleOp>("fastclip::scale_");
-    const std::vector<int64_t> of = coef.dim() ? slots() : std::vector<int64_t>();
+    const std::vector<int64_t> of = coef.dim() ? groups() : std::vector<int64_t>();
     call(op, tensors_, coef, coef.dim() ? at::OptionalIntArrayRef(of) : std::nullopt, false);
     bump_versions(wrappers_);
   }
@@ -133,45 +115,10 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // What ranks add up of one norm of order 1 or 2: the norm itself or its square; 1-d, float64. And
-  // its value, if the host knows it.
-  std::pair<at::Tensor, std::optional<double>> part(double p) const {
-    at::Tensor norm = norms(p);
-    if (norm.numel() == 0) norm = norm.new_zeros({1});
-    if (!is_number(norm)) return {p == 2 ? norm.mul(norm) : norm, std::nullopt};
-    double& value = *norm.mutable_data_ptr<double>();
-    if (p == 2) value *= value;
-    return {norm, value};
-  }
-
-  // By the norm of all ranks, which the host knows. Returns it, float64 if it is to be `wide` or
-  // any of these is, else float32.
-  at::Tensor clip_by_known_(double total_norm, double max_norm, bool wide) const {
-    wide |= is_wide();
-    const double coef = clip_coef_as(wide, total_norm, max_norm);
-    if (coef != 1) {
-      scale_(at::scalar_tensor(coef, at::kDouble));
-    } else {
-      bump_versions(tensors_);
-      bump_versions(wrappers_);
-    }
-    // As a float it may be infinite.
-    return wide ? at::scalar_tensor(total_norm, at::kDouble)
-                : at::scalar_tensor(static_cast<float>(total_norm), at::kFloat);
-  }
-
-  // By their norm, which is measured if it is not given.
-  at::Tensor clip_norm_(const at::Tensor& max_norm, double p,
-                        const MaybeNorm& norm = std::nullopt) const {
+  // By their norm, which is measured if it is not known.
+  at::Tensor clip_norm_(const at::Tensor& max_norm, double p) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
-    return call(op, tensors_, max_norm, p, known(norm));
-  }
-
-  // Norms and their thresholds into a ring.
-  static void record_(const at::Tensor& rows, const at::Tensor& steps, const at::Tensor& norms,
-                      const at::Tensor& limits) {
-    static const auto op = find_op<RecordOp>("fastclip::record_");
-    call(op, rows, steps, norms, limits);
+    return call(op, tensors_, max_norm, p, known_ ? Norms(*known_) : std::nullopt);
   }
 };
 

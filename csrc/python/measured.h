@@ -1,14 +1,14 @@
 // Norms that hooks measure while backward runs. Each counts as long as its gradients are the same
 // tensors, unchanged, as far as their version counters tell.
 //
-// A part is what is measured in one go: a gradient, or a bucket in which DistributedDataParallel
+// A piece is what is measured in one go: a gradient, or a bucket in which DistributedDataParallel
 // averages several. Each gradient is in one of three states:
 //
-//   unseen   at first, and whenever the norm of its part is forgotten, or was not measured in a
+//   unseen   at first, and whenever the norm of its piece is forgotten, or was not measured in a
 //            pause: the clip measures it
 //   touched  backward has added to it, but its bucket counts only once backward is over (buckets)
-//   seen     as it was when its part was measured: it counts by the norm of that, if at the clip
-//            it and all others of the part are the same tensors, memory and versions
+//   seen     as it was when its piece was measured: it counts by the norm of that, if at the clip
+//            it and all others of the piece are the same tensors, memory and versions
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +22,6 @@
 #include <utility>
 #include <vector>
 
-#include "clip.h"
 #include "grads.h"
 #include "unscale.h"
 
@@ -56,23 +55,23 @@ class [[gnu::visibility("hidden")]] Measured {
       // A parameter may have been given another tensor, as torch.utils.swap_tensors does.
       if (parameter(items, i).unsafeGetTensorImpl() != addresses_[i]) return std::nullopt;
       found[i] = &parameter(items, i).grad();
-      if (seen_[i].part == kNone) continue;
-      is_live[seen_[i].part] = true;
-      if (!seen_[i].is(*found[i])) is_stale[seen_[i].part] = true;
+      if (seen_[i].piece == kNone) continue;
+      is_live[seen_[i].piece] = true;
+      if (!seen_[i].is(*found[i])) is_stale[seen_[i].piece] = true;
     }
-    const auto is_known = [&](size_t part) {
-      return part != kNone && norms_[part].defined() && is_live[part] && !is_stale[part];
+    const auto is_known = [&](size_t piece) {
+      return piece != kNone && norms_[piece].defined() && is_live[piece] && !is_stale[piece];
     };
     PlainGrads grads, rest;
     grads.reserve(count);
     for (size_t i = 0; i < count; ++i) {
       if (!found[i]->defined()) continue;
       if (!grads.add(*found[i])) return std::nullopt;
-      if (!is_known(seen_[i].part)) rest.add(*found[i]);
+      if (!is_known(seen_[i].piece)) rest.add(*found[i]);
     }
     std::vector<at::Tensor> norms;
-    for (size_t part = 0; part < count; ++part)
-      if (is_known(part)) norms.push_back(std::move(norms_[part]));
+    for (size_t piece = 0; piece < count; ++piece)
+      if (is_known(piece)) norms.push_back(std::move(norms_[piece]));
     for (const at::Tensor& norm : norms) keep_for_this_stream(norm);
     if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false));
     grads.know(std::move(norms));
@@ -80,27 +79,19 @@ class [[gnu::visibility("hidden")]] Measured {
     return grads;
   }
 
-  // The common case of a clip, in one call of C++: after backward all of Python is cold. Nothing if
-  // Python has to look, at the threshold or at a gradient; then nothing is done.
-  std::optional<at::Tensor> clip_(const py::list& items, py::handle max_norm) {
-    const auto grads = is_usual(max_norm) ? take(items) : std::nullopt;
-    if (!grads) return std::nullopt;
-    return grads->clip_norm_(as_limit(max_norm), p_);
-  }
-
   virtual void forget() { std::ranges::fill(norms_, at::Tensor()); }
 
  protected:
   static constexpr size_t kNone = -1;
 
-  // A gradient as it was when it was measured as a part, alone or in a bucket. Its memory is told
+  // A gradient as it was when it was measured as a piece, alone or in a bucket. Its memory is told
   // by more than its tensor: `grad.data = other` and Module.to() keep that, and its version.
   struct Seen {
     std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> grad;
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
     int64_t offset = 0, numel = 0;
     uint32_t version = 0;
-    size_t part = kNone;
+    size_t piece = kNone;
 
     void look(const at::Tensor& now) {
       grad.reset();
@@ -150,14 +141,14 @@ class [[gnu::visibility("hidden")]] Measured {
   std::unordered_map<const void*, size_t> index_;
 
  protected:
-  std::vector<at::Tensor> norms_;  // of parts
+  std::vector<at::Tensor> norms_;  // of pieces
   std::vector<Seen> seen_;
 
  private:
   double p_;
 };
 
-// Every gradient is a part.
+// Every gradient is a piece.
 class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
  public:
   using Measured::Measured;
@@ -167,12 +158,12 @@ class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
     const size_t i = index_of(parameter);
     if (i == kNone) return;
     norms_[i] = norm_of(parameter.grad());
-    seen_[i].part = i;
+    seen_[i].piece = i;
     seen_[i].look(parameter.grad());
   }
 };
 
-// Parts are buckets.
+// Pieces are buckets.
 class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
  public:
   MeasuredBuckets(const py::list& items, double p)
@@ -194,9 +185,9 @@ class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
       return forget();
     }
     for (Seen& seen : seen_)
-      if (seen.part == number) seen.part = kNone;
+      if (seen.piece == number) seen.piece = kNone;
     for (const at::Tensor& parameter : parameters)
-      if (const size_t i = index_of(parameter); i != kNone) seen_[i].part = number;
+      if (const size_t i = index_of(parameter); i != kNone) seen_[i].piece = number;
   }
 
   // Backward is over: what it touched is now as its bucket was when that was measured.

@@ -55,17 +55,14 @@ PYBIND11_MODULE(_C, m) {
       .def("has", &PlainGrads::has)
       .def("result", &PlainGrads::result, py::arg("norms"), py::arg("dtype") = std::nullopt)
       .def("norm", &PlainGrads::norm)
-      .def("slots", &PlainGrads::slots)
+      .def("groups", &PlainGrads::groups)
       .def("devices", &PlainGrads::devices)
       .def("norms", &PlainGrads::norms)
       .def("each_norms", &PlainGrads::each_norms, py::arg("p"), py::arg("rows") = false)
       .def("scale_", &PlainGrads::scale_)
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
-      .def("part", &PlainGrads::part)
-      .def("clip_by_known_", &PlainGrads::clip_by_known_)
-      .def("clip_norm_", fastclip::clip_norm, py::arg("max_norm"), py::arg("p"),
-           py::arg("norm") = std::nullopt);
+      .def("clip_norm_", fastclip::clip_norm);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,
@@ -80,7 +77,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Measured>(m, "Measured")
       .def_readwrite("is_paused", &Measured::is_paused)
       .def("take", &Measured::take)
-      .def("clip_", &Measured::clip_)
       .def("forget", &Measured::forget);
   using fastclip::MeasuredGrads;
   py::class_<MeasuredGrads, Measured>(m, "MeasuredGrads")

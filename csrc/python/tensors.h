@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -24,8 +23,5 @@ inline const at::Tensor& unpack(py::handle tensor) { return THPVariable_Unpack(t
 inline py::object wrap(const at::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
-
-// Whether a mode in Python sees every op.
-inline bool is_watched() { return c10::impl::dispatch_mode_enabled(); }
 
 }  // namespace fastclip

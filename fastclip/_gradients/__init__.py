@@ -9,5 +9,5 @@ from .local import held
 from .look import check_supported
 from .named import NamedParameters, found_in_groups, named
 from .protocol import Gradients
-from .reading import aligned, as_list, clipped_at_once, present, read, read_by, take, take_weights
+from .reading import aligned, as_list, clip_at_once_, present, read, read_by, take, take_weights
 from .spread import SpreadGrads, each_norms_of, fail

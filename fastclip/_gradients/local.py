@@ -37,7 +37,7 @@ class LocalGrads:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def slots(self) -> list[int]:
+    def groups(self) -> list[int]:
         return self.slots_
 
     def devices(self) -> list[torch.device]:
@@ -118,13 +118,12 @@ class LocalGrads:
                 _ops.clamp_([clamped[i] for i in positions], bound)
             self._bump_versions()
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
         stored = all(t.layout == torch.strided and _stored(t) is t for t in self.tensors)
         if stored and not any(map(_is_opaque, self.tensors)) and len(_by_device(self.tensors)) < 2:
             with torch.set_grad_enabled(is_differentiated()):
-                known = None if norm is None else [norm]
-                return _ops.clip_norm_(self.tensors, max_norm, p, known)
-        total_norm = self.norm(p) if norm is None else norm
+                return _ops.clip_norm_(self.tensors, max_norm, p)
+        total_norm = self.norm(p)
         self.scale_(clip_coef(total_norm, max_norm, self.is_wide()))
         return self.result(total_norm)
 

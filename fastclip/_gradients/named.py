@@ -99,7 +99,7 @@ class NamedParameters:
 def found_in_groups(
     sources: Sequence[NamedParameters], names: Sequence[str] | None
 ) -> tuple[list[Tensor], list[int], list[str]]:
-    """Of all sources the parameters, each once, the numbers of their sources, and their names.
+    """Find the parameters of all sources, each once, the source of each by number, and their names.
 
     `names`, if given, are those of the sources, and begin the names of their parameters.
 
@@ -107,12 +107,12 @@ def found_in_groups(
         ValueError: a parameter in two sources.
     """
     owners: dict[int, tuple[str, int]] = {}
-    items, labels, found = [], [], []
-    for label, source in enumerate(sources):
+    items, group_of, found = [], [], []
+    for group, source in enumerate(sources):
         for name, parameter in source.find():
-            name = name if names is None else f"{names[label]}.{name}"
-            other, owner = owners.setdefault(id(parameter), (name, label))
-            if owner != label:
+            name = name if names is None else f"{names[group]}.{name}"
+            other, owner = owners.setdefault(id(parameter), (name, group))
+            if owner != group:
                 for each in sources:
                     each.forget()
                 raise ValueError(
@@ -120,9 +120,9 @@ def found_in_groups(
                 )
             if other == name:
                 items.append(parameter)
-                labels.append(label)
+                group_of.append(group)
                 found.append(name)
-    return items, labels, found
+    return items, group_of, found
 
 
 def _lists(optimizers: list[Optimizer]) -> list[list[Any]]:

@@ -21,7 +21,7 @@ class PlainGrads:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def slots(self) -> list[int]:
+    def groups(self) -> list[int]:
         return [0] * len(self.tensors)
 
     def devices(self) -> list[torch.device]:
@@ -42,7 +42,7 @@ class PlainGrads:
 
     @torch.no_grad()
     def norms(self, p: float) -> Tensor:
-        return _ops.norms(self.tensors, p, self.slots(), True)
+        return _ops.norms(self.tensors, p, self.groups(), True)
 
     @torch.no_grad()
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
@@ -50,7 +50,7 @@ class PlainGrads:
 
     @torch.no_grad()
     def scale_(self, coef: Tensor) -> None:
-        _ops.scale_(self.tensors, coef, self.slots() if coef.dim() else None)
+        _ops.scale_(self.tensors, coef, self.groups() if coef.dim() else None)
 
     @torch.no_grad()
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
@@ -61,8 +61,8 @@ class PlainGrads:
         _ops.clamp_(self.tensors, bound)
 
     @torch.no_grad()
-    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        return _ops.clip_norm_(self.tensors, max_norm, p, None if norm is None else [norm])
+    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
+        return _ops.clip_norm_(self.tensors, max_norm, p)
 
 
 def read_grads(parameters: list[Tensor]) -> PlainGrads | None:

@@ -44,17 +44,14 @@ class Gradients(Protocol):
     def clamp_(self, bound: float) -> None:
         """Clamp each element to [-bound, bound]."""
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        """`norm`, coefficient and `scale_` in one: returns the norm before as `result` does.
-
-        The norm may be given if p > 0.
-        """
+    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
+        """`norm`, coefficient and `scale_` in one: return the norm before as `result` does."""
 
 
 class GradientsHere(Gradients, Protocol):
     """Those on this rank, of which spread ones are made."""
 
-    def slots(self) -> list[int]:
+    def groups(self) -> list[int]:
         """The number of the group of each, n of them."""
 
     def devices(self) -> list[torch.device]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._arguments import answered
 from .._private import private
 from .._ranks import (
     NONE,
@@ -21,20 +20,18 @@ from .._ranks import (
     Kind,
     Plan,
     as_groups,
-    find,
+    find_plan,
     follow,
     is_spread,
-    of_plain,
-    planned,
-    value_of,
+    plan_of_plain,
 )
 from .._warnings import warn
 from . import plain
 from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
-from .spread import SpreadGrads, clipped_by
-from .traced import traced
+from .spread import SpreadGrads
+from .traced import read_in_graph
 
 _has_foreach = private("torch.utils._foreach_utils._device_has_foreach_support")
 Tensors = Tensor | Iterable[Tensor]
@@ -70,29 +67,15 @@ def read(
     return grads
 
 
-def clipped_at_once(
-    parameters: list[Tensor],
-    max_norm: Any,
-    norm_type: Any,
-    ring: Any = None,
-    over_ranks: bool = True,
-) -> Tensor | None:
-    """`clip_grad_norm_` as it is called most, its norm also added to a `Ring` if one is given.
+def clip_at_once_(parameters: list[Tensor], max_norm: Any, norm_type: Any) -> Tensor | None:
+    """Do as `clip_grad_norm_` does, in one call of C++: after backward all of Python is cold.
 
-    None, and nothing is done, where anything has to be looked at. After backward all of Python is
-    cold, and every function on the way costs microseconds.
+    None, and nothing is done, where anything has to be looked at.
     """
     extension = _extension()
     if extension is None:
         return None
-    log = None if ring is None else ring.tensors
-    total_norm: Tensor | None
-    total_norm = extension.clip_grad_norm_(parameters, max_norm, norm_type, answered, log)
-    plan = planned(parameters) if total_norm is None and over_ranks else None
-    if plan is not None:
-        total_norm = clipped_by(plan, parameters, max_norm, norm_type)
-        if total_norm is not None and ring is not None:
-            ring.add(value_of(total_norm), max_norm)
+    total_norm: Tensor | None = extension.clip_grad_norm_(parameters, max_norm, norm_type)
     return total_norm
 
 
@@ -122,13 +105,13 @@ def read_by(
     plan: Plan | None,
     parameters: list[Tensor],
     asked: Asked,
-    labels: Sequence[int],
+    group_of: Sequence[int],
     p: float,
     agree: bool,
 ) -> SpreadGrads:
-    """As `read`, in groups by their labels, by the plan of the last time if it still fits."""
+    """As `read`, by the group of each parameter, by the plan of the last time if it still fits."""
     at_once = _extension() is not None
-    plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), labels)
+    plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), group_of)
     return _planned(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
 
@@ -149,7 +132,7 @@ def _read(
         _check_foreach(grads, foreach)
         return grads
     if torch.compiler.is_compiling() and asked is NONE and kind is Kind.TOTAL and not agree:
-        found: Gradients | None = traced(items, write)
+        found: Gradients | None = read_in_graph(items, write)
         if found is not None:
             return found
     spread: Gradients = _read_spread(items, grads, foreach, asked, write, kind, agree, name_of)
@@ -168,9 +151,9 @@ def _read_spread(
     name_of: Callable[[int], str] | None,
 ) -> SpreadGrads:
     if grads is not None and kind is Kind.TOTAL:
-        plan = of_plain(items, asked)
+        plan = plan_of_plain(items, asked)
     else:
-        plan, grads = find(items, asked, _extension() is not None, write, kind)
+        plan, grads = find_plan(items, asked, _extension() is not None, write, kind)
     return _planned(plan, grads, foreach, agree, lambda: look(items, write, plan, name_of))
 
 

@@ -59,6 +59,10 @@ def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tenso
     return coef.where(limit >= 0, math.nan).masked_fill(limit == math.inf, 1)
 
 
+# A multiplier that means zeros, which no product makes of a NaN. No clip comes to it.
+ZEROS = -0.0
+
+
 def means_zeros(coef: Tensor) -> Tensor:
-    """Where it is -0.0, a multiplier that no clip comes to."""
+    """Where a multiplier is ZEROS."""
     return (coef == 0) & coef.signbit()

@@ -5,11 +5,18 @@ Nothing but this room knows DTensors and collectives. It imports `_ops`, `_priva
 """
 
 from .ddp import is_data_parallel, on_reduced_buckets
-from .failure import NUMBERS, Failure, mark_of, raise_if_failed, raise_reason
+from .failure import NUMBERS, Failure, raise_if_failed
 from .groups import as_groups, find_differing, is_alone, rank
 from .mesh import is_dtensor, local_of, placed, value_of
-from .parts import PROTOCOL, as_norm, as_parts, combined, over, over_line, over_mesh, spoiled
-from .plan import Plan, find, follow, is_spread, of_plain, planned
+from .parts import (
+    PROTOCOL,
+    all_reduce_members,
+    as_norms,
+    as_parts,
+    combine_slots,
+    share_nonfinite,
+)
+from .plan import Plan, find_plan, follow, is_spread, plan_of_plain
 from .reduction import NONE, Asked, Kind
-from .traced import constants, cuts, local_in_graph, replicated_in_graph
+from .traced import local_in_graph, plan_of_graph
 from .trial import clip_models, differing, gather, join, leave

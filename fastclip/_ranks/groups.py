@@ -70,7 +70,7 @@ def reached(asked: Iterable[Any]) -> frozenset[int]:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
-        # What is a step for this rank is one for those that it has come to, as in a grid.
+        # This assumes that the groups of every rank have the same offsets, as those of a grid have.
         reach = frozenset(rank + other - me for rank in reach for other in ranks)
     return reach
 
@@ -91,19 +91,19 @@ def by_key(groups: Iterable[Any]) -> Groups:
     return found
 
 
-def steps_beyond(groups: Sequence[list[Any]]) -> list[Step]:
-    """The collectives over the groups that each label has asked for, in their order.
+def group_steps(process_groups: Sequence[list[Any]]) -> list[Step]:
+    """The collectives over the process groups that each group has asked for, in their order.
 
     Raises:
-        ValueError: two groups of a label share more than this rank.
+        ValueError: two process groups of one group share more than this rank.
     """
     found: Groups = {}
-    labels: dict[Key, list[int]] = {}
-    for label, some in enumerate(groups):
+    members: dict[Key, list[int]] = {}
+    for i, some in enumerate(process_groups):
         for key, group in by_key(some).items():
             found.setdefault(key, group)
-            labels.setdefault(key, []).append(label)
-    return [Step(group, device_of(group), labels[key]) for key, group in found.items()]
+            members.setdefault(key, []).append(i)
+    return [Step(group, device_of(group), members[key]) for key, group in found.items()]
 
 
 def ranks_of(group: Any) -> Ranks:

@@ -15,23 +15,25 @@ from .._ops import without_modes
 from .._private import attribute, private
 from .groups import Groups, Key, Step, age_of, device_of, ranks_of
 
-# Where a DTensor keeps its layout and what is on this rank; what of two layouts has to be equal.
+# Where a DTensor keeps its layout and what is on this rank; the fields in which two layouts have to
+# be equal.
 LAYOUT = "_spec"
 INNER = "_local_tensor"
-PARTS = ("mesh", "placements")
+FIELDS = ("mesh", "placements")
 
 
 class Slot(NamedTuple):
     """Gradients of one mesh that are spread over the same groups.
 
-    Ranks send each other their slots bare, so what tells those apart is what all ranks of a mesh
-    know: which ranks it has, told by their `number`. 0 where nothing is sent. `speaks` if this rank
-    counts for the mesh.
+    Ranks send each other the numbers of their slots without names, so slots are told apart by what
+    all ranks of a mesh know: its ranks, of which `number` stands for one set; 0 where nothing is
+    sent. `counts_for_mesh` says whether it is this rank that enters the sum of the mesh in sums
+    beyond it.
     """
 
     groups: frozenset[Key]
     number: int
-    speaks: bool
+    counts_for_mesh: bool
 
 
 class Mesh:
@@ -74,22 +76,22 @@ class Mesh:
     def slot(self, placements: Sequence[Any], rows: bool, reach: frozenset[int]) -> Slot:
         """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0.
 
-        All ranks of the mesh have the same sums: of those within `reach`, one speaks.
+        All ranks of the mesh have the same sums: of those within `reach`, one counts for it.
         """
         me = dist.get_rank()
-        speaks = me == min(reach.intersection(self.ranks), default=me)
+        counts_for_mesh = me == min(reach.intersection(self.ranks), default=me)
         if not self.keys:
-            return Slot(frozenset(), 0, speaks)
+            return Slot(frozenset(), 0, counts_for_mesh)
         whole = [p.is_replicate() or p.is_partial() for p in placements]
         if rows:
             whole = [w or p.dim == 0 for w, p in zip(whole, placements, strict=True)]
         sharded = [not w for w in whole]
         keys = itertools.compress(self.keys, sharded)
         spread = frozenset(key for key in keys if key in self.groups)
-        return Slot(spread, self.number if spread else 0, speaks)
+        return Slot(spread, self.number if spread else 0, counts_for_mesh)
 
 
-def steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
+def mesh_steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
     """The collectives over all groups of the meshes, in the order of Note [order]."""
     found: dict[Key, list[tuple[str, Any]]] = {}
     for mesh in meshes:
@@ -111,11 +113,12 @@ def _precedence(choice: tuple[str, Any]) -> Any:
     return device_type == "cpu", device_type, age_of(group)
 
 
-def crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None:
-    """What is wrong with meshes of one norm of which only this rank is in both, and no grid's.
+def find_crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None:
+    """Say why two of the meshes cannot share a norm, if any two cannot.
 
-    Each rank would then take the norm of other gradients, and shards of one gradient be scaled
-    differently. Two lines of a grid share no distance; meshes cut from one root are a grid's.
+    They meet in this rank only and are not lines of one grid: each rank would take the norm of
+    other gradients, and shards of one gradient would be scaled differently. Two lines of a grid
+    share no distance; meshes cut from one root are a grid's.
     """
     even = [mesh for mesh in meshes if mesh.is_even]
     for one, other in itertools.combinations(even, 2):

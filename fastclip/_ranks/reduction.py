@@ -1,6 +1,6 @@
 """How the norms of spread gradients are put together: a pure function of where those are placed.
 
-Every slot is added up over the dimensions of its mesh, then the sums of a label's slots over the
+Every slot is added up over the dimensions of its mesh, then the sums of a group's slots over the
 process groups that are asked for. Only these few float64 numbers travel.
 """
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .failure import NUMBERS
-from .groups import Step, groups_of, reached, steps_beyond
-from .mesh import Mesh, Slot, crossing, steps
+from .groups import Step, group_steps, groups_of, reached
+from .mesh import Mesh, Slot, find_crossing, mesh_steps
 
-# The process groups, or meshes, that are asked for, of each label.
+# The process groups, or meshes, that are asked for, of each group.
 Asked = Sequence[tuple[Any, ...]]
 NONE: Asked = ((),)
 
@@ -22,7 +22,7 @@ NONE: Asked = ((),)
 class Kind(enum.IntEnum):
     """Which norms a plan is for: of all together, of each tensor, or of each row.
 
-    COUNT is of all together by the norms of each tensor, as order 0 wants, which counts those.
+    COUNT is one norm of order 0: how many tensors have a norm that is not 0.
     """
 
     TOTAL = 0
@@ -34,108 +34,95 @@ class Kind(enum.IntEnum):
     def of_order(cls, p: float) -> "Kind":
         return cls.COUNT if p == 0 else cls.TOTAL
 
+    @property
+    def is_each(self) -> bool:
+        """Whether each item has norms of its own."""
+        return self in (Kind.EACH, Kind.ROWS)
+
 
 @dataclass(frozen=True)
 class Reduction:
-    """What this rank does of it, as all other ranks of a step do.
+    """This rank's share of the collectives; all other ranks of a step hold matching ones.
 
-    A label is the number of a norm. A slot is what counts to one norm and is spread over the same
+    A group is what has one norm. A slot is those gradients of a group that are spread over the same
     process groups.
     """
 
     kind: Kind
-    # What is asked for of each label, as process groups.
-    groups: list[list[Any]]
-    slots: list[Slot]
-    # Of each item its slot, and of each slot its label.
+    # The process groups that are asked for, of each group.
+    process_groups: list[list[Any]]
+    # Of each item its slot, and of each slot its group.
     slot_of: list[int]
-    label_of: list[int]
-    # Of each label how many slots there are, and which of them count beyond their meshes; after
-    # those its flag, if it has one.
+    group_of: list[int]
+    # Of each group how many slots there are, and which of them this rank counts in sums beyond
+    # their meshes; after those its flag, if it has one.
     counts: list[int]
     members: list[list[int]]
-    # What is sent over meshes besides a part of each slot: see parts.py.
+    # How many numbers are sent over meshes besides a part of each slot: see parts.py.
     beside: int
     # First over meshes, of slots; those that cut none are only for ranks to agree.
-    steps: list[Step]
-    # Then over what is asked for, of labels.
-    beyond: list[Step]
+    mesh_steps: list[Step]
+    # Then over the process groups that are asked for, of groups.
+    group_steps: list[Step]
     # Why ranks cannot have one norm, if they cannot.
     crossing: str | None
 
     @functools.cached_property
     def sends(self) -> bool:
-        return bool(self.steps or self.beyond)
+        return bool(self.mesh_steps or self.group_steps)
 
     @functools.cached_property
-    def adding(self) -> list[Step]:
+    def adding_steps(self) -> list[Step]:
         """The steps over meshes that cut a slot."""
-        return [step for step in self.steps if len(step.members) > self.beside]
-
-    @functools.cached_property
-    def is_flat(self) -> bool:
-        """Whether every label has one slot, that counts beyond its mesh: all there is to it."""
-        flat = [[i] for i in range(len(self.counts))]
-        one_each = [some[:1] for some in self.members] == flat and len(self.slots) == len(flat)
-        return self.kind is not Kind.COUNT and one_each
-
-    @functools.cached_property
-    def line(self) -> list[Step] | None:
-        """The steps over which the part of one slot is added up, if that is all there is to it.
-
-        Each of them sends it alone.
-        """
-        is_line = self.kind is Kind.TOTAL and self.is_flat and len(self.slots) == 1
-        return self.adding if is_line and self.steps and not self.beyond else None
+        return [step for step in self.mesh_steps if len(step.members) > self.beside]
 
 
 def reduction(
-    layouts: Sequence[Any], asked: Asked, kind: Kind, labels: Sequence[int] | None = None
+    layouts: Sequence[Any], asked: Asked, kind: Kind, group_of: Sequence[int] | None = None
 ) -> Reduction:
-    """Of items of these layouts, None for a plain one, and their labels: all 0 if not given.
+    """Plan the sums for items of these layouts, None for a plain one, by the group of each.
 
-    For EACH and ROWS the items are their own labels.
+    All are of group 0 if `group_of` is not given. For EACH and ROWS each item is a group.
 
     Raises:
-        ValueError: two groups that are asked for share more than this rank.
+        ValueError: two process groups that are asked for share more than this rank.
     """
-    groups = list(map(groups_of, asked))
-    if kind in (Kind.EACH, Kind.ROWS):
-        labels, asked = range(len(layouts)), [()] * len(layouts)
-    labels = [0] * len(layouts) if labels is None else labels
+    process_groups = list(map(groups_of, asked))
+    if kind.is_each:
+        group_of, asked = range(len(layouts)), [()] * len(layouts)
+    group_of = [0] * len(layouts) if group_of is None else group_of
     # Items that share a slot if they are placed alike.
-    owners = labels if kind is Kind.TOTAL else range(len(layouts))
+    owners = group_of if kind is Kind.TOTAL else range(len(layouts))
     reaches = list(map(reached, asked))
     places = _places(layouts, kind)
     slot_at = functools.cache(Place.slot)
     keys = list(zip(owners, places, strict=True))
-    found = {k: slot_at(k[1], reaches[label]) for k, label in zip(keys, labels, strict=True)}
+    found = {k: slot_at(k[1], reaches[group]) for k, group in zip(keys, group_of, strict=True)}
     ordered = _in_order(found)
     slots = [slot for _, slot in ordered]
     index = {pair: i for i, pair in enumerate(ordered)}
-    label_of_owner = dict(zip(owners, labels, strict=True))
-    label_of = [label_of_owner[owner] for owner, _ in ordered]
+    group_of_owner = dict(zip(owners, group_of, strict=True))
+    group_of_slot = [group_of_owner[owner] for owner, _ in ordered]
     counts = [0] * len(asked)
     members: list[list[int]] = [[] for _ in asked]
-    for i, (label, slot) in enumerate(zip(label_of, slots, strict=True)):
-        counts[label] += 1
-        members[label] += [i] * slot.speaks
-    flags = len(asked) if kind in (Kind.TOTAL, Kind.COUNT) else 0
-    beside, over_meshes, beyond = _collectives(places, slots, groups, flags)
-    for label in range(flags if beside else 0):
-        members[label].append(len(slots) + label)
+    for i, (group, slot) in enumerate(zip(group_of_slot, slots, strict=True)):
+        counts[group] += 1
+        members[group] += [i] * slot.counts_for_mesh
+    flags = 0 if kind.is_each else len(asked)
+    beside, mesh_steps, group_steps = _collectives(places, slots, process_groups, flags)
+    for group in range(flags if beside else 0):
+        members[group].append(len(slots) + group)
     return Reduction(
         kind=kind,
-        groups=groups,
-        slots=slots,
+        process_groups=process_groups,
         slot_of=[index[key[0], found[key]] for key in keys],
-        label_of=label_of,
+        group_of=group_of_slot,
         counts=counts,
         members=members,
         beside=beside,
-        steps=over_meshes,
-        beyond=beyond,
-        crossing=_crossing(labels, places, reaches),
+        mesh_steps=mesh_steps,
+        group_steps=group_steps,
+        crossing=_find_crossing(group_of, places, reaches),
     )
 
 
@@ -172,23 +159,23 @@ def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
 
 
 def _collectives(
-    places: Sequence[Place], slots: Sequence[Slot], groups: list[list[Any]], flags: int
+    places: Sequence[Place], slots: Sequence[Slot], process_groups: list[list[Any]], flags: int
 ) -> tuple[int, list[Step], list[Step]]:
     """How many numbers go beside slots; the steps over meshes, and beyond, with all members."""
     meshes = dict.fromkeys(place.mesh for place in places if place.mesh is not None)
-    over_meshes, beyond = steps(meshes, slots), steps_beyond(groups)
+    over_meshes, beyond = mesh_steps(meshes, slots), group_steps(process_groups)
     beside = flags + NUMBERS if over_meshes or beyond else 0
     for step in over_meshes:
         step.members.extend(range(len(slots), len(slots) + beside))
     for step in beyond:
-        step.members.extend(range(len(groups), len(groups) + NUMBERS + 1))
+        step.members.extend(range(len(process_groups), len(process_groups) + NUMBERS + 1))
     return beside, over_meshes, beyond
 
 
 def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
     """Owners and slots, in an order on which ranks agree, for they send each other bare vectors.
 
-    Before all by what every rank of a mesh agrees on, so that all add up in the same order.
+    First by what every rank of a mesh agrees on, so that all add up in the same order.
     """
     known: dict[Slot, tuple[Any, ...]] = {}
     for slot, place in {(slot, place) for (_, place), slot in found.items()}:
@@ -201,12 +188,12 @@ def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
     return sorted(pairs, key=lambda pair: (pair[0], order[pair[1]]))
 
 
-def _crossing(
-    labels: Sequence[int], places: list[Place], reaches: list[frozenset[int]]
+def _find_crossing(
+    group_of: Sequence[int], places: list[Place], reaches: list[frozenset[int]]
 ) -> str | None:
     together: dict[int, dict[Mesh, None]] = {}
-    for label, place in dict.fromkeys(zip(labels, places, strict=True)):
+    for group, place in dict.fromkeys(zip(group_of, places, strict=True)):
         if place.mesh is not None:
-            together.setdefault(label, {})[place.mesh] = None
-    each = (crossing(some, reaches[label]) for label, some in together.items())
+            together.setdefault(group, {})[place.mesh] = None
+    each = (find_crossing(some, reaches[group]) for group, some in together.items())
     return next(filter(None, each), None)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._ops import result_dtype
 from .groups import Step
 from .mesh import is_dtensor
 from .reduction import NONE, Kind, reduction
@@ -16,16 +17,43 @@ Dims = tuple[int, ...]
 
 
 class Constants(NamedTuple):
-    """Of one norm, what `Reduction` says: the graph sends what is sent without it."""
+    """A `Reduction` of one norm."""
 
+    kind: Kind
     slot_of: Dims
-    slots: int
+    group_of: list[int]
     members: list[list[int]]
     beside: int
-    steps: list[Step]
+    adding_steps: list[Step]
+    group_steps: list[Step]
+    sends: bool
 
 
-def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] | None:
+class PlanOfGraph:
+    """A `Plan` of one mesh: the graph sends what is sent without it."""
+
+    sizes = None
+
+    def __init__(self, items: Sequence[Tensor], mesh: Any, reduction: Constants) -> None:
+        self.mesh, self.reduction, self.device = mesh, reduction, items[0].device
+        self.is_replicated = all(map(is_dtensor, items))
+        self.wide = result_dtype([i for i in items if is_dtensor(i)]) == torch.float64
+
+    def result(self, norm: Tensor) -> Tensor:
+        if not self.is_replicated:
+            return norm
+        placements = [dist.tensor.Replicate()] * self.mesh.ndim
+        return dist.tensor.DTensor.from_local(norm, self.mesh, placements, run_check=False)
+
+
+def plan_of_graph(items: Sequence[Tensor], write: bool) -> PlanOfGraph | None:
+    """None if a graph cannot hold the gradients of these items, or the items themselves."""
+    found = _cuts(items, write)
+    constants = None if found is None else _constants_of(*found)
+    return None if found is None or constants is None else PlanOfGraph(items, found[0], constants)
+
+
+def _cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] | None:
     """The mesh, and of each item the dimensions of the mesh that cut it, none of a plain tensor.
 
     None if a graph cannot hold them: several meshes, partial sums, a gradient that is placed
@@ -49,19 +77,22 @@ def cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] |
     return mesh, tuple(found)
 
 
-def constants(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
+def _constants_of(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
     """None where a collective would not run on the device of the mesh."""
     found = _constants(mesh, cuts)
     if found is None:
         return None
-    slot_of, slots, members, beside, steps = found
+    slot_of, slots, members, beside, steps, sends = found
     device = torch.device(mesh.device_type)
     return Constants(
+        Kind.TOTAL,
         slot_of,
-        slots,
+        [0] * slots,
         [list(some) for some in members],
         beside,
         [Step(name, device, list(members)) for name, members in steps],
+        [],
+        sends,
     )
 
 
@@ -81,17 +112,12 @@ def _constants(mesh: Any, cuts: tuple[Dims, ...]) -> Any:
         for dims in cuts
     ]
     found = reduction(layouts, NONE, Kind.TOTAL)
-    if any(step.device.type != mesh.device_type for step in found.adding):
+    if any(step.device.type != mesh.device_type for step in found.adding_steps):
         return None
-    steps = tuple((step.group.group_name, tuple(step.members)) for step in found.adding)
+    steps = tuple((step.group.group_name, tuple(step.members)) for step in found.adding_steps)
     members = tuple(map(tuple, found.members))
-    return tuple(found.slot_of), len(found.slots), members, found.beside, steps
+    return tuple(found.slot_of), len(found.group_of), members, found.beside, steps, found.sends
 
 
 def local_in_graph(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def replicated_in_graph(value: Tensor, mesh: Any) -> Tensor:
-    placements = [dist.tensor.Replicate()] * mesh.ndim
-    return dist.tensor.DTensor.from_local(value, mesh, placements, run_check=False)
