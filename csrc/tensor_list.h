@@ -6,7 +6,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/COWDeleter.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -54,8 +53,8 @@ inline c10::impl::VirtualGuardImpl guard_of(const at::Tensor& tensor) {
   return c10::impl::VirtualGuardImpl(tensor.device().type());
 }
 
-// What becomes of a list. Memory that tensors share until one of them is written stays shared by
-// those that are only read.
+// Whether a list may be written. Memory that tensors share until one of them is written stays
+// shared by those that are only read.
 enum class Access { kRead, kWrite };
 
 // Whether kernels serve at all; where they do not, every list is for the default ops. It is what
@@ -81,32 +80,12 @@ class FlatList {
         prefetch(storage_of(tensors[i + kAhead]), sizeof(c10::StorageImpl));
       const at::Tensor& t = tensors[i];
       if (!is_flat(t) || t.device() != tensors[0].device()) return std::nullopt;
-      list.is_shared_ |= storage_of(t)->data_ptr().get_deleter() == c10::impl::cow::cow_deleter;
       const void* data = access == Access::kRead ? t.const_data_ptr() : t.mutable_data_ptr();
       if (!list.add(t, static_cast<const char*>(data))) return std::nullopt;
       list.elements_ += t.numel();
       list.wide_ |= t.scalar_type() == at::kDouble;
     }
     return list;
-  }
-
-  // Before a list that was looked at to be read is written after all: `is_written(i)` of any item
-  // gives its tensor memory of its own. These are the tensors that were looked at.
-  template <class IsWritten>
-  void unshare(at::TensorList tensors, IsWritten&& is_written) {
-    if (!is_shared_) return;
-    size_t i = 0;
-    for (const at::Tensor& t : tensors) {
-      const size_t begin = i, end = i + count_items(t);
-      bool any = false;
-      for (; i < end; ++i) any |= is_written(i);
-      if (!any) continue;
-      char* data = static_cast<char*>(t.mutable_data_ptr());
-      for (size_t j = begin; j < end; ++j) {
-        items_[j].data = data;
-        data += items_[j].numel * items_[j].element_size();
-      }
-    }
   }
 
   size_t size() const { return items_.size(); }
@@ -144,7 +123,7 @@ class FlatList {
   bool rows_;
   std::vector<Flat> items_;
   int64_t elements_ = 0;
-  bool wide_ = false, is_shared_ = false;
+  bool wide_ = false;
 };
 
 // What `clip_norm_` scales, and what it measures: the same, or norms that are known already.
@@ -153,9 +132,8 @@ struct ClipLists {
   std::optional<FlatList> known;
 
   static std::optional<ClipLists> try_flatten(at::TensorList tensors,
-                                              std::optional<at::TensorList> norms,
-                                              Access access = Access::kRead) {
-    auto scaled = FlatList::try_flatten(tensors, false, access);
+                                              std::optional<at::TensorList> norms) {
+    auto scaled = FlatList::try_flatten(tensors, false, Access::kWrite);
     auto known = norms ? FlatList::try_flatten(*norms) : std::nullopt;
     if (!scaled || known.has_value() != norms.has_value()) return std::nullopt;
     const bool both = norms && !norms->empty() && !tensors.empty();
@@ -171,7 +149,6 @@ using NormOp = at::Tensor(at::TensorList, double, bool);
 using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
 using ClampOp = void(at::TensorList, double);
-using RecordOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
 using Norms = std::optional<at::TensorList>;
 using ClipNormOp = at::Tensor(at::TensorList, const at::Tensor&, double, Norms);
 

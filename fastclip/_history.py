@@ -39,15 +39,12 @@ class Ring(State):
 
     def add(self, norms: Tensor, limits: float | Tensor) -> None:
         """Numbers are the threshold of all."""
+        rows, steps = self._on(norms.device)
         if not isinstance(limits, Tensor):
-            limits = torch.full_like(norms, limits, dtype=_ops.widest(norms.device))
-        _ops.record_(*self._on(norms.device), norms, limits)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Rows and counter as they lie there."""
-        here = self._here
-        return here["rows"], here["steps"]
+            limits = rows.new_full(norms.shape, limits)
+        row = torch.cat([some.detach().to(rows).reshape(1, -1) for some in (norms, limits)], 1)
+        rows.index_copy_(0, steps.remainder(self.history), row)
+        steps.add_(1)
 
     def read(self, last: int | None = None) -> tuple[int, Tensor]:
         """How many steps there were, and the rows of the last of them, oldest first."""
@@ -58,7 +55,7 @@ class Ring(State):
 
     def read_last(self) -> Tensor:
         """The row of the last step, as `read` returns them."""
-        rows, steps = self.tensors
+        rows, steps = self._here.values()
         return rows[(steps - 1) % len(rows)].cpu()[: int(steps)]
 
     def state_dict(self) -> dict[str, Tensor]:

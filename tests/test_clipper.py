@@ -324,7 +324,7 @@ for ring in rings:
     assert ring.read()[1].tolist() == [[2.0] * 4000]
 print(resident() - before)
 for ring in rings:
-    ring.tensors[0].fill_(1)
+    ring._here.values()[0].fill_(1)
 print(resident() - before)
 """
 
@@ -370,7 +370,7 @@ def test_the_log_leaves_the_cpu_and_no_other_place():
 
 def test_a_step_that_is_not_recorded_yet_is_zero_in_the_state():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), 1.0)
-    clipper._ring.tensors[0].fill_(7)  # as memory may be found
+    clipper._ring._here["rows"].fill_(7)  # as memory may be found
     clipper.clip_()
     rows = clipper.state_dict()["log"]["rows"]
     assert rows[0].tolist() == [5, 1]
@@ -784,6 +784,6 @@ def test_last_is_the_last_step_of_stats():
 
 def test_last_is_right_when_the_ring_is_full():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), math.inf)
-    clipper._ring.tensors[1].fill_(_history.STEPS)
+    clipper._ring._here.values()[1].fill_(_history.STEPS)
     clipper.clip_()
     assert clipper.last()["total_norm"] == 5 == clipper.stats()["total_norm"][-1]

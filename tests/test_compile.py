@@ -203,7 +203,6 @@ def samples(dtype):
             (awkward(dtype), torch.tensor(1e9), 2.0),
             (awkward(dtype), coef, 2.0, [coef.double().repeat(2), coef.double()]),
         ],
-        "record_": [(torch.zeros(3, 2, dtype=dtype), torch.tensor([4]), coef, coef)],
     }
 
 

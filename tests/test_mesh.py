@@ -22,7 +22,7 @@ from ranks import World
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import _gradients, _ops, _ranks
+from fastclip import _ops, _ranks
 from fastclip._gradients import reading
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")

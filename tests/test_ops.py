@@ -549,14 +549,6 @@ def test_a_bound_is_rounded_to_the_largest_float16(ops, device):
     assert tensors[0].tolist() == [65504.0, -65504.0, 1.0]
 
 
-def test_a_ring_is_not_written_before_its_begin():
-    if _ops.extension is None:
-        pytest.skip("the default indexes as Python does")
-    one = torch.tensor(1.0)
-    with pytest.raises(ValueError, match="steps"):
-        _ops.record_(torch.zeros(4, 2), torch.tensor([-1]), one, one)
-
-
 def _shared(value: torch.Tensor) -> torch.Tensor:
     """A copy that shares its memory with `value` until either is written."""
     copy = torch._lazy_clone(value)
@@ -574,9 +566,6 @@ def test_what_is_only_read_stays_shared(ops, p):
     shared = [_shared(t) for t in (base, base[:, ::2], half)]
     ops.norm(shared[:2], p)
     ops.norms(shared[:2], p, None, False, True)
-    ops.clip_norm_(shared[:2], 1e9, p)
-    ops.clip_norm_(shared[:2], 1e9, p, [_shared(half)])
-    ops.scale_(shared[:2], torch.ones(2))
     ops.scale_([torch.ones(2)], shared[2])
     ops.clip_norm_([torch.ones(2)], shared[2], p)
     assert all(map(_is_shared, shared))
@@ -588,7 +577,6 @@ def test_what_is_written_is_written_alone(ops):
     # Each row where it belongs: by one coefficient for each tensor, for each row, for all.
     first, second = _shared(base), _shared(base)
     ops.scale_([first, second], torch.tensor([1.0, 0.5]))
-    assert _is_shared(first)
     assert torch.equal(second, kept / 2)
     ops.scale_([first], torch.tensor([1.0, 0.5]), None, True)
     assert torch.equal(first, torch.tensor([[3.0, 4.0], [3.0, 4.0]]))

@@ -289,7 +289,6 @@ SAID_OTHERWISE = {"_step_supports_amp_scaling": "_optimizers/fused.py"}
 HEADERS = {
     "torch/csrc/autograd/python_variable.h": "csrc/python/tensors.h",  # tensors in Python
     "torch/csrc/utils/pybind.h": "csrc/python/tensors.h",  # tensors as arguments
-    "c10/core/impl/COWDeleter.h": "csrc/tensor_list.h",  # memory that is shared until written
     "c10/core/impl/VirtualGuardImpl.h": "csrc/tensor_list.h",  # streams of any device
 }
 # What has no underscore, or no header of its own, and is not promised either: a text, and its file.
@@ -309,7 +308,7 @@ OTHERS = {
     "getWeakStorageImpl": "csrc/python/measured.h",  # NormAccumulator
     "autograd_meta": "csrc/python/walk.h",  # the speed of the walk
     "is_python_dispatch": "csrc/python/grads.h",  # which tensors are plain
-    "unsafe_storage": "csrc/tensor_list.h",  # memory that is shared until written
+    "unsafe_storage": "csrc/tensor_list.h",  # what is fetched ahead
     "version_counter": "csrc/tensor_list.h",  # in-place ops bump versions
     "redispatch": "csrc/tensor_list.h",  # kernels leave what they cannot do to the default
     "GOMP_parallel": "csrc/cpu/threads.h",  # torch's own threads

@@ -13,7 +13,7 @@ at::Tensor clip_norm_cpu(at::TensorList tensors, const at::Tensor& max_norm, dou
   const auto by_default = [&] {
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);
   };
-  auto lists = ClipLists::try_flatten(tensors, norms);
+  const auto lists = ClipLists::try_flatten(tensors, norms);
   const bool is_number = max_norm.is_cpu() && max_norm.numel() == 1;
   if (!lists || !has_kernel(p) || !is_number) return by_default();
   const cpu::Spans spans(lists->measured());
@@ -23,7 +23,6 @@ at::Tensor clip_norm_cpu(at::TensorList tensors, const at::Tensor& max_norm, dou
   const at::ScalarType dtype = lists->scaled.result_dtype();
   const double coef = clip_coef_as(dtype == at::kDouble, norm, max_norm.item<double>());
   const auto scale = [&](const cpu::Spans& all) {
-    lists->scaled.unshare(tensors, [](size_t) { return true; });
     cpu::scale_phase(lists->scaled, all, [=](size_t) { return coef; });
   };
   if (coef != 1) lists->known ? scale(cpu::Spans(lists->scaled)) : scale(spans);

@@ -9,7 +9,7 @@ namespace {
 
 void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntArrayRef group,
                bool rows) {
-  auto list = FlatList::try_flatten(tensors, rows);
+  const auto list = FlatList::try_flatten(tensors, rows, Access::kWrite);
   if (!list || !coef.is_cpu() || !fits(coef, count_groups(*list, group)))
     return call_default(find_op<ScaleOp>("fastclip::scale_"), tensors, coef, group, rows);
   bump_versions(tensors);
@@ -17,7 +17,6 @@ void scale_cpu(at::TensorList tensors, const at::Tensor& coef, at::OptionalIntAr
   const double* c = values.const_data_ptr<double>();
   const bool single = coef.dim() == 0;
   const auto coef_of = [&](size_t i) { return c[single ? 0 : group ? (*group)[i] : i]; };
-  list->unshare(tensors, [&](size_t i) { return coef_of(i) != 1; });
   cpu::scale_phase(*list, cpu::Spans(*list), coef_of);
 }
 

@@ -111,7 +111,7 @@ void clamp_cuda(at::TensorList tensors, double bound) {
 
 at::Tensor clip_norm_cuda(at::TensorList tensors, const at::Tensor& max_norm, double p,
                           Norms norms) {
-  const auto lists = try_flatten<ClipLists>(tensors, norms, Access::kWrite);
+  const auto lists = try_flatten<ClipLists>(tensors, norms);
   const bool is_near = lists && (max_norm.is_cpu() || max_norm.device() == tensors[0].device());
   if (!is_near || max_norm.numel() != 1 || !has_kernel(p))
     return call_default(find_op<ClipNormOp>("fastclip::clip_norm_"), tensors, max_norm, p, norms);

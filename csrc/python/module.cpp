@@ -9,7 +9,6 @@
 #include "clip.h"
 #include "measured.h"
 #include "walk.h"
-#include "watch.h"
 #include "wrapped.h"
 
 namespace fastclip {
@@ -69,10 +68,6 @@ PYBIND11_MODULE(_C, m) {
                     std::vector<py::str>>())
       .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
       .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
-  using fastclip::Watch;
-  py::class_<Watch>(m, "Watch")
-      .def(py::init<const std::vector<py::handle>&>())
-      .def("is_unchanged", &Watch::is_unchanged);
   using fastclip::Measured;
   py::class_<Measured>(m, "Measured")
       .def_readwrite("is_paused", &Measured::is_paused)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import _ops
 from .._private import attribute
 
 
@@ -59,41 +58,45 @@ class NamedParameters:
     def __init__(self, source: Any) -> None:
         lasting = isinstance(source, nn.Module | Optimizer | Tensor | list | tuple)
         self.source = list(source) if isinstance(source, Iterable) and not lasting else source
-        self._watch: Any = None
+        self._held: list[Any] | None = None
 
     def is_unchanged(self) -> bool:
         """Whether `named` would return what it did at the last `find`; False if none can tell."""
-        # The compiler looks at everything, and knows no watch.
-        if torch.compiler.is_compiling():
+        # The compiler looks at everything.
+        if torch.compiler.is_compiling() or self._held is None:
             return False
-        if self._watch is None or not self._watch.is_unchanged():
-            return False
-        return not self._lists or all(map(operator.is_, _lists(self._optimizers), self._lists))
+        now = self._contents()
+        return len(now) == len(self._held) and all(map(operator.is_, now, self._held))
 
     def forget(self) -> None:
         """Have `find` look again."""
-        self._watch = None
+        self._held = None
 
     def find(self) -> list[tuple[str, Tensor]]:
-        if _ops.extension is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             own = [self.source] if isinstance(self.source, list) else []
             several = isinstance(self.source, list | tuple)
             holders = self.source if several else [self.source]
             modules = [m for h in holders if isinstance(h, nn.Module) for m in h.modules()]
             self._optimizers = [h for h in holders if isinstance(h, Optimizer)]
-            self._lists = _lists(self._optimizers)
             kinds = "_parameters", "_modules"
             dicts = [attribute(module, kind) for module in modules for kind in kinds]
-            self._watch = self._watched(own + self._lists + dicts)
+            self._containers = own + dicts
+            # Those of a scripted module are no dicts, and cannot be looked into.
+            can_look = all(isinstance(c, list | dict) for c in self._containers)
+            self._held = self._contents() if can_look else None
         return named(self.source)
 
-    def _watched(self, containers: list[Any]) -> Any:
-        """None if the extension cannot look into one, as those of a scripted module."""
-        if not all(isinstance(c, list | dict) for c in containers):
-            return None
-        contents = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
-        self._held = containers, contents
-        return _ops.extension.Watch(containers)
+    def _contents(self) -> list[Any]:
+        """What lists and dicts hold that say which parameters there are, each after another."""
+        groups = [optimizer.param_groups for optimizer in self._optimizers]
+        lists = groups + [group["params"] for some in groups for group in some]
+        found: list[Any] = []
+        for container in self._containers + lists:
+            # None ends each: an item that moves from one to the next is seen.
+            found += container.values() if isinstance(container, dict) else container
+            found.append(None)
+        return found
 
 
 def found_in_groups(
@@ -123,9 +126,3 @@ def found_in_groups(
                 group_of.append(group)
                 found.append(name)
     return items, group_of, found
-
-
-def _lists(optimizers: list[Optimizer]) -> list[list[Any]]:
-    """The lists that hold their parameters, which may be replaced by others."""
-    groups = [optimizer.param_groups for optimizer in optimizers]
-    return groups + [group["params"] for some in groups for group in some]

@@ -11,7 +11,7 @@ from .measure import empty_norm
 from .process import once
 from .reference import count_rows, result_dtype
 from .rows import norm_of, widest
-from .schemas import clamp_, clip_norm_, norm, norms, record_, scale_
+from .schemas import clamp_, clip_norm_, norm, norms, scale_
 from .transforms import (
     is_differentiated,
     is_fake,

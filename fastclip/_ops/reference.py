@@ -117,13 +117,6 @@ def clip_norm_(
     return total_norm.to(dtype)
 
 
-def record_(rows: Tensor, steps: Tensor, norms: Tensor, limits: Tensor) -> None:
-    """Write a row of both into the ring `rows`, of `steps` rows so far, and count it."""
-    row = torch.cat([some.to(rows).reshape(1, -1) for some in (norms, limits)], 1)
-    rows.index_copy_(0, steps.remainder(len(rows)), row)
-    steps.add_(1)
-
-
 def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
     return torch.float64 if wide else torch.float32

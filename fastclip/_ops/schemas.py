@@ -117,13 +117,6 @@ define(
     _announced(reference.clip_norm_),
 )
 
-define(
-    "record_",
-    "(Tensor(a!) rows, Tensor(b!) steps, Tensor norms, Tensor limits) -> ()",
-    _in_place_fake,
-    reference.record_,
-)
-
 
 def _op(name: str) -> Callable[..., Any]:
     """An op, found when it is called: an import of this package anew has defined it anew."""
@@ -136,7 +129,7 @@ def _op(name: str) -> Callable[..., Any]:
 
 norm: Callable[..., Tensor] = _op("norm")
 norms: Callable[..., Tensor] = _op("norms")
-scale_, clamp_, record_ = map(_op, ("scale_", "clamp_", "record_"))
+scale_, clamp_ = map(_op, ("scale_", "clamp_"))
 
 
 def clip_norm_(
