@@ -22,10 +22,11 @@ from ._state import Shared
 
 
 class Grouped:
-    """What is measured together, and by what plan. A copy finds its parameters anew.
+    """The parameters of a clipper's groups, and the plan by which they are measured.
 
-    `asked` are the process groups of each group. With `each` the norm of a group is made of those
-    of its gradients, which stay in `each_norms`: one for each item, before they were scaled.
+    `asked` holds the process groups of each group. With `each` the norm of a group is made of those
+    of its gradients, which stay in `each_norms`: one for each parameter, before it was scaled. A
+    copy finds its parameters anew.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Grouped:
     def _find(self) -> None:
         items, group_of, found = found_in_groups(self._sources, self.names)
         if group_of != self.group_of or list(map(id, items)) != list(map(id, self.items)):
-            # A plan and norms are of these items in these groups.
+            # The plan and the norms were of other parameters, or of others in a group.
             self._forget()
         self.items, self.group_of, self.item_names = items, group_of, found
         self._is_spread = is_spread(items)
@@ -84,7 +85,7 @@ class Grouped:
         return grads
 
     def norms(self, grads: Gradients, scale: float | Tensor | None) -> Tensor:
-        """Of each group, 1-d, float64, times the scale."""
+        """The norm of each group times `scale`, 1-d, float64."""
         if self.each:
             found = grads.each_norms(self.p)
             self._present = present(found, self.items)
@@ -96,7 +97,7 @@ class Grouped:
         return norms if scale is None else norms * scale
 
     def scale_(self, grads: Gradients, coefs: Tensor) -> None:
-        """By a coefficient of each group."""
+        """Multiply the gradients of each group by its coefficient."""
         if self.is_one:
             grads.scale_(coefs[0])
         elif self.each:
@@ -107,7 +108,7 @@ class Grouped:
             grads.scale_(coefs)
 
     def norms_by_item(self) -> Tensor:
-        """Of each item the norm of its gradient, of the last step if those are kept."""
+        """The norm of each parameter's gradient; with `each`, that of the last step."""
         if not self.each:
             grads = read(self.items, kind=Kind.EACH)
             return aligned(grads.result(grads.each_norms(self.p)), self.items)

@@ -302,10 +302,10 @@ def test_the_ring_keeps_the_last_steps_and_counts_all(device):
 
 
 def test_a_ring_is_bounded_in_bytes():
-    assert len(_history.Ring(1).tensors[0]) == len(_history.Ring(128).tensors[0]) == 8192
-    assert len(_history.Ring(2000).tensors[0]) == (16 << 20) // (16 * 2000) == 524
-    assert _history.Ring(3 << 20).tensors[0].shape == (1, 6 << 20)
-    assert len(_history.Ring(2000, 20_000).tensors[0]) == 20_000
+    assert len(_history.Ring(1)._here["rows"]) == len(_history.Ring(128)._here["rows"]) == 8192
+    assert len(_history.Ring(2000)._here["rows"]) == (16 << 20) // (16 * 2000) == 524
+    assert _history.Ring(3 << 20)._here["rows"].shape == (1, 6 << 20)
+    assert len(_history.Ring(2000, 20_000)._here["rows"]) == 20_000
 
 
 # In a process of its own, where no memory was freed before that may be taken again.
@@ -324,7 +324,7 @@ for ring in rings:
     assert ring.read()[1].tolist() == [[2.0] * 4000]
 print(resident() - before)
 for ring in rings:
-    ring._here.values()[0].fill_(1)
+    ring._here["rows"].fill_(1)
 print(resident() - before)
 """
 
@@ -784,6 +784,6 @@ def test_last_is_the_last_step_of_stats():
 
 def test_last_is_right_when_the_ring_is_full():
     clipper = GradClipper(parameters([torch.tensor([3.0, 4.0])]), math.inf)
-    clipper._ring._here.values()[1].fill_(_history.STEPS)
+    clipper._ring._here["steps"].fill_(_history.STEPS)
     clipper.clip_()
     assert clipper.last()["total_norm"] == 5 == clipper.stats()["total_norm"][-1]

@@ -26,11 +26,11 @@ def on_reduced_buckets(
     finish: Callable[[], None],
     forget: Callable[[], None],
 ) -> None:
-    """Have a `DistributedDataParallel` average as it does, and say so.
+    """Have a `DistributedDataParallel` average as it does, and call these.
 
-    `measure(number, parameters, bucket)` for each averaged bucket, and `finish()` at the end of
-    backward, when the gradients are in their places. `forget()` where a rank that has joined takes
-    part without a backward of its own.
+    `measure(number, parameters, bucket)` is called for each averaged bucket, and `finish()` at the
+    end of backward, when the gradients are in their places; `forget()` where a rank that has run
+    out of batches only takes part in the averages of the others.
 
     Raises:
         ValueError: it has a communication hook, and cannot have two.
@@ -76,9 +76,10 @@ def on_reduced_buckets(
 
 
 def _sharers(module: Any, group: Any, has_joined: bool) -> int:
-    """By how many ranks a `DistributedDataParallel` divides: only those with a batch, if asked to.
+    """The number of ranks by which a `DistributedDataParallel` divides.
 
-    It knows them from a collective of its own, of which it tells no hook.
+    If it is asked to, it divides by that of the ranks that still have batches. It finds that out by
+    a collective of its own, whose result no hook sees.
     """
     join = attribute(module, "_join_config")
     may_ask = join.enable and join.is_first_joinable

@@ -17,7 +17,7 @@ Ranks = tuple[int, ...]
 
 
 class Key(NamedTuple):
-    """What tells groups apart, and puts them in the order of Note [order]; equal ones are one."""
+    """Identifies process groups: those of equal keys are one. Keys sort as Note [order] wants."""
 
     order: Ranks
     ranks: Ranks
@@ -27,7 +27,7 @@ Groups = dict[Key, Any]
 
 
 class Step(NamedTuple):
-    """A collective: over whom (in a graph the group's name), on which device, of which parts."""
+    """A collective: its process group (in a graph the name), its device, and which parts it sums."""
 
     group: Any
     device: torch.device
@@ -61,7 +61,7 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
 
 
 def reached(asked: Iterable[Any]) -> frozenset[int]:
-    """The ranks over which sums go: those of one thing that is asked for after the other."""
+    """The ranks that sums over `asked`, one after the other, come to from this rank."""
     if not asked:
         return frozenset()
     me = dist.get_rank()
@@ -111,21 +111,21 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def age_of(group: Any) -> int:
-    """Its number among the groups that this rank is in, in the order in which they were made.
+    """The number of a process group among those of this rank, in the order they were made in.
 
     Ranks make a group together, so of two groups the older is the same one on all their ranks. The
     private dict is the one that `get_process_group_ranks` reads, and nothing else has that order.
     """
-    # Asked for each time: whoever runs ranks as threads exchanges it.
+    # Looked up each time: whoever runs ranks as threads exchanges it.
     world = private("torch.distributed.distributed_c10d._world")
     return list(attribute(world, "pg_group_ranks")).index(group)
 
 
 def device_of(group: Any, wanted: str | None = None) -> torch.device:
-    """Where the group communicates: on all its ranks the same, whatever gradients each has.
+    """The device on which a process group communicates, the same on all its ranks.
 
-    On the `wanted` type of device, if the group has a backend there; else the accelerator's if that
-    has a backend of its own, as NCCL is; else the CPU's.
+    It is of the `wanted` type, if the group has a backend there; else the accelerator, if that has
+    a backend of its own, as NCCL is; else the CPU.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     if wanted in backends:
@@ -147,7 +147,7 @@ def rank() -> int | None:
 
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
-    """Reduces `values`, in place where they are on the step's device."""
+    """Reduce `values`, in place where they are on the step's device."""
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
@@ -163,7 +163,7 @@ def _options(op: str) -> Any:
 
 
 def find_differing(numbers: list[int], steps: Iterable[Step]) -> int | None:
-    """The first of the numbers that is another on some rank of the steps; waits for the device."""
+    """Find the first of the numbers that differs on some rank of the steps; wait for the device."""
     with without_modes():
         own = torch.tensor([*numbers, *(-n for n in numbers)], dtype=torch.float64, device="cpu")
         most = own.clone()

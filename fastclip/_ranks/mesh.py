@@ -1,4 +1,4 @@
-"""DTensors: what of them is on this rank, and over which ranks the rest. Only here are they known.
+"""DTensors: which part of one is on this rank, and over which ranks the rest is spread.
 
 Their private `_spec` and `_local_tensor` cost nanoseconds where `to_local()` costs microseconds.
 """
@@ -37,7 +37,7 @@ class Slot(NamedTuple):
 
 
 class Mesh:
-    """What a plan has to know of a device mesh.
+    """The ranks of a device mesh, and its process groups in an order that all ranks share.
 
     Note [order]: ranks of a mesh add up along one dimension after the other, so all must begin with
     the same one, whatever other meshes share its groups. Of the 2 x 2 mesh
@@ -56,7 +56,7 @@ class Mesh:
             self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
             lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
             self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
-        # What all its ranks know of it.
+        # All its ranks know this of it.
         self.known = (ranks, tuple(mesh.shape))
         self.number: int = 1 + len(others)
         for other in others:
@@ -74,7 +74,7 @@ class Mesh:
                 self.groups[key] = group
 
     def slot(self, placements: Sequence[Any], rows: bool, reach: frozenset[int]) -> Slot:
-        """Over which groups a gradient is spread, or, of `rows`, each slice of dimension 0.
+        """The slot of a gradient placed so; with `rows`, of each of its slices along dimension 0.
 
         All ranks of the mesh have the same sums: of those within `reach`, one counts for it.
         """
@@ -105,9 +105,9 @@ def mesh_steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
 
 
 def _precedence(choice: tuple[str, Any]) -> Any:
-    """Of groups of the same ranks all of those take the same one, whatever else each of them knows.
+    """Order process groups of the same ranks alike on all of these ranks.
 
-    A group's name would not tell: that may be another on each of its ranks.
+    A group's name would not do: that may be another on each of its ranks.
     """
     device_type, group = choice
     return device_type == "cpu", device_type, age_of(group)

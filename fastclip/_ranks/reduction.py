@@ -127,7 +127,7 @@ def reduction(
 
 
 class Place:
-    """Where all items lie that have one mesh and placements; plain ones have none."""
+    """One mesh and placements, which many items share; plain items have no mesh."""
 
     def __init__(self, mesh: Mesh | None, placements: Sequence[Any], rows: bool) -> None:
         self.mesh, self.placements, self.rows = mesh, placements, rows
@@ -139,7 +139,7 @@ class Place:
 
 
 def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
-    """Of each item its place. There are few of them, and all beyond this counts by those."""
+    """The place of each item. There are few different ones, and all else is computed by place."""
     plain = Place(None, (), False)
     meshes: dict[int, Mesh] = {}
     found: dict[Any, Place] = {}
@@ -161,7 +161,7 @@ def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
 def _collectives(
     places: Sequence[Place], slots: Sequence[Slot], process_groups: list[list[Any]], flags: int
 ) -> tuple[int, list[Step], list[Step]]:
-    """How many numbers go beside slots; the steps over meshes, and beyond, with all members."""
+    """How many numbers go beside slots, the steps over meshes and those over process groups."""
     meshes = dict.fromkeys(place.mesh for place in places if place.mesh is not None)
     over_meshes, beyond = mesh_steps(meshes, slots), group_steps(process_groups)
     beside = flags + NUMBERS if over_meshes or beyond else 0
@@ -173,7 +173,7 @@ def _collectives(
 
 
 def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
-    """Owners and slots, in an order on which ranks agree, for they send each other bare vectors.
+    """Owners and slots, in an order on which ranks agree: they send vectors without names.
 
     First by what every rank of a mesh agrees on, so that all add up in the same order.
     """
