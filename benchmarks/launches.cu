@@ -31,7 +31,7 @@ struct Turn {
 
 struct Bench {
   int64_t bytes;
-  char* data;
+  char *data, *target;
   double data_norm;  // as clipped so far
   uint4* strange;
   double* partials;
@@ -45,6 +45,7 @@ struct Bench {
     check(cudaMalloc(&partials, 1 << 20), "cudaMalloc", 0);
     check(cudaMalloc(&result, 4), "cudaMalloc", 0);
     check(cudaMalloc(&data, bytes), "cudaMalloc", 0);
+    check(cudaMalloc(&target, bytes), "cudaMalloc", 0);
     check(cudaMemset(data, 0x3d, bytes), "cudaMemset", 0);
     check(cudaEventCreate(&start), "cudaEventCreate", 0);
     check(cudaEventCreate(&stop), "cudaEventCreate", 0);
@@ -55,7 +56,7 @@ struct Bench {
   }
 
   ~Bench() {
-    cudaFree(data), cudaFree(strange), cudaFree(partials), cudaFree(result);
+    cudaFree(data), cudaFree(target), cudaFree(strange), cudaFree(partials), cudaFree(result);
     cudaEventDestroy(start), cudaEventDestroy(stop);
   }
 
@@ -103,7 +104,11 @@ struct Bench {
       phase<Phases::kScale>(t, w);
     };
     const auto norm = [&](const auto& t, const Work& w) { phase<Phases::kNorm>(t, w); };
+    const auto copy = [&](const auto&, const Work&) {
+      check(cudaMemcpyAsync(target, data, bytes, cudaMemcpyDeviceToDevice, 0), "a copy", 0);
+    };
     const std::map<const char*, Contestant> contestants = {
+        {"copy", [&] { return run(copy, 0); }},
         {"norm phase", [&] { return run(norm, 0); }},
         {"fused, nothing to clip", [&] { return run(fused, nothing); }},
         {"apart, nothing to clip", [&] { return run(apart, nothing); }},
