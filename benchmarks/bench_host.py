@@ -1,7 +1,7 @@
 """The host's time of a call on small gradients, torch's beside it.
 
-It is measured in a loop, right after a backward pass, and with cold caches. A GPU has nothing left
-to do when a call begins, and the call is not waited for.
+It is measured in a loop, right after a backward pass, and with cold caches. A GPU is idle when a
+turn begins, and the time ends as the call returns, before the GPU has done the work.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class Model:
         self.backward("op")
 
     def backward(self, name: str) -> None:
-        """Run it. Gradients are read for the op alone: for any call they would be in the cache."""
+        """Run the pass; for the op alone, read its gradients, which brings them into the cache."""
         self.module.zero_grad()
         self.module(self.input).square().sum().backward()
         self.grads = _ops.extension.read_grads(self.made) if name == "op" else None
@@ -47,7 +47,7 @@ def sweep(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
 def measured(
     calls: dict[str, Call], backward: Callable[[str], None], rounds: int, device: str = "cpu"
 ) -> Times:
-    """Microseconds of each call, by when."""
+    """Microseconds of each call in a loop, after a backward pass, and with cold caches."""
 
     def idle(name: str) -> None:
         drain(device)

@@ -56,6 +56,7 @@ def calls_of(made: list[torch.nn.Parameter]) -> dict[str, Callable[[], object]]:
 
 
 def check(made: list[torch.nn.Parameter], ranks: int) -> None:
+    """Assert that the norm is right, which in a fake group is the norm of the local shards."""
     squares = torch.stack([p.grad._local_tensor.double().square().sum() for p in made]).sum()
     if ranks > 1:
         dist.all_reduce(squares)
@@ -83,7 +84,8 @@ def in_gloo_group(rank: int, folder: str, count: int, rounds: int) -> dict[str, 
     """What a call takes on each of two processes that send to each other."""
     made = dtensors(count, join("gloo", rank, (2,), folder))
     check(made, 2)
-    # Turns of one call: by their own clocks the processes would call in unequal numbers, and wait.
+    # Turns are of one call: longer ones would end by each process's own clock, and a process that
+    # calls once more than the other waits for it forever.
     return medians(calls_of(made), rounds, 0.0)
 
 
@@ -95,8 +97,8 @@ def first_call(rank: int, folder: str, name: str, count: int) -> float:
 
 def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
     pipe.send(function(*args))
-    # Until it is killed: threads of gloo that outlive the interpreter abort the process
-    # (pytorch#179291).
+    # The process waits until it is killed: threads of gloo that outlive the interpreter abort the
+    # process (pytorch#179291).
     pipe.poll(None)
 
 
@@ -113,7 +115,7 @@ def alone(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
                 processes[-1].start()
                 theirs.close()
                 pipes.append(ours)
-            # A process that dies closes its end: EOFError.
+            # A process that dies closes its end of the pipe, and recv raises EOFError.
             assert all(pipe.poll(300) for pipe in pipes), "a rank hangs"
             answers = [pipe.recv() for pipe in pipes]
             return answers[0]
@@ -129,17 +131,14 @@ def compared(work: str, us: dict[str, float]) -> str:
     return f"{work}: {ours} ms, torch's {theirs} ms, so {ratio:.1f} times."
 
 
-FULL = pytest.mark.full
-
-
 @pytest.mark.parametrize(
     ("count", "ranks", "dtype"),
     [
         pytest.param(300, "8", "fp32", marks=pytest.mark.headline),
         pytest.param(300, "8", "bf16", marks=pytest.mark.headline),
-        pytest.param(300, "4 x 2", "fp32", marks=FULL),
-        pytest.param(1000, "8", "fp32", marks=FULL),
-        pytest.param(1000, "4 x 2", "fp32", marks=FULL),
+        pytest.param(300, "4 x 2", "fp32", marks=pytest.mark.full),
+        pytest.param(1000, "8", "fp32", marks=pytest.mark.full),
+        pytest.param(1000, "4 x 2", "fp32", marks=pytest.mark.full),
     ],
 )
 def bench_dtensors(tell, quick, count, ranks, dtype):

@@ -1,5 +1,5 @@
-"""A training step, torch's sequence beside ours: unscale, clip, fused AdamW. And what a norm costs
-that is gathered during backward.
+"""A training step, torch's sequence beside ours: unscale, clip, fused AdamW; and NormAccumulator,
+which gathers the norm during backward.
 
 How much each way moves is counted in N, the bytes of float32 gradients. The optimizer alone moves
 7: it reads parameter, gradient and two moments, and writes three. To divide the gradients it writes

@@ -1,12 +1,13 @@
 """All there is to ask of a GPU, in one command: python benchmarks/gpu.py [--out gpu.json]
 
-Builds the extension for this GPU, has `python -m fastclip check` compare its kernels with float64,
-and measures nothing if one is wrong. Then come the benchmarks, launches.cu, the tests that need a
-GPU and compute-sanitizer, all within 480 s. The JSON is written after each step, so a run that is
-cut off keeps its numbers, and the output of all steps is beside it. Ends in a table of targets, met
-or not; `report.py` makes a block of RESULTS.md from the JSON.
+The command builds the extension for this GPU and has `python -m fastclip check` compare its kernels
+with float64; if one is wrong, nothing is measured. It then runs the benchmarks on the GPU,
+launches.cu, the tests that need a GPU and compute-sanitizer, all within 480 s. The JSON is written
+after each step, so a run that is cut off keeps its numbers, and the output of all steps is in a log
+beside it. At its end the command prints the targets, met or not. `report.py` makes a block of
+RESULTS.md from the JSON.
 
-`--rehearse` takes on the CPU, at tiny sizes, every step that needs no GPU.
+`--rehearse` takes, on the CPU and at tiny sizes, every step that needs no GPU.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SECONDS = 480
 
 
 class Step(NamedTuple):
-    """A command. It is not begun with fewer than `least` seconds left, and ended after `most`."""
+    """A command that is begun if `least` seconds are left, and is ended after `most` seconds."""
 
     name: str
     command: list[str]
@@ -44,9 +45,9 @@ class Step(NamedTuple):
 
 
 def steps(folder: Path, architecture: str) -> list[Step]:
-    """All steps in order, with sm_90 as an H100's `architecture`, or with none on the CPU.
+    """All steps, in order. A step called norm may write norm.json to `folder`.
 
-    A step writes the JSON of its name to `folder`.
+    `architecture` is nvcc's name of the GPU's, such as sm_90, or "" for the CPU.
     """
     test = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors"]
     rows = ["-m", "cuda"] if architecture else ["-m", "not cuda", "--quick"]
@@ -83,17 +84,18 @@ def steps(folder: Path, architecture: str) -> list[Step]:
 
 
 def environment(architecture: str) -> dict[str, str]:
-    """Of the steps: nvcc, ninja and the sanitizer are found, and the kernels are this GPU's."""
+    """The environment of the steps: PATH finds nvcc, ninja and the sanitizer, and the build makes
+    the kernels of this GPU alone."""
     here = [str(Path(sys.executable).parent), *([f"{CUDA_HOME}/bin"] if CUDA_HOME else [])]
     found = os.environ | {"PATH": os.pathsep.join([*here, os.environ.get("PATH", "")])}
-    # sm_90 is 9.0 to torch.
+    # torch calls sm_90 9.0.
     version = f"{architecture[3:-1]}.{architecture[-1:]}"
     chosen = {"FASTCLIP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": version}
     return found | (chosen if architecture else {"FASTCLIP_CUDA": "0"})
 
 
 def where(commit: str, env: dict[str, str]) -> Record:
-    """What the numbers depend on."""
+    """The machine and the versions that the numbers depend on."""
 
     def ask(*command: str) -> str:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -120,10 +122,10 @@ def where(commit: str, env: dict[str, str]) -> Record:
 def limited(
     command: list[str], seconds: float, log: Path, env: dict[str, str] | None = None
 ) -> tuple[str, str]:
-    """Runs a command in the tree, in a process group that is ended with it; its state and output.
+    """Run a command in the tree; return its state and its output, which is also added to `log`.
 
-    The output is added to `log`. At its limit the command is interrupted, so that pytest writes
-    what it has, and then killed.
+    At its limit the command is interrupted, so that pytest writes the rows it has, and then killed.
+    All processes that it has started are killed with it.
     """
     with log.open("a+") as output:
         begin = output.tell()
@@ -151,7 +153,7 @@ def limited(
 
 
 def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Record, str]:
-    """What is recorded of a step, and what it said."""
+    """Run a step, or skip it; return its entry of the record, and its output."""
     skipped = ""
     if step.needs_gpu and env["FASTCLIP_CUDA"] == "0":
         skipped = "it needs a GPU"
@@ -163,7 +165,7 @@ def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Recor
         return {"state": f"skipped: {skipped}"}, ""
     begin = time.monotonic()
     state, said = limited(step.command, min(step.most, left), log, env)
-    # pytest names a test as it fails: one that is ended writes no summary.
+    # pytest names each test as it fails; its summary is missing where it was killed.
     failures = re.findall(r"^(\S+::.*) (?:FAILED|ERROR)\b", said, re.M)[:20]
     last = (said.strip().splitlines() or [""])[-1].strip("= ")[:200]
     seconds = round(time.monotonic() - begin, 1)
@@ -171,7 +173,7 @@ def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Recor
 
 
 def gather(record: Record, name: str, path: Path, said: str) -> None:
-    """Adds to the record what a step has found."""
+    """Add to the record the numbers that a step has printed or written to `path`."""
     if name == "launches":
         lines = [line for line in said.splitlines() if line.startswith("{")]
         record["launches"] = [json.loads(line) for line in lines]
@@ -187,7 +189,7 @@ def gather(record: Record, name: str, path: Path, said: str) -> None:
 
 
 def refusal(record: Record) -> str:
-    """Why nothing is measured, if so."""
+    """Why the run ends here, or "": only kernels that are built, right and in use are measured."""
     for name in ("build", "check"):
         step = record["steps"].get(name, {"state": "done"})
         if step["state"] != "done":
@@ -197,14 +199,14 @@ def refusal(record: Record) -> str:
 
 
 def write(record: Record, out: Path) -> None:
-    """All or nothing: a file that is replaced is never half written."""
+    """Replace the file, so that it is never half written."""
     draft = out.with_suffix(".part")
     draft.write_text(json.dumps(record, indent=1) + "\n")
     draft.replace(out)
 
 
 def run(out: Path, architecture: str, commit: str) -> Record:
-    """Takes the steps, one after the other, until one refuses or the time is over."""
+    """Take the steps, one after the other, and return the record of all."""
     begin, log, env = time.monotonic(), out.with_suffix(".log"), environment(architecture)
     record: Record = {"complete": False, "where": where(commit, env), "steps": {}}
     record |= {"rows": [], "texts": [], "launches": []}
@@ -237,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: there is nothing to measure")
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    # Who ends this command ends the step too, whose group would not hear of it.
+    # A step is in a process group of its own: this exit is what ends it with this command.
     signal.signal(signal.SIGTERM, lambda *how: sys.exit("terminated"))
     record = run(args.out.absolute(), architecture, args.commit)
     print("\n".join([*gpu_notes(record), "", *targets_table(record["targets"])]))

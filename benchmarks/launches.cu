@@ -1,6 +1,7 @@
-// What the choice of launch costs, kernels alone and without torch: phases fused or apart, small or
-// large parameters, with and without something to clip. Prints one JSON object a line. gpu.py
-// builds and runs it; the sources are included so that their internals can be launched by hand.
+// Times the kernels alone, without torch and from a cold L2 cache: the norm phase, both phases in
+// one launch or in two, with small or large kernel parameters, with and without something to clip,
+// beside a copy of the same bytes. Prints one JSON object a line. gpu.py builds and runs this
+// program; it includes the sources, so that it can launch their internals.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -11,12 +12,13 @@ using namespace fastclip;
 using namespace fastclip::cuda;
 
 constexpr int kTensors = 64, kRounds = 41;
-// More than any L2 cache holds, and long enough to read for the host to be ahead.
+// More than any L2 cache holds, and so long to read that the host can enqueue a contestant
+// meanwhile.
 constexpr int64_t kStrangeBytes = int64_t{1} << 30;
 
-// Reads what nobody asks for. Afterwards the L2 cache holds nothing of a contestant's and nothing
-// that is still to be written; until then the host enqueues what is timed, so that its own time is
-// no kernel's.
+// Reads memory that no contestant uses, so that the L2 cache holds none of theirs, and no line that
+// is still to be written back. While it runs, the host enqueues the contestant: its own time is
+// then not measured.
 __global__ void flush_kernel(const uint4* strange, int64_t count, uint32_t* never) {
   uint32_t seen = 0;
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
@@ -26,7 +28,7 @@ __global__ void flush_kernel(const uint4* strange, int64_t count, uint32_t* neve
 
 struct Turn {
   float ms;
-  bool is_late;  // the host was, so its time is in there
+  bool is_late;  // the GPU began before the host had enqueued all, so the host's time is included
 };
 
 struct Bench {
@@ -122,7 +124,7 @@ struct Bench {
     for (int round = -1; round < kRounds; ++round)
       for (const auto& [name, contestant] : contestants) {
         const auto [ms, is_late] = contestant();
-        if (round < 0) continue;  // its kernel may have been loaded in this one
+        if (round < 0) continue;  // CUDA loads a kernel when it is launched first
         times[name].push_back(ms);
         late[name] += is_late;
       }
@@ -131,7 +133,7 @@ struct Bench {
       std::printf("{\"launch\": \"%s\", \"megabytes\": %g, \"us\": %.3f, \"late\": %d}\n", name,
                   bytes / 1e6, 1e3 * ms[kRounds / 2], late[name]);
     }
-    std::fflush(stdout);  // kept, whatever comes next
+    std::fflush(stdout);  // a crash at a larger size leaves these lines
   }
 };
 
