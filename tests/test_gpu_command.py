@@ -162,7 +162,9 @@ def is_gone(process: int) -> bool:
 
 
 def test_a_command_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
-    code = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True)"
+    # What it has started does not hear of the interrupt.
+    child = ["sh", "-c", "trap '' INT; while :; do sleep 1; done"]
+    code = f"import subprocess; p = subprocess.Popen({child}); print(p.pid, flush=True)"
     state, said = gpu.limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
     assert state == "failed: no end after 2 s"
     assert is_gone(int(said.split()[0]))
