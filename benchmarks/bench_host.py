@@ -1,14 +1,15 @@
-"""The host's time of a call on small gradients, torch's beside it: in a loop, after a backward
-pass, and with cold caches."""
+"""The host's time of a call on small gradients, torch's beside it.
 
+It is measured in a loop, right after a backward pass, and with cold caches. A GPU is idle when a
+turn begins, and the time ends as the call returns, before the GPU has done the work.
+"""
+
+import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from bench_mesh import SIZE, alone, dtensors, join
-from conftest import medians
+from conftest import TURN, Call, drain, medians
 from report import markdown
 from torch import Tensor, nn
 from torch.nn import utils
@@ -16,59 +17,72 @@ from torch.nn import utils
 import fastclip
 from fastclip import _ops
 
-pytestmark = [
-    pytest.mark.skipif(_ops.extension is None, reason="the walk is part of the extension"),
-    pytest.mark.parametrize("device", ["cpu"]),
-]
 HEADER = ["work", "when", "fastclip µs", "op µs", "beyond it", "torch µs", "x torch"]
-Calls = dict[str, Callable[[], object]]
+Times = dict[str, dict[str, float]]
 
 
 class Model:
     """`count` parameters, and the backward pass that a training loop has before a clip."""
 
-    def __init__(self, count: int) -> None:
-        self.module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(count // 2)])
+    def __init__(self, count: int, device: str = "cpu") -> None:
+        layers = [nn.Linear(8, 8, device=device) for _ in range(count // 2)]
+        self.module, self.device = nn.Sequential(*layers), device
         self.made = list(self.module.parameters())
         self.optimizer = torch.optim.SGD(self.made, lr=0.0)
-        self.input = torch.randn(4, 8)
+        self.input = torch.randn(4, 8, device=device)
         self.backward("op")
 
     def backward(self, name: str) -> None:
-        """What is read here is in the cache for the call that follows: only for the op alone."""
+        """Run the pass; for the op alone, read its gradients, which brings them into the cache."""
         self.module.zero_grad()
         self.module(self.input).square().sum().backward()
         self.grads = _ops.extension.read_grads(self.made) if name == "op" else None
+        drain(self.device)
 
 
 def sweep(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
     memory.add_(1)
 
 
-def measured(calls: Calls, backward: Callable[[str], None], rounds: int) -> dict[str, Any]:
-    """Microseconds of each call, by when."""
-    warm, cold = medians(calls, rounds), medians(calls, rounds, 0.0, lambda _: sweep())
-    after = medians(calls, rounds, 0.0, backward)
-    return {"in a loop": warm, "after backward": after, "cold caches": cold}
+def measured(
+    calls: dict[str, Call], backward: Callable[[str], None], rounds: int, device: str = "cpu"
+) -> Times:
+    """Microseconds of each call in a loop, after a backward pass, and with cold caches."""
+
+    def idle(name: str) -> None:
+        drain(device)
+
+    def cold(name: str) -> None:
+        drain(device)
+        sweep()
+
+    warm, cold = medians(calls, rounds, TURN, idle), medians(calls, rounds, 0.0, cold)
+    return {
+        "in a loop": warm,
+        "after backward": medians(calls, rounds, 0.0, backward),
+        "cold caches": cold,
+    }
 
 
-def lines(name: str, found: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for who in [*found["in a loop"]][:-1]:
-        for when, us in found.items():
-            op, torchs = us.get("op"), us["torch"]
-            beyond = ["-", "-"] if op is None else [f"{op:.1f}", f"{us[who] - op:.1f}"]
-            rows.append([name.format(who), when, f"{us[who]:.1f}", *beyond])
-            rows[-1] += [f"{torchs:.0f}", f"{torchs / us[who]:.1f}"]
-    return rows
+def host_table(works: list[tuple[str, Times]]) -> str:
+    """Our calls by work and when, each beside the op that it makes, if known, and torch's."""
+    rows = [HEADER]
+    for work, found in works:
+        names = [name for name in found["in a loop"] if name not in ("op", "torch")]
+        for who, (when, us) in itertools.product(names, found.items()):
+            op = [f"{us['op']:.1f}", f"{us[who] - us['op']:.1f}"] if "op" in us else ["-", "-"]
+            ours, theirs = us[who], us["torch"]
+            row = [work.format(who), when, f"{ours:.1f}", *op, f"{theirs:.0f}"]
+            rows.append([*row, f"{theirs / ours:.1f}"])
+    return "\n".join(markdown(rows))
 
 
-def calls_of(model: Model) -> Calls:
+def calls_of(model: Model) -> dict[str, Call]:
     made = model.made
     clipper = fastclip.GradClipper(model.module, 1e9)
     rule = fastclip.AutoClip(100)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.zeros(1))
+    scaler = torch.amp.GradScaler(model.device)
+    scaler.scale(torch.zeros(1, device=model.device))
 
     def unscaled() -> None:
         scaler._per_optimizer_states.clear()
@@ -85,7 +99,7 @@ def calls_of(model: Model) -> Calls:
     }
 
 
-def gathered(model: Model) -> Calls:
+def accumulator_calls(model: Model) -> dict[str, Call]:
     norms = fastclip.NormAccumulator(model.module)
     return {
         "op": lambda: model.grads.clip_norm_(1e9, 2.0),
@@ -94,57 +108,17 @@ def gathered(model: Model) -> Calls:
     }
 
 
-def over_meshes(rank: int, folder: str, works: list[tuple[int, tuple]], rounds: int) -> list[Any]:
-    join("fake", rank, 8, folder)
-    model, found = Model(300), []
-    for count, shape in works:
-        made = dtensors(count, dist.init_device_mesh("cpu", shape))
+@pytest.mark.skipif(_ops.extension is None, reason="the walk is part of the extension")
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.full)])
+def bench_parameters(tell, quick, device, count):
+    def measure() -> list[Times]:
+        found = []
+        for calls in (calls_of, accumulator_calls):
+            model = Model(count, device)
+            rounds = 2 if quick else 40
+            found.append(measured(calls(model), model.backward, rounds, device))
+        return found
 
-        def backward(name: str, made: list[nn.Parameter] = made) -> None:
-            for parameter in made:
-                parameter.grad = type(parameter.grad)(
-                    torch.randn(SIZE), parameter._spec, requires_grad=False
-                )
-            model.backward(name)
-
-        calls = {
-            "fastclip": lambda made=made: fastclip.clip_grad_norm_(made, 1e9),
-            "torch": lambda made=made: utils.clip_grad_norm_(made, 1e9),
-        }
-        found.append(measured(calls, backward, rounds))
-    return found
-
-
-def report(benchmark: Any, where: dict[str, str], rows: list[list[str]]) -> None:
-    table = "\n".join(markdown([HEADER, *rows]))
-    benchmark.extra_info.update(where=where, host=table, correct=True)
-    print("", table, sep="\n")
-
-
-@pytest.mark.parametrize("count", [300, 1000])
-def bench_parameters(benchmark, where, request, count):
-    rounds = 2 if request.config.getoption("--quick") else 40
-    rows = []
-
-    def run() -> None:
-        for of in (calls_of, gathered):
-            model = Model(count)
-            rows.extend(
-                lines(f"{count} parameters, {{}}", measured(of(model), model.backward, rounds))
-            )
-
-    benchmark.pedantic(run, rounds=1)
-    report(benchmark, where, [row for row in rows if not row[0].endswith(", op")])
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def bench_dtensors(benchmark, where, request):
-    quick = request.config.getoption("--quick")
-    counts, rounds = ([5], 2) if quick else ([300, 1000], 25)
-    works = [(count, shape) for count in counts for shape in ((8,), (4, 2))]
-    found = []
-    benchmark.pedantic(lambda: found.extend(alone(over_meshes, works, rounds)), rounds=1)
-    rows = []
-    for (count, shape), times in zip(works, found, strict=True):
-        rows += lines(f"{count} DTensors, mesh of {' x '.join(map(str, shape))}", times)
-    report(benchmark, where, rows)
+    where = ", CUDA" * (device == "cuda")
+    work = f"{count} parameters{where}, {{}}"
+    tell(measure, lambda found: host_table([(work, times) for times in found]))

@@ -1,182 +1,240 @@
-"""A race: all contestants on the same gradients, in turns, inside one process.
+"""How everything here is measured: contestants in turns, on the same gradients, in one process.
 
-pytest-benchmark times fastclip; before each of its rounds every other contestant takes its turn,
-so that a slow second of the machine slows all of them.
+A slow second of the machine then slows all contestants. `race` is for calls that return the norm of
+a list, and makes a row of the table; `tell` is for everything else, and makes text. Both are shown
+at the end of the run and kept in its JSON, from which report.py writes RESULTS.md.
 """
 
+import itertools
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from models import QUICK, SHAPES
+from models import CUDA, FULL, HEADLINE, QUICK
 from report import table
 
+T = TypeVar("T")
+Call = Callable[[], object]
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+TEXTS = pytest.StashKey[list[str]]()
 # A turn of tiny work is repeated to this length, warm as in a training loop.
-TURN_MS = 4.0
+TURN = 4e-3
+# A norm that float64 rounds to float32, and a last addition.
+TOLERANCE = 2 * torch.finfo(torch.float32).eps
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny sizes: correctness, not speed")
+    parser.addoption("--full", action="store_true", help="every row, for the record")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[TEXTS] = [], []
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "headline: is measured first")
+    config.addinivalue_line("markers", "full: is measured with --full only")
+    # pytest then writes a line that names the row, and does so before it measures it.
+    config.option.verbose = max(1, config.option.verbose)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask for a benchmark on every device that there is, and with every list of that device."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if "shapes" in metafunc.fixturenames:
-        chosen = QUICK if metafunc.config.getoption("--quick") else SHAPES
-        works = [(name, shapes, d) for name, (shapes, dtypes) in chosen.items() for d in dtypes]
-        ids = [f"{name}-{d}" for name, _, d in works]
-        metafunc.parametrize(("name", "shapes", "dtype"), works, ids=ids)
+        found = [row for device in devices for row in rows(device, metafunc.config)]
+        metafunc.parametrize(("device", "name", "shapes", "dtype"), found)
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", [pytest.param(d, marks=marks(d)) for d in devices])
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def marks(device: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.cuda] if device == "cuda" else []
 
 
-def seconds(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Wall time of one call, over `repeats` of them, the device drained before and after."""
+def rows(device: str, config: pytest.Config) -> list[Any]:
+    """The lists that are measured on a device, each in all its dtypes."""
+    by_mark = {"headline": HEADLINE, "": CUDA if device == "cuda" else {}, "full": FULL}
+    if config.getoption("--quick"):
+        by_mark = {"": QUICK}
+    found: dict[str, Any] = {}
+    for mark, lists in by_mark.items():
+        chosen = [*marks(device), *([getattr(pytest.mark, mark)] if mark else [])]
+        for name, (shapes, dtypes) in lists.items():
+            for dtype in dtypes:
+                row, key = (device, name, shapes, dtype), f"{device}-{name}-{dtype}"
+                # A list that is measured on every GPU may be one of the full record elsewhere.
+                found.setdefault(key, pytest.param(*row, id=key, marks=chosen))
+    return list(found.values())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (config.getoption("--full") or config.getoption("--quick")):
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: not item.get_closest_marker("headline"))
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--quick")
+
+
+def drain(device: str) -> None:
+    """Wait until the device has nothing left to do."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(call: Call, repeats: int = 1, device: str = "cpu") -> float:
+    """Wall time of one call, over `repeats` of them, the device drained before and after."""
+    drain(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    drain(device)
     return (time.perf_counter() - start) / repeats
 
 
+def repeats_of(call: Call, device: str) -> int:
+    """How often a contestant is called in a turn: for some milliseconds, or once."""
+    return min(200, max(1, round(TURN / seconds(call, 1, device))))
+
+
 def medians(
-    calls: dict[str, Callable[[], object]],
+    calls: dict[str, Call],
     rounds: int,
-    turn: float = 4e-3,
-    before: Callable[[str], None] = lambda name: None,
+    turn: float = TURN,
+    before: Callable[[str], object] = lambda name: None,
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Microseconds of a call, in turns of `turn` seconds or one call, after `before(name)`."""
+    """Microseconds of each call: the medians of turns of `turn` seconds, or of one call at least.
+
+    A turn begins with `before(name)`, which is not measured.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            before(name)
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            once = (time.perf_counter() - start) / repeats[name]
-            if i < 2:
-                repeats[name] = max(1, int(turn / once))
-            else:
-                times[name].append(1e6 * once)
+    for number, (name, call) in itertools.product(range(rounds + 2), calls.items()):
+        before(name)
+        once = seconds(call, repeats[name], device)
+        if number < 2:
+            repeats[name] = max(1, int(turn / once))
+        else:
+            times[name].append(1e6 * once)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def oracle(tensors: list[torch.Tensor]) -> float:
-    """The 2-norm in float64, blockwise."""
+    """The 2-norm in float64, summed block by block so that no list is copied whole."""
     blocks = (b.double() for t in tensors for b in t.reshape(-1).split(1 << 22))
     return math.sqrt(math.fsum(float(b.dot(b)) for b in blocks))
 
 
 def limit(bytes_: int, device: str, writes: bool) -> Callable[[], float]:
-    """Seconds for the bytes that must move: the fastest plain read, and a read and write."""
+    """Measures the seconds in which torch moves the bytes that must move.
+
+    Those are the fastest plain read and, for a clip, a read and write.
+    """
     flat = torch.zeros(bytes_ // 4, device=device)
-    reads = [flat.sum, flat.amax, flat.view(torch.int32).sum]
+    moves = [flat.sum, flat.amax, flat.view(torch.int32).sum]
+    moves += [lambda: flat.mul_(1.0)] * writes
+    repeats = [repeats_of(move, device) for move in moves]
 
     def measure() -> float:
-        read = min(seconds(r, 1, device) for r in reads)
-        return read + (seconds(lambda: flat.mul_(1.0), 1, device) if writes else 0.0)
+        times = [seconds(*pair, device) for pair in zip(moves, repeats, strict=True)]
+        return min(times[:3]) + sum(times[3:])
 
     return measure
 
 
-@pytest.fixture
-def where(device: str) -> dict[str, str]:
-    """What a number means nothing without."""
-    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" else ():
-        if line.startswith("model name"):
-            processor = f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
-    )
-    name = torch.cuda.get_device_name() if device == "cuda" else processor
-    return {"device": name, "torch": torch.__version__, "commit": commit.stdout.strip() or "-"}
+def row_of(times: dict[str, list[float]], bytes_: int, writes: bool) -> dict[str, Any]:
+    """A row of the table. Bandwidth counts one read of the bytes, or two and a write."""
+    ms = {name: 1e3 * statistics.median(found) for name, found in times.items() if found}
+    return {
+        "ms": ms,
+        "speedup": ms["foreach"] / ms["fastclip"],
+        "gbps": bytes_ * (3 if writes else 1) / ms["fastclip"] / 1e6,
+        "of_limit": ms["limit"] / ms["fastclip"] if "limit" in ms else None,
+    }
 
 
 @pytest.fixture
-def race(benchmark, request, device, where):
-    """One row of the table, asserted correct; `restore` undoes what a turn has clipped."""
+def race(benchmark, request, device, quick):
+    """Measures one row of the table and asserts that its norm is right.
+
+    `restore` undoes what the calls of a turn have clipped.
+    """
 
     def run(
         work: str,
         dtype: str,
         tensors: list[torch.Tensor],
-        contestants: dict[str, Callable[[], torch.Tensor]],
-        writes: bool,
-        restore: Callable[[], None],
+        contestants: dict[str, Call],
+        writes: bool = False,
+        restore: Call = lambda: None,
     ) -> None:
-        bytes_ = sum(t.numel() * t.element_size() for t in tensors)
+        bytes_, expected = sum(t.nbytes for t in tensors), oracle(tensors)
         error, repeats = {}, {}
         for name, call in contestants.items():
             restore()
-            expected = oracle(tensors)
             error[name] = abs(float(call()) - expected) / expected
-            repeats[name] = min(200, max(1, round(TURN_MS / 1e3 / seconds(call, 1, device))))
+            repeats[name] = repeats_of(call, device)
         # A plain read of next to nothing measures its own call.
         bound = limit(bytes_, device, writes) if bytes_ > 32 << 20 else None
         times: dict[str, list[float]] = {name: [] for name in [*contestants, "limit"]}
 
+        def turn(name: str) -> None:
+            times[name].append(seconds(contestants[name], repeats[name], device))
+
         def others() -> None:
-            for name, call in contestants.items():
+            for name in contestants:
                 if name != "fastclip":
                     restore()
-                    times[name].append(seconds(call, repeats[name], device))
+                    turn(name)
             if bound:
                 times["limit"].append(bound())
             restore()
 
-        def ours() -> None:
-            call = contestants["fastclip"]
-            times["fastclip"].append(seconds(call, repeats["fastclip"], device))
-
-        rounds = 3 if request.config.getoption("--quick") else 7
-        benchmark.pedantic(ours, setup=others, rounds=rounds, warmup_rounds=1)
-        ms = {name: 1e3 * statistics.median(t) for name, t in times.items() if t}
-        row = {
-            "work": work,
-            "dtype": dtype,
-            "ms": ms,
-            "speedup": ms["foreach"] / ms["fastclip"],
-            "gbps": bytes_ * (3 if writes else 1) / ms["fastclip"] / 1e6,
-            "of_limit": ms["limit"] / ms["fastclip"] if bound else None,
-            "error": error,
-            "calls_a_turn": repeats["fastclip"],
-        }
-        correct = error["fastclip"] <= 2 * torch.finfo(torch.float32).eps
-        benchmark.extra_info.update(row=row, where=where, correct=correct)
+        rounds = 3 if quick else 7
+        benchmark.pedantic(lambda: turn("fastclip"), setup=others, rounds=rounds, warmup_rounds=1)
+        row = {"work": work, "dtype": dtype, "device": device, "error": error}
+        row |= row_of(times, bytes_, writes) | {"calls_a_turn": repeats["fastclip"]}
+        correct = error["fastclip"] <= TOLERANCE
+        benchmark.extra_info.update(row=row, correct=correct)
         assert correct
         request.config.stash[ROWS].append(row)
 
     return run
 
 
+@pytest.fixture
+def tell(benchmark, request):
+    """Measures once, and keeps what `text` makes of it."""
+
+    def run(measure: Callable[[], T], text: Callable[[T], str]) -> None:
+        benchmark.extra_info["text"] = text(benchmark.pedantic(measure))
+        request.config.stash[TEXTS].append(benchmark.extra_info["text"])
+
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks: list[Any]) -> None:
+    """Leave out a benchmark that was interrupted: without times it would fail the whole JSON."""
+    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark.stats.data]
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Add to the JSON of the run what its numbers depend on."""
+    machine_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if config.stash[ROWS]:
+    rows, texts = config.stash[ROWS], config.stash[TEXTS]
+    if rows or texts:
         terminalreporter.section("fastclip")
-        terminalreporter.write("\n".join(table(config.stash[ROWS])) + "\n")
+        parts = ["\n".join(table(rows))] * bool(rows) + texts
+        terminalreporter.write("\n\n".join(parts) + "\n")

@@ -1,11 +1,13 @@
 """All there is to ask of a GPU, in one command: python benchmarks/gpu.py [--out gpu.json]
 
-Builds the extension for the device, refuses to measure anything but its kernels, measures them
-against torch and whatever peer can be imported, and runs the CUDA tests; all within 480 s. The JSON
-is written after each step, so a run that is cut off keeps what it has. Ends in a table of targets,
-met or not; `report.py` makes a block of RESULTS.md from the JSON.
+The command builds the extension for this GPU and has `python -m fastclip check` compare its kernels
+with float64; if one is wrong, nothing is measured. It then runs the benchmarks on the GPU,
+launches.cu, the tests that need a GPU and compute-sanitizer, all within 480 s. The JSON is written
+after each step, so a run that is cut off keeps its numbers, and the output of all steps is in a log
+beside it. At its end the command prints the targets, met or not. `report.py` makes a block of
+RESULTS.md from the JSON.
 
-`--device cpu --quick` runs every step but the GPU's own, at tiny sizes.
+`--rehearse` takes, on the CPU and at tiny sizes, every step that needs no GPU.
 """
 
 import argparse
@@ -18,136 +20,98 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from gpu_budget import NO_END, ROOT, Budget, Worker, limited
-from report import targets_table
+from gpu_targets import Record, targets
+from report import gpu_notes, results, targets_table
 from torch.utils.cpp_extension import CUDA_HOME
 
+ROOT = Path(__file__).parent.parent
 SECONDS = 480
-# An H100 has 78 GiB, and some of them are not torch's.
-MOST_GIB = 70
 
 
 class Step(NamedTuple):
-    """Not begun with fewer than `least` seconds left, and ended after `most`."""
+    """A command that is begun if `least` seconds are left, and is ended after `most` seconds."""
 
     name: str
+    command: list[str]
     least: float
     most: float
-    gpu_only: bool = False
+    needs_gpu: bool = False
 
 
-MEASURED = [
-    Step("reads", 15, 60),
-    Step("models", 20, 80),
-    Step("published", 10, 40),
-    Step("reuse", 5, 20),
-    Step("small", 5, 20),
-    Step("launches", 30, 90, gpu_only=True),
-    Step("odd", 5, 20),
-    Step("bits", 10, 40),
-    Step("optimizers", 10, 40),
-    Step("compiled", 60, 100),
-]
-BUILD = Step("build", 0, 240)
-CHECK = Step("check", 0, 90)
-SUITE = Step("suite", 30, 300, gpu_only=True)
-SANITIZER = Step("sanitizer", 30, 90, gpu_only=True)
+def steps(folder: Path, architecture: str) -> list[Step]:
+    """All steps, in order. A step called norm may write norm.json to `folder`.
+
+    `architecture` is nvcc's name of the GPU's, such as sm_90, or "" for the CPU.
+    """
+    test = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors"]
+    rows = ["-m", "cuda"] if architecture else ["-m", "not cuda", "--quick"]
+    nvcc = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-run"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode=9"]
+
+    def python(name: str, least: float, most: float, *command: str) -> Step:
+        return Step(name, [sys.executable, *command], least, most)
+
+    def bench(name: str, least: float, most: float) -> Step:
+        what = [f"benchmarks/bench_{name}.py", "--benchmark-only", *rows]
+        return Step(name, [*test, *what, f"--benchmark-json={folder}/{name}.json"], least, most)
+
+    device = ["--device", "cuda" if architecture else "cpu", "--json", f"{folder}/check.json"]
+    launches = [f"-arch={architecture}", "benchmarks/launches.cu", "-o", f"{folder}/launches"]
+    return [
+        python("build", 0, 240, "setup.py", "build_ext", "--inplace", "--force"),
+        python("check", 0, 90, "-m", "fastclip", "check", *device),
+        bench("norm", 20, 60),
+        bench("clip", 30, 120),
+        bench("host", 15, 40),
+        Step("launches", [*nvcc, *launches], 40, 90, needs_gpu=True),
+        bench("step", 15, 40),
+        bench("compile", 30, 60),
+        Step("tests", [*test, "-m", "cuda"], 30, 300, needs_gpu=True),
+        Step(
+            "sanitizer",
+            [*sanitizer, *test, "-m", "cuda", "tests/test_ops.py", "-k", "offset and not default"],
+            30,
+            90,
+            needs_gpu=True,
+        ),
+    ]
 
 
-class Run:
-    """What was asked, what is known so far, and the file that always says it."""
-
-    def __init__(self, out: Path, device: str, quick: bool, only: list[str], commit: str) -> None:
-        self.out, self.device, self.quick, self.only = out, device, quick, only
-        self.budget = Budget(SECONDS)
-        self.record: dict[str, Any] = {
-            "gpu": True,
-            "complete": False,
-            "where": where(device, commit),
-            "steps": {},
-            "rows": [],
-            "targets": [],
-        }
-        self.write()
-
-    def write(self) -> None:
-        """All or nothing: a file that is replaced is never half written."""
-        self.record["where"]["seconds"] = round(self.budget.used())
-        draft = self.out.with_suffix(".part")
-        draft.write_text(json.dumps(self.record, indent=1) + "\n")
-        draft.replace(self.out)
-
-    def tell(self, kind: str, value: dict[str, Any]) -> None:
-        """A row or a target, as a worker sees it."""
-        self.record[f"{kind}s"].append(value)
-        self.write()
-
-    def begin(self, step: Step) -> float | None:
-        """How many seconds the step has; None, and on the record, if it is not to be."""
-        left = self.budget.left()
-        if step.gpu_only and self.device != "cuda":
-            self.end(step, {"state": "skipped: only on a GPU"})
-        elif self.only and step.name not in self.only:
-            self.end(step, {"state": "skipped: not asked for"})
-        elif left < step.least:
-            self.end(step, {"state": "skipped: no time"})
-        else:
-            return min(step.most, left)
-        return None
-
-    def end(self, step: Step, found: dict[str, Any]) -> None:
-        state = found["state"]
-        if state.startswith("failed"):
-            value = {"target": f"{step.name}: {state}", "value": "", "met": None}
-            self.record["targets"].append(value)
-        self.record["steps"][step.name] = found
-        self.write()
-        print(f"{self.budget.used():4.0f} s  {step.name}: {state}", flush=True)
-
-    def command(self, step: Step, command: list[str], reserve: float = 0) -> bool:
-        """A step that is a command; its output is beside the JSON. Whether it ended well."""
-        seconds = self.begin(step)
-        if seconds is None:
-            return False
-        log = self.out.with_suffix(f".{step.name}.log")
-        begin = self.budget.used()
-        last, is_well = limited(
-            command, max(step.least, seconds - reserve), log, environment(self.device)
-        )
-        # What pytest says of a test, as it goes: a run that is ended has no summary.
-        failures = re.findall(r"^(\S+::.*) (?:FAILED|ERROR)\b", log.read_text(), re.M)[:20]
-        self.record["targets"].append({"target": step.name, "value": last, "met": is_well})
-        state = last if last.startswith(NO_END) else "done"
-        seconds = round(self.budget.used() - begin, 1)
-        self.end(step, {"state": state, "seconds": seconds, "said": last, "failures": failures})
-        return is_well
-
-
-def environment(device: str) -> dict[str, str]:
-    """Of the commands: nvcc, ninja and the sanitizer are found, and the kernels are this GPU's."""
+def environment(architecture: str) -> dict[str, str]:
+    """The environment of the steps: PATH finds nvcc, ninja and the sanitizer, and the build makes
+    the kernels of this GPU alone."""
     here = [str(Path(sys.executable).parent), *([f"{CUDA_HOME}/bin"] if CUDA_HOME else [])]
-    path = os.pathsep.join([*here, os.environ.get("PATH", "")])
-    if device != "cuda":
-        return os.environ | {"PATH": path, "FASTCLIP_CUDA": "0"}
-    major, minor = torch.cuda.get_device_capability()
-    chosen = {"FASTCLIP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    return os.environ | {"PATH": path} | chosen
+    found = os.environ | {"PATH": os.pathsep.join([*here, os.environ.get("PATH", "")])}
+    # torch calls sm_90 9.0.
+    version = f"{architecture[3:-1]}.{architecture[-1:]}"
+    chosen = {"FASTCLIP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": version}
+    return found | (chosen if architecture else {"FASTCLIP_CUDA": "0"})
 
 
-def where(device: str, commit: str) -> dict[str, Any]:
-    """What a number means nothing without."""
-    name = f"{platform.machine()} CPU, a stand-in"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    drivers = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+def where(commit: str, env: dict[str, str]) -> Record:
+    """The machine and the versions that the numbers depend on."""
+
+    def ask(*command: str) -> str:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            result = subprocess.run(
+                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20
+            )
+            return result.stdout.strip() if result.returncode == 0 else ""
+        return ""
+
+    has_gpu = torch.cuda.is_available()
     release = re.search(r"release ([\d.]+)", ask("nvcc", "--version"))
+    drivers = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": name,
-        "driver": (drivers.splitlines() or ["-"])[0] if device == "cuda" else "-",
+        "device": torch.cuda.get_device_name() if has_gpu else f"{platform.machine()} CPU",
+        "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size if has_gpu else 0,
+        "driver": drivers.split("\n")[0] or "-",
         "torch": torch.__version__,
         "nvcc": release[1] if release else "-",
         "python": platform.python_version(),
@@ -155,104 +119,130 @@ def where(device: str, commit: str) -> dict[str, Any]:
     }
 
 
-def ask(*command: str) -> str:
-    """What a command says; nothing if there is no such command."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-        return result.stdout.strip() if result.returncode == 0 else ""
-    return ""
+def limited(
+    command: list[str], seconds: float, log: Path, env: dict[str, str] | None = None
+) -> tuple[str, str]:
+    """Run a command in the tree; return its state and its output, which is also added to `log`.
+
+    At its limit the command is interrupted, so that pytest writes the rows it has, and then killed.
+    All processes that it has started are killed with it.
+    """
+    with log.open("a+") as output:
+        begin = output.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+        is_late = False
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            is_late = True
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(4)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        output.seek(begin)
+        said = output.read()
+    if is_late:
+        return f"failed: no end after {seconds:.0f} s", said
+    return f"failed: exit status {process.returncode}" if process.returncode else "done", said
 
 
-def pytest(device: str, *more: str) -> list[str]:
-    marks = "cuda" if device == "cuda" else "not cuda and not emulated"
-    quiet = ["-v", "--tb=short", "--continue-on-collection-errors"]
-    return [sys.executable, "-m", "pytest", *quiet, "-m", marks, *more]
+def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Record, str]:
+    """Run a step, or skip it; return its entry of the record, and its output."""
+    skipped = ""
+    if step.needs_gpu and env["FASTCLIP_CUDA"] == "0":
+        skipped = "it needs a GPU"
+    elif not shutil.which(step.command[0], path=env["PATH"]):
+        skipped = f"there is no {step.command[0]}"
+    elif left < step.least:
+        skipped = "there is no time left"
+    if skipped:
+        return {"state": f"skipped: {skipped}"}, ""
+    begin = time.monotonic()
+    state, said = limited(step.command, min(step.most, left), log, env)
+    # pytest names each test as it fails; its summary is missing where it was killed.
+    failures = re.findall(r"^(\S+::.*) (?:FAILED|ERROR)\b", said, re.M)[:20]
+    last = (said.strip().splitlines() or [""])[-1].strip("= ")[:200]
+    seconds = round(time.monotonic() - begin, 1)
+    return {"state": state, "seconds": seconds, "last_line": last, "failures": failures}, said
 
 
-def refuse(run: Run, why: str) -> None:
-    run.record["refused"] = why
-    run.write()
-    raise SystemExit(f"not measured: {why}")
-
-
-def measure(run: Run) -> None:
-    """The steps that a worker takes, and another one after it if it fails."""
-    worker = None
+def gather(record: Record, name: str, path: Path, said: str) -> None:
+    """Add to the record the numbers that a step has printed or written to `path`."""
+    if name == "launches":
+        lines = [line for line in said.splitlines() if line.startswith("{")]
+        record["launches"] = [json.loads(line) for line in lines]
     try:
-        for step in MEASURED:
-            seconds = run.begin(step)
-            if seconds is None:
-                continue
-            worker = worker or Worker("gpu_rows", run.device, run.quick)
-            found = worker.ask(step.name, seconds, run.tell)
-            run.end(step, found)
-            if found["state"] != "done":
-                worker.close()
-                worker = None
-    finally:
-        if worker:
-            worker.close()
-
-
-def check(run: Run) -> None:
-    """`python -m fastclip check`: nothing else is measured if the kernels are wrong."""
-    found = run.out.with_suffix(".check.json")
-    options = ["--device", run.device, "--json", str(found)]
-    if not run.command(CHECK, [sys.executable, "-m", "fastclip", "check", *options]):
-        refuse(run, f"check: {run.record['steps']['check'].get('said')} ({found})")
-    run.record["check"] = json.loads(found.read_text())
-    kernels = run.record["check"]["facts"]["kernels"]
-    if not kernels.startswith("compiled"):
-        refuse(run, f"no kernels serve {run.device} after the build: {kernels}")
-
-
-def conclude(run: Run) -> None:
-    """What is true of the run as a whole."""
-    steps = run.record["steps"]
-    peak = max((s.get("peak_gib", 0) for s in steps.values()), default=0)
-    what = f"memory: GiB held at most <= {MOST_GIB}"
-    value = {"target": what, "value": f"{peak:.3g}", "met": peak <= MOST_GIB}
-    run.record["targets"].append(value)
-    run.record["complete"] = all(
-        s["state"] in ("done", "skipped: only on a GPU") for s in steps.values()
-    )
-    run.write()
-    print("\n".join(targets_table(run.record["targets"])))
-
-
-def ask_all(run: Run) -> None:
-    build = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
-    if not run.command(BUILD, build):
-        said = run.record["steps"]["build"]["said"]
-        refuse(run, f"the build failed: {said} ({run.out.stem}.build.log)")
-    check(run)
-    measure(run)
-    run.command(SUITE, pytest(run.device), reserve=SANITIZER.least)
-    sanitizer = shutil.which("compute-sanitizer", path=environment(run.device)["PATH"])
-    if sanitizer or run.device != "cuda":
-        some = pytest(run.device, "tests/test_ops.py", "-k", "offset and not default")
-        run.command(SANITIZER, [str(sanitizer), "--error-exitcode=9", *some])
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # the step wrote nothing, or was killed as it wrote
+    if name == "check":
+        record["check"] = found
     else:
-        run.end(SANITIZER, {"state": "skipped: no compute-sanitizer"})
-    conclude(run)
+        for kind, values in results(found).items():
+            record[kind] += values
 
 
-def main() -> None:
+def refusal(record: Record) -> str:
+    """Why the run ends here, or "": only kernels that are built, right and in use are measured."""
+    for name in ("build", "check"):
+        step = record["steps"].get(name, {"state": "done"})
+        if step["state"] != "done":
+            return f"the {name} {step['state']}: {step['last_line']}"
+    kernels = record.get("check", {"facts": {"kernels": "compiled"}})["facts"]["kernels"]
+    return "" if kernels.startswith("compiled") else f"the kernels are not in use: {kernels}"
+
+
+def write(record: Record, out: Path) -> None:
+    """Replace the file, so that it is never half written."""
+    draft = out.with_suffix(".part")
+    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.replace(out)
+
+
+def run(out: Path, architecture: str, commit: str) -> Record:
+    """Take the steps, one after the other, and return the record of all."""
+    begin, log, env = time.monotonic(), out.with_suffix(".log"), environment(architecture)
+    record: Record = {"complete": False, "where": where(commit, env), "steps": {}}
+    record |= {"rows": [], "texts": [], "launches": []}
+    log.write_text("")
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps(Path(folder), architecture):
+            left = SECONDS - (time.monotonic() - begin)
+            found, said = take(step, left, log, env)
+            record["steps"][step.name] = found
+            gather(record, step.name, Path(folder, f"{step.name}.json"), said)
+            record |= {"targets": targets(record), "refused": refusal(record)}
+            record["where"]["seconds"] = round(time.monotonic() - begin)
+            write(record, out)
+            print(f"{record['where']['seconds']:4} s  {step.name}: {found['state']}", flush=True)
+            if record["refused"]:
+                raise SystemExit(f"not measured: {record['refused']} (see {log})")
+    record["complete"] = all(step["state"] == "done" for step in record["steps"].values())
+    write(record, out)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: what is seen, not speed")
-    steps = [step.name for step in (*MEASURED, SUITE, SANITIZER)]
-    parser.add_argument("--only", nargs="+", default=[], choices=steps, help="after a build")
-    parser.add_argument("--commit", default="", help="of a tree without its git")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: there is nothing to measure")
-    # Who ends this ends what it has started: the groups of their own would not hear of it.
+    parser.add_argument("--commit", default="", help="of a tree that is here without its git")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
+    args = parser.parse_args(arguments)
+    architecture = ""
+    if not args.rehearse:
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device: there is nothing to measure")
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    # A step is in a process group of its own: this exit is what ends it with this command.
     signal.signal(signal.SIGTERM, lambda *how: sys.exit("terminated"))
-    os.environ["PATH"] = environment(args.device)["PATH"]
-    only = [BUILD.name, CHECK.name, *args.only] if args.only else []
-    ask_all(Run(args.out.absolute(), args.device, args.quick, only, args.commit))
+    record = run(args.out.absolute(), architecture, args.commit)
+    print("\n".join([*gpu_notes(record), "", *targets_table(record["targets"])]))
 
 
 if __name__ == "__main__":

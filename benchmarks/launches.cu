@@ -1,6 +1,7 @@
-// What the choice of launch costs, kernels alone and without torch: phases fused or apart, small or
-// large parameters, with and without something to clip. Prints one JSON object a line. gpu.py
-// builds and runs it; the sources are included so that their internals can be launched by hand.
+// Times the kernels alone, without torch and from a cold L2 cache: the norm phase, both phases in
+// one launch or in two, with small or large kernel parameters, with and without something to clip,
+// beside a copy of the same bytes. Prints one JSON object a line. gpu.py builds and runs this
+// program; it includes the sources, so that it can launch their internals.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -11,12 +12,13 @@ using namespace fastclip;
 using namespace fastclip::cuda;
 
 constexpr int kTensors = 64, kRounds = 41;
-// More than any L2 cache holds, and long enough to read for the host to be ahead.
+// More than any L2 cache holds, and so long to read that the host can enqueue a contestant
+// meanwhile.
 constexpr int64_t kStrangeBytes = int64_t{1} << 30;
 
-// Reads what nobody asks for. Afterwards the L2 cache holds nothing of a contestant's and nothing
-// that is still to be written; until then the host enqueues what is timed, so that its own time is
-// no kernel's.
+// Reads memory that no contestant uses, so that the L2 cache holds none of theirs, and no line that
+// is still to be written back. While it runs, the host enqueues the contestant: its own time is
+// then not measured.
 __global__ void flush_kernel(const uint4* strange, int64_t count, uint32_t* never) {
   uint32_t seen = 0;
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
@@ -26,12 +28,12 @@ __global__ void flush_kernel(const uint4* strange, int64_t count, uint32_t* neve
 
 struct Turn {
   float ms;
-  bool is_late;  // the host was, so its time is in there
+  bool is_late;  // the GPU began before the host had enqueued all, so the host's time is included
 };
 
 struct Bench {
   int64_t bytes;
-  char* data;
+  char *data, *target;
   double data_norm;  // as clipped so far
   uint4* strange;
   double* partials;
@@ -45,6 +47,7 @@ struct Bench {
     check(cudaMalloc(&partials, 1 << 20), "cudaMalloc", 0);
     check(cudaMalloc(&result, 4), "cudaMalloc", 0);
     check(cudaMalloc(&data, bytes), "cudaMalloc", 0);
+    check(cudaMalloc(&target, bytes), "cudaMalloc", 0);
     check(cudaMemset(data, 0x3d, bytes), "cudaMemset", 0);
     check(cudaEventCreate(&start), "cudaEventCreate", 0);
     check(cudaEventCreate(&stop), "cudaEventCreate", 0);
@@ -55,7 +58,7 @@ struct Bench {
   }
 
   ~Bench() {
-    cudaFree(data), cudaFree(strange), cudaFree(partials), cudaFree(result);
+    cudaFree(data), cudaFree(target), cudaFree(strange), cudaFree(partials), cudaFree(result);
     cudaEventDestroy(start), cudaEventDestroy(stop);
   }
 
@@ -103,7 +106,11 @@ struct Bench {
       phase<Phases::kScale>(t, w);
     };
     const auto norm = [&](const auto& t, const Work& w) { phase<Phases::kNorm>(t, w); };
+    const auto copy = [&](const auto&, const Work&) {
+      check(cudaMemcpyAsync(target, data, bytes, cudaMemcpyDeviceToDevice, 0), "a copy", 0);
+    };
     const std::map<const char*, Contestant> contestants = {
+        {"copy", [&] { return run(copy, 0); }},
         {"norm phase", [&] { return run(norm, 0); }},
         {"fused, nothing to clip", [&] { return run(fused, nothing); }},
         {"apart, nothing to clip", [&] { return run(apart, nothing); }},
@@ -117,7 +124,7 @@ struct Bench {
     for (int round = -1; round < kRounds; ++round)
       for (const auto& [name, contestant] : contestants) {
         const auto [ms, is_late] = contestant();
-        if (round < 0) continue;  // its kernel may have been loaded in this one
+        if (round < 0) continue;  // CUDA loads a kernel when it is launched first
         times[name].push_back(ms);
         late[name] += is_late;
       }
@@ -126,7 +133,7 @@ struct Bench {
       std::printf("{\"launch\": \"%s\", \"megabytes\": %g, \"us\": %.3f, \"late\": %d}\n", name,
                   bytes / 1e6, 1e3 * ms[kRounds / 2], late[name]);
     }
-    std::fflush(stdout);  // kept, whatever comes next
+    std::fflush(stdout);  // a crash at a larger size leaves these lines
   }
 };
 

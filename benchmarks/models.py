@@ -1,4 +1,5 @@
-"""Gradient shapes of real models, from their published architectures, and lists of tiny tensors."""
+"""The lists of gradients that are measured, and when: shapes of real models, from their published
+architectures, lists of many tiny tensors, and lists of a few large ones."""
 
 import math
 
@@ -59,23 +60,45 @@ def matrices() -> list[Shape]:
 
 
 DTYPES = ["fp32", "bf16", "fp16", "mixed"]
-SHAPES: dict[str, tuple[list[Shape], list[str]]] = {
+# Each list is measured in each of its dtypes.
+Lists = dict[str, tuple[list[Shape], list[str]]]
+
+HEADLINE: Lists = {
+    "GPT-2": (gpt2(), ["fp32", "bf16"]),
+    "1000 x 64": ([(64,)] * 1000, ["fp32", "bf16"]),
+}
+# Only with --full, for the record.
+FULL: Lists = {
     "ResNet-50": (resnet50(), DTYPES),
-    "GPT-2": (gpt2(), DTYPES),
+    "GPT-2": (gpt2(), ["fp16", "mixed"]),
     "Llama 1B / 4": (llama(), DTYPES),
     "150 x 1 Mi": ([(1 << 20,)] * 150, ["fp32", "bf16"]),
-    "1000 x 64": ([(64,)] * 1000, ["fp32"]),
     "20000 x 64": ([(64,)] * 20000, ["fp32"]),
 }
+# Only on a GPU. The first three are 0.5 to 13 GB, to compare the kernels with the memory.
+CUDA: Lists = {
+    "4 x 64 Mi": ([(1 << 26,)] * 4, ["fp32", "bf16"]),
+    "16 x 64 Mi": ([(1 << 26,)] * 16, ["fp32", "bf16"]),
+    "48 x 64 Mi": ([(1 << 26,)] * 48, ["fp32", "bf16"]),
+    "Llama 2 7B": (llama_7b(), ["bf16"]),
+    "Llama 1B / 4": (llama(), ["mixed"]),
+    "6 000 261 x 256": (table(), ["bf16"]),
+    "500 matrices": (matrices(), ["in turn"]),
+    "1000 x 1024": ([(1024,)] * 1000, ["fp32"]),
+}
 # Every benchmark and its correctness check in seconds.
-QUICK = {"quick": ([(300, 70), (70,), (3, 3), (), (0,)] * 3, DTYPES)}
+QUICK: Lists = {"quick": ([(300, 70), (70,), (3, 3), (), (0,)] * 3, [*DTYPES, "in turn"])}
+
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(shape: Shape, dtype: str, i: int = 0) -> torch.dtype:
-    """`mixed` is what mixed-precision training makes: bf16 matrices, fp32 vectors. `in turn` is
-    bf16 and fp32, one after the other."""
+def dtype_of(shape: Shape, dtype: str, i: int) -> torch.dtype:
+    """The dtype of the gradient at place `i` of a list.
+
+    `mixed` is a list as mixed-precision training makes it, of bf16 matrices and fp32 vectors; in a
+    list called `in turn` every other gradient is fp32.
+    """
     if dtype == "in turn":
         return (torch.bfloat16, torch.float32)[i % 2]
     if dtype == "mixed":
@@ -84,31 +107,11 @@ def dtype_of(shape: Shape, dtype: str, i: int = 0) -> torch.dtype:
 
 
 def parameters(shapes: list[Shape], dtype: str, device: str) -> list[torch.nn.Parameter]:
-    """Parameters (never touched) with normal gradients."""
+    """Parameters whose data is uninitialised, with normal gradients."""
     torch.manual_seed(0)
     made = []
-    for shape in shapes:
-        kind = dtype_of(shape, dtype)
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=kind, device=device))
-        parameter.grad = torch.randn(shape, device=device).to(kind)
-        made.append(parameter)
+    for i, shape in enumerate(shapes):
+        kind = dtype_of(shape, dtype, i)
+        made.append(torch.nn.Parameter(torch.empty(shape, dtype=kind, device=device)))
+        made[-1].grad = torch.randn(shape, device=device).to(kind)
     return made
-
-
-def carriers(grads: list[torch.Tensor]) -> list[torch.nn.Parameter]:
-    """Parameters for these gradients, for calls that never touch them: they take no memory."""
-    made = []
-    for grad in grads:
-        made.append(torch.nn.Parameter(grad.new_empty(()).expand(grad.shape)))
-        made[-1].grad = grad
-    return made
-
-
-def gradients(shapes: list[Shape], dtype: str, device: str) -> list[torch.Tensor]:
-    """Normal gradients, made where they are: large ones have no room for a copy."""
-    torch.manual_seed(0)
-    kinds = [dtype_of(shape, dtype, i) for i, shape in enumerate(shapes)]
-    return [
-        torch.empty(shape, dtype=kind, device=device).normal_()
-        for shape, kind in zip(shapes, kinds, strict=True)
-    ]

@@ -1,6 +1,6 @@
-"""The table a run ends in, and the block it adds to RESULTS.md.
+"""The tables that a run ends in, and the block that it adds to RESULTS.md.
 
-pytest benchmarks --benchmark-only --benchmark-json=run.json
+pytest benchmarks --benchmark-only --full --benchmark-json=run.json
 python benchmarks/report.py run.json "what changed, in a sentence"
 
 The JSON of gpu.py is taken as well.
@@ -14,21 +14,24 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CONTESTANTS = ["fastclip", "default", "foreach", "loop"]
-HEADER = [
-    *("work", "dtype", *(f"{name} ms" for name in CONTESTANTS)),
-    *("x foreach", "GB/s", "of limit", "error ours", "error torch"),
-]
 
 Row = dict[str, Any]
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text. Times are medians; errors are relative to the float64 oracle."""
+def table(rows: list[Row]) -> list[str]:
+    """Rows as text. Times are medians; errors are relative to the float64 oracle."""
+    names = CONTESTANTS + ["apex"] * any("apex" in row["ms"] for row in rows)
+    header = ["work", "dtype", *(f"{name} ms" for name in names), "x foreach"]
+    header += ["GB/s", "of limit", "error ours", "error torch"]
+    return markdown([header, *(cells(row, names) for row in rows)])
+
+
+def cells(row: Row, names: list[str]) -> list[str]:
     times = row["ms"]
     return [
-        row["work"],
+        row["work"] + ", CUDA" * (row["device"] == "cuda"),
         row["dtype"],
-        *(f"{times[name]:.3f}" if name in times else "-" for name in CONTESTANTS),
+        *(f"{times[name]:.3f}" if name in times else "-" for name in names),
         f"{row['speedup']:.2f}",
         f"{row['gbps']:.1f}",
         "-" if row["of_limit"] is None else f"{100 * row['of_limit']:.0f} %",
@@ -36,43 +39,25 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def table(rows: list[Row]) -> list[str]:
-    return markdown([HEADER, *map(cells, rows)])
-
-
 def targets_table(targets: list[Row]) -> list[str]:
-    """What a GPU was asked, what it said, and whether that will do."""
-    words = {True: "met", False: "NOT met", None: "failed"}
-    lines = [[t["target"], str(t["value"]), words[t["met"]]] for t in targets]
+    """What the GPU was to reach, what it reached, and whether that will do."""
+    words = {True: "met", False: "NOT met"}
+    lines = [[t["target"], t["value"], words[t["met"]]] for t in targets]
     return markdown([["target", "seen", ""], *lines])
 
 
-def gpu_table(rows: list[Row]) -> list[str]:
-    """A line for each contestant's milliseconds, and the bandwidth of one read in that time.
+def launches_table(launches: list[Row]) -> list[str]:
+    """Microseconds of each launch of launches.cu, by the megabytes of the gradients.
 
-    What others have published is a line as well, and who failed, with the reason."""
-    lines = []
-    for row in rows:
-        for name, ms in (row["ms"] | row.get("published", {})).items():
-            speed = f"{row['bytes'] / ms / 1e9:.2f}" if "bytes" in row else "-"
-            who = name + ", the host's time included" * (name in row.get("late", []))
-            lines.append([row["work"], row["dtype"], who, f"{ms:.4f}", speed])
-        for name, why in row.get("failed", {}).items():
-            lines.append([row["work"], row["dtype"], f"{name}: {why}", "-", "-"])
-    return markdown([["work", "dtype", "who", "ms", "TB/s, one read"], *lines])
-
-
-def gpu_lines(run: dict[str, Any]) -> list[str]:
-    """All that gpu.py's record says, and what it could not say."""
-    where, lines = run["where"], []
-    lines.append(f"Driver {where['driver']}, nvcc {where['nvcc']}, Python {where['python']}.")
-    for name, step in run["steps"].items():
-        if step["state"] != "done":
-            lines.append(f"{name}: {step['state']}.")
-    lines += [f"Refused: {run['refused']}."] if "refused" in run else []
-    lines += [] if run["complete"] else ["The run is not complete."]
-    separate = [line for one in lines for line in (one, "")]
-    return [*separate, *targets_table(run["targets"]), "", *gpu_table(run["rows"])]
+    A star: in some turns the host was not ahead of the GPU, so that its time may be included.
+    """
+    sizes = list(dict.fromkeys(launch["megabytes"] for launch in launches))
+    lines: dict[str, list[str]] = {}
+    for launch in launches:
+        cell = f"{launch['us']:.1f}" + " *" * bool(launch["late"])
+        lines.setdefault(launch["launch"], []).append(cell)
+    header = ["launch, µs", *(f"{size:g} MB" for size in sizes)]
+    return markdown([header, *([name, *times] for name, times in lines.items())])
 
 
 def markdown(lines: list[list[str]]) -> list[str]:
@@ -85,30 +70,53 @@ def markdown(lines: list[list[str]]) -> list[str]:
     return [padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]]
 
 
+def results(run: dict[str, Any]) -> dict[str, list[Any]]:
+    """The rows and texts of the JSON that pytest wrote."""
+    found = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    return {f"{kind}s": [one[kind] for one in found if kind in one] for kind in ("row", "text")}
+
+
+def record_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the JSON that pytest wrote."""
+    machine, found = run["machine_info"], results(run)
+    device = f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['threads']} threads"
+    device += f" and {machine['gpu']}" * bool(machine["gpu"])
+    where = {"device": device, "torch": machine["torch"], "commit": run["commit_info"]["id"][:7]}
+    return {"where": where, **found}
+
+
+def gpu_notes(record: dict[str, Any]) -> list[str]:
+    """What gpu.py says beside its tables: versions, and what did not end well."""
+    where, lines = record["where"], []
+    lines.append(f"Driver {where['driver']}, nvcc {where['nvcc']}, Python {where['python']}.")
+    for name, step in record["steps"].items():
+        if step["state"] != "done":
+            lines.append(f"{name}: {'; '.join([step['state'], *step.get('failures', [])])}.")
+    lines += [f"Not measured: {record['refused']}."] if record["refused"] else []
+    return lines + ([] if record["complete"] else ["The run is not complete."])
+
+
+def blocks(record: dict[str, Any]) -> list[str]:
+    """The paragraphs and tables of a block of RESULTS.md."""
+    found = gpu_notes(record) if "steps" in record else []
+    for kind, lines in (("targets", targets_table), ("rows", table), ("launches", launches_table)):
+        found += ["\n".join(lines(record[kind]))] if record.get(kind) else []
+    return [*found, *record["texts"]]
+
+
 def main(path: str, changed: str) -> None:
-    """Append a block to RESULTS.md and keep the rows as JSON beside it."""
+    """Append a block to RESULTS.md and keep its numbers as JSON beside it."""
     run = json.loads(Path(path).read_text())
-    if run.get("gpu"):
-        return write(run | {"changed": changed}, gpu_lines(run))
-    rows = [b["extra_info"]["row"] for b in run["benchmarks"] if "row" in b["extra_info"]]
-    where = run["benchmarks"][0]["extra_info"]["where"]
-    hosts = [b["extra_info"]["host"] for b in run["benchmarks"] if "host" in b["extra_info"]]
-    record = {"where": where, "changed": changed, "rows": rows, "hosts": hosts}
-    lines = [table(rows)] if rows else []
-    lines += [[host] for host in hosts]
-    write(record, [line for part in lines for line in ("", *part)][1:])
-
-
-def write(record: dict[str, Any], lines: list[str]) -> None:
+    record = {"changed": changed, **(run if "steps" in run else record_of(run))}
     where, date = record["where"], datetime.date.today().isoformat()
     heading = f"## {date} · {where['commit']} · {where['device']} · torch {where['torch']}"
-    with (HERE / "RESULTS.md").open("a") as results:
-        results.write("\n".join(["", heading, "", record["changed"], "", *lines, ""]))
-    name, results = f"{date}-{where['commit']}{'-gpu' * ('gpu' in record)}", HERE / "results"
+    with (HERE / "RESULTS.md").open("a") as file:
+        file.write("".join(f"\n{block}\n" for block in [heading, changed, *blocks(record)]))
+    name, folder = f"{date}-{where['commit']}{'-gpu' * ('steps' in record)}", HERE / "results"
     # A second run of a commit does not replace the first.
-    before = len(list(results.glob(f"{name}*.json")))
-    path = results / f"{name}{f'-{before + 1}' * bool(before)}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    before = len(list(folder.glob(f"{name}*.json")))
+    target = folder / f"{name}{f'-{before + 1}' * bool(before)}.json"
+    target.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""benchmarks/gpu.py and its report, run on the CPU at tiny sizes: all of it but the GPU."""
+"""benchmarks/gpu.py and its report where there is no GPU: its steps on the CPU, or stand-ins."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-import venv
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,162 +15,141 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-# It writes C++ and has it compiled: a test of its own.
-SLOW = "compiled"
+FACTS = '{"facts": {"kernels": "%s"}}'
+LAUNCHES = (BENCHMARKS / "launches.cu").read_text()
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-@pytest.fixture
-def told():
-    return {"row": [], "target": []}
-
-
-@pytest.fixture
-def bench(told):
-    import gpu_clock
-    import gpu_rows
-
-    return gpu_rows.Bench(gpu_clock.Cpu(), True, lambda kind, value: told[kind].append(value))
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """The tree as a machine gets it that has never seen it: no built file."""
-    tree = tmp_path_factory.mktemp("bare") / "tree"
-    line = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    if names.returncode:
-        pytest.skip("not a git checkout")
-    for name in names.stdout.splitlines():
-        if (ROOT / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
-    return tree
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """A Python with all of this one's packages but those installed as links to a checkout."""
-    home = tmp_path_factory.mktemp("python")
-    venv.create(home, symlinks=True)
-    place = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
-    # Links are .pth files, and those of a folder that a .pth file adds are not read.
-    Path(place, "packages.pth").write_text(sysconfig.get_path("purelib"))
-    return home / "bin/python"
-
-
-def command(python: Path, tree: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """gpu.py with the stand-in; the tools that come with packages are still found."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": path}
-    line = [python, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", "gpu.json", *more]
-    return subprocess.run(line, cwd=tree, env=env, capture_output=True, text=True)
-
-
-def test_every_step_says_what_it_saw(bench, told):
-    import gpu_rows
-
-    for step in gpu_rows.STEPS:
-        if step not in (SLOW, "launches"):
-            assert bench.run(step)["state"] == "done", step
-    right = [t["met"] for t in told["target"] if "error" in t["target"] or "bits" in t["target"]]
-    assert len(right) >= 10
-    assert all(right)
-    for row in told["row"]:
-        assert "failed" not in row
-        assert all(ms > 0 for ms in row["ms"].values())
-
-
-def test_torch_compile_takes_part(bench, told):
-    assert bench.run(SLOW)["state"] == "done"
-    (row,) = told["row"]
-    took_part = set(row["ms"]) | set(row.get("failed", {}))
-    assert {"torch.compile, default", "torch.compile, autotuned", "fastclip"} <= took_part
-
-
-def test_the_command_refuses_to_measure_anything_but_its_kernels(bare, python, tmp_path):
-    tree = shutil.copytree(bare, tmp_path / "tree")
-    imported = subprocess.run([python, "-c", "import fastclip"], cwd=tmp_path, capture_output=True)
-    assert imported.returncode != 0
-    for setup, why in (
-        ("", "no kernels serve cpu after the build: none: plain PyTorch (not built"),
-        ("raise SystemExit('no compiler')", "the build failed: no compiler"),
-    ):
-        (tree / "setup.py").write_text(setup)
-        result = command(python, tree)
-        assert result.returncode == 1
-        (line,) = [s for s in result.stderr.splitlines() if s.startswith("not measured: ")]
-        assert why in line
-        record = json.loads((tree / "gpu.json").read_text())
-        assert why in record["refused"]
-        assert not record["complete"]
-        assert record["rows"] == []
-
-
-def test_the_command_builds_a_bare_tree_and_measures_its_kernels(bare, python):
     import gpu
 
-    asked = [step.name for step in gpu.MEASURED]
-    only = [name for name in asked if name != SLOW]
-    result = command(python, bare, "--commit", "abc", "--only", *only)
-    assert result.returncode == 0, result.stdout + result.stderr
-    record = json.loads((bare / "gpu.json").read_text())
-    states = {name: step["state"] for name, step in record["steps"].items()}
-    gpus_own = {"launches", "suite", "sanitizer"}
-    assert list(states) == ["build", "check", *asked, "suite", "sanitizer"]
-    assert {states.pop(name) for name in gpus_own} == {"skipped: only on a GPU"}
-    assert states.pop(SLOW) == "skipped: not asked for"
-    assert set(states.values()) == {"done"}
-    assert not record["complete"]
-    assert record["where"]["commit"] == "abc"
-    assert record["rows"]
-    met = {t["target"]: t["met"] for t in record["targets"]}
-    assert met["build"]
-    assert met["check"]
-    assert record["check"]["facts"]["kernels"] == "compiled, and called"
-    assert list((bare / "fastclip").glob("_C*.so"))
+    return gpu
 
 
-FAKE = """
-import os, time
+def only(gpu, monkeypatch, *names: str, build: str = "", kernels: str = "compiled") -> None:
+    """Takes these steps alone, after stand-ins for the build and for the check."""
+    every = gpu.steps
 
-def answer(pipe, folder):
-    while True:
-        step = pipe.recv()
-        pipe.send(("row", {"work": step}))
-        if step == "dies":
-            os._exit(7)
-        if step == "hangs":
-            open(folder + "/child", "w").write(str(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")))
-            time.sleep(60)
-        pipe.send(("end", {"state": "done"}))
-"""
+    def steps(folder: Path, architecture: str):
+        first, check, *others = every(folder, architecture)
+        code = f"open({str(folder / 'check.json')!r}, 'w').write({FACTS % kernels!r})"
+        yield first._replace(command=[sys.executable, "-c", build])
+        yield check._replace(command=[sys.executable, "-c", code])
+        yield from (step for step in others if step.name in names)
+
+    monkeypatch.setattr(gpu, "steps", steps)
 
 
-def test_a_step_that_dies_or_hangs_takes_nothing_with_it(tmp_path, monkeypatch):
-    from gpu_budget import Worker
+def row(work: str, dtype: str = "bf16", ms: float = 1.0, **facts: float) -> dict:
+    facts = {"speedup": 20.0, "gbps": 4e3, "of_limit": 0.97, **facts}
+    error = {"fastclip": 0.0, "foreach": 1e-3}
+    ms = {"fastclip": ms, "foreach": 2.0, "apex": 3.0}
+    return {"work": work, "dtype": dtype, "device": "cuda", "ms": ms, "error": error, **facts}
 
-    (tmp_path / "fake_rows.py").write_text(FAKE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    seen, states = [], []
-    for step in ("good", "dies", "hangs"):
-        worker = Worker("fake_rows", str(tmp_path))
-        seconds = 6 if step == "hangs" else 60
-        states.append(worker.ask(step, seconds, lambda kind, value: seen.append(value["work"])))
-        worker.close()
-    assert seen == ["good", "dies", "hangs"]
-    assert [s["state"] for s in states] == [
-        "done",
-        "failed: its process ended, code 7",
-        "failed: no end after 6 s",
+
+def launches(**times: float) -> list[dict]:
+    """What launches.cu prints, under the names that its source has."""
+    names = re.findall(r'\{"([^"]+)",\s+\[&\]', LAUNCHES)
+    assert "copy" in names
+    us = {name: times.get(name.split(",")[0].split()[0], 10.0) for name in names}
+    return [
+        {"launch": name, "megabytes": size, "us": us[name], "late": int(size == 160)}
+        for size in (1.0, 20.0, 160.0)
+        for name in names
     ]
-    # What the step had started is gone with it.
-    child = int((tmp_path / "child").read_text())
-    assert is_gone(child)
+
+
+def record(**facts: object) -> dict:
+    where = {"device": "Some H100 80GB HBM3", "l2_bytes": 50 << 20, "torch": "2", "commit": "abc"}
+    where |= {"driver": "1.2", "nvcc": "13.0", "python": "3.11"}
+    known = {"rows": [], "texts": [], "launches": [], "steps": {}, "refused": "", "complete": True}
+    return known | {"where": where} | facts
+
+
+def test_a_rehearsal_checks_and_measures(gpu, monkeypatch, tmp_path, capsys):
+    only(gpu, monkeypatch, "norm", "launches")
+    gpu.main(["--rehearse", "--out", str(tmp_path / "gpu.json"), "--commit", "abc"])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    states = {name: step["state"] for name, step in found["steps"].items()}
+    assert states.pop("launches") == "skipped: it needs a GPU"
+    assert states == {"build": "done", "check": "done", "norm": "done"}
+    assert not found["complete"]
+    assert found["where"]["commit"] == "abc"
+    assert "quick, norm" in {row["work"] for row in found["rows"]}
+    assert found["check"]["facts"]["kernels"] == "compiled"
+    assert {target["met"] for target in found["targets"]} == {True}
+    printed = capsys.readouterr().out
+    assert "The run is not complete." in printed
+    assert re.search(r"^\| norm +\| \d+ passed", printed, re.M)
+    assert "bench_norm[cpu-quick-fp32] PASSED" in (tmp_path / "gpu.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stand_ins", "why"),
+    [
+        ({"kernels": "none"}, "the kernels are not in use: none"),
+        ({"build": "exit('no compiler')"}, "the build failed: exit status 1: no compiler"),
+    ],
+)
+def test_nothing_is_measured_but_the_kernels(gpu, monkeypatch, tmp_path, stand_ins, why):
+    only(gpu, monkeypatch, "norm", **stand_ins)
+    with pytest.raises(SystemExit, match=re.escape(f"not measured: {why}")):
+        gpu.main(["--rehearse", "--out", str(tmp_path / "gpu.json")])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["refused"].startswith(why)
+    assert "norm" not in found["steps"]
+    assert not found["complete"]
+
+
+def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
+    taken = []
+
+    def limited(command, seconds, log, env):
+        taken.append((command, env))
+        for argument in command:
+            if "check.json" in argument:
+                Path(argument).write_text(FACTS % "compiled")
+        said = "tests/test_a.py::test_b[x y] FAILED [ 3%]\n4 passed\n"
+        if "launches.cu" in " ".join(command):
+            said = "\n".join(map(json.dumps, launches()))
+        return "done", said
+
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    for name, value in {
+        "is_available": True,
+        "get_device_capability": (9, 0),
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_properties": properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.setattr(gpu, "limited", limited)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: name)
+    gpu.main(["--out", str(tmp_path / "gpu.json")])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    order = "build check norm clip host launches step compile tests sanitizer"
+    assert list(found["steps"]) == order.split()
+    assert found["complete"]
+    assert found["steps"]["tests"]["failures"] == ["tests/test_a.py::test_b[x y]"]
+    assert len(found["launches"]) == len(launches())
+    commands = {name: taken[i][0] for i, name in enumerate(found["steps"])}
+    assert "-arch=sm_90" in commands["launches"]
+    assert commands["sanitizer"][0] == "compute-sanitizer"
+    for name in ("norm", "clip", "host", "step", "compile", "tests", "sanitizer"):
+        assert "cuda" in commands[name]
+    assert taken[0][1]["FASTCLIP_CUDA"] == "1"
+    assert taken[0][1]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_a_step_that_cannot_be_taken_says_why(gpu, tmp_path):
+    env = {"PATH": os.environ["PATH"], "FASTCLIP_CUDA": "0"}
+    for step, why in (
+        (gpu.Step("a", [sys.executable], 30, 60), "there is no time left"),
+        (gpu.Step("a", ["no-such-program"], 0, 60), "there is no no-such-program"),
+        (gpu.Step("a", [sys.executable], 0, 60, needs_gpu=True), "it needs a GPU"),
+    ):
+        found, said = gpu.take(step, 10, tmp_path / "log", env)
+        assert (found, said) == ({"state": f"skipped: {why}"}, "")
 
 
 def is_gone(process: int) -> bool:
@@ -184,261 +161,106 @@ def is_gone(process: int) -> bool:
     return False
 
 
-def test_a_worker_that_cannot_begin_says_why(monkeypatch):
-    from gpu_budget import Worker
+def test_a_command_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
+    # What it has started does not hear of the interrupt.
+    child = ["sh", "-c", "trap '' INT; while :; do sleep 1; done"]
+    code = f"import subprocess; p = subprocess.Popen({child}); print(p.pid, flush=True)"
+    state, said = gpu.limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
+    assert state == "failed: no end after 2 s"
+    assert is_gone(int(said.split()[0]))
+    well = gpu.limited([sys.executable, "-c", "print('well')"], 30, tmp_path / "log")
+    assert well == ("done", "well\n")
+    assert (tmp_path / "log").read_text().endswith("well\n")
+    died = gpu.limited([sys.executable, "-c", "exit(7)"], 30, tmp_path / "log")
+    assert died == ("failed: exit status 7", "")
 
-    worker = Worker("no_such_module")
-    found = worker.ask("reads", 30, print)
-    worker.close()
-    assert "No module named 'no_such_module'" in found["state"]
 
-
-def test_a_command_ends_at_its_limit_with_all_it_started(tmp_path):
-    from gpu_budget import limited
-
-    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True)"
-    last, is_well = limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
-    assert not is_well
-    assert last.startswith("no end after 2 s")
-    assert is_gone(int((tmp_path / "log").read_text().split()[0]))
-    assert limited([sys.executable, "-c", "print('5 passed')"], 30, tmp_path / "log") == (
-        "5 passed",
-        True,
+def test_benchmarks_that_are_interrupted_keep_their_rows(gpu, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import os, signal\n"
+        "def test_first(benchmark):\n    benchmark.extra_info['row'] = 'a row'\n"
+        "    benchmark.pedantic(lambda: None)\n"
+        "def test_hangs(benchmark):\n"
+        "    benchmark.pedantic(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
     )
+    command = [sys.executable, "-m", "pytest", str(tmp_path / "test_some.py"), "--benchmark-only"]
+    command += ["-p", "conftest", "-p", "no:cacheprovider"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(ROOT)])}
+    written = f"--benchmark-json={tmp_path}/some.json"
+    state, said = gpu.limited([*command, written], 60, tmp_path / "log", env)
+    assert state == "failed: exit status 2", said
+    found = record()
+    gpu.gather(found, "some", tmp_path / "some.json", said)
+    assert found["rows"] == ["a row"]
 
 
-def test_what_does_not_fit_the_time_is_skipped_and_on_record(tmp_path, monkeypatch):
-    import gpu
+def test_targets_are_met_or_not(gpu):
+    good = [row("4 x 64 Mi, norm"), row("6 000 261 x 256, clipped", ms=3.3)]
+    good += [row("1000 x 1024, unclipped", "fp32", of_limit=0.1)]
+    bad = [row("4 x 64 Mi, norm", of_limit=0.94), row("6 000 261 x 256, clipped", ms=3.5)]
+    bad += [row("1000 x 1024, unclipped", "fp32", speedup=14.0)]
+    for rows, is_met in ((good, True), (bad, False)):
+        assert [t["met"] for t in gpu.targets(record(rows=rows))] == [is_met] * 3
+    slow = gpu.targets(record(launches=launches(apart=9.0, fused=20.0)))
+    names = [t["target"] for t in slow]
+    assert [t["met"] for t in slow] == [False, False, False, True, False]
+    assert names[0] == "clip of 1 MB: two launches over one, in time >= 1"
+    assert names[2] == "clip of 20 MB, from a cold cache: of a read and a copy >= 1.1"
+    assert names[3] == "clip of 160 MB, from a cold cache: of a read and a copy >= 0.95"
+    assert slow[4] == {
+        "target": "a call that clips nothing: µs beyond the norm phase <= 5",
+        "value": "10",
+        "met": False,
+    }
+    assert all(t["met"] for t in gpu.targets(record(launches=launches())))
 
-    monkeypatch.setattr(gpu, "SECONDS", 1)
-    run = gpu.Run(tmp_path / "gpu.json", "cpu", True, [], "abc")
-    gpu.measure(run)
-    gpu.conclude(run)
-    record = json.loads((tmp_path / "gpu.json").read_text())
-    states = {name: step["state"] for name, step in record["steps"].items()}
-    assert states.pop("launches") == "skipped: only on a GPU"
-    assert set(states.values()) == {"skipped: no time"}
-    assert not record["complete"]
+
+def test_targets_are_of_rows_that_are_measured(gpu):
+    import gpu_targets
+    from models import CUDA, HEADLINE
+
+    lists = {**CUDA, **HEADLINE}
+    for work in {*gpu_targets.BANDWIDTH, *gpu_targets.H100_MS}:
+        assert work.rsplit(", ", 1)[0] in lists
+    for work, dtype in gpu_targets.SPEEDUPS:
+        assert dtype in lists[work.rsplit(", ", 1)[0]][1]
 
 
-def test_the_report_takes_the_record(bench, told, tmp_path, monkeypatch):
-    import gpu
-    import gpu_kernels
+def test_the_report_takes_the_record(gpu, monkeypatch, tmp_path):
     import report
 
-    run = gpu.Run(tmp_path / "gpu.json", "cpu", True, [], "abc")
-    run.record["where"] |= {"device": "Some GPU", "driver": "1.2", "nvcc": "13.0", "torch": "2"}
-    bench.tell = run.tell
-    bench.run("published")
-    gpu_kernels.judge(
-        bench,
-        [
-            {"launch": name, "megabytes": 1.0, "us": us, "late": late}
-            for name, us, late in (
-                ("norm phase", 5.0, 0),
-                ("fused, nothing to clip", 7.5, 3),
-                ("fused, clips", 10.0, 0),
-                ("apart, nothing to clip", 8.5, 0),
-                ("apart, clips", 11.0, 0),
-            )
-        ],
+    step = {"state": "failed: exit status 1", "last_line": "1 failed", "failures": ["test_a"]}
+    found = record(
+        rows=[row("w")],
+        launches=launches(),
+        texts=["a text"],
+        steps={"tests": step},
+        complete=False,
     )
-    run.tell("row", {"work": "w", "dtype": "bf16", "ms": {}, "failed": {"apex": "TypeError: no"}})
-    run.end(gpu.SUITE, {"state": "failed: no end after 3 s"})
-    gpu.conclude(run)
-    values = {t["target"]: t["value"] for t in run.record["targets"]}
-    assert values["a call that clips nothing: us beyond the norm phase <= 5"] == "2.5"
-    assert values["clip of 1 MB: two launches over one, in time >= 1"] == "1.1"
-    monkeypatch.setattr(report, "HERE", tmp_path)
+    found["targets"] = gpu.targets(found)
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
     (tmp_path / "results").mkdir()
-    report.main(str(tmp_path / "gpu.json"), "a first look")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    for _ in range(2):
+        report.main(str(tmp_path / "gpu.json"), "a first look")
     block = (tmp_path / "RESULTS.md").read_text()
     for part in (
-        "· abc · Some GPU · torch 2",
-        "a first look",
-        "Driver 1.2, nvcc 13.0",
-        "suite: failed: no end after 3 s.",
+        "· abc · Some H100 80GB HBM3 · torch 2\n\na first look\n\nDriver 1.2, nvcc 13.0",
+        "tests: failed: exit status 1; test_a.",
         "The run is not complete.",
-        "published (NVIDIA-NeMo/Automodel pull request 3685, H100)",
-        "fused, nothing to clip, the host's time included",
-        "apex: TypeError: no",
+        "| NOT met |",
+        "apex ms",
+        "| w, CUDA |",
+        "160 MB",
+        "10.0 *",
+        "\n\na text\n",
     ):
         assert part in block
-    assert len(list((tmp_path / "results").iterdir())) == 1
+    names = sorted(path.name[10:] for path in (tmp_path / "results").iterdir())
+    assert names == ["-abc-gpu-2.json", "-abc-gpu.json"]
 
 
-def test_a_contestant_that_fails_or_does_not_clip_is_a_line_with_its_reason(bench, told):
-    import gpu_contest
-
-    contest = gpu_contest.Contest(bench, "a list", "fp32", [(300,)] * 3, clips=True)
-
-    def fails(*how: object) -> None:
-        raise RuntimeError("no kernel image")
-
-    makers = contest.everyone() | {
-        "fails": lambda: contest.eager(fails),
-        "idle": lambda: contest.eager(lambda *how: None),
-    }
-    contest.run(makers)
-    failed = told["row"][0]["failed"]
-    assert failed.pop("fails") == "RuntimeError: no kernel image"
-    assert failed.pop("idle").startswith("RuntimeError: left a norm of ")
-    assert not failed
-    assert "fails" not in told["row"][0]["ms"]
-
-
-def test_a_step_that_fails_says_so(bench, monkeypatch):
-    import gpu_rows
-
-    monkeypatch.setitem(gpu_rows.STEPS, "reads", lambda bench: 1 / 0)
-    assert bench.run("reads")["state"] == "failed: ZeroDivisionError: division by zero"
-
-
-def test_a_late_host_gets_a_longer_delay_and_is_told():
-    import gpu_clock
-
-    delays = {"soon": [], "never": []}
-
-    class Clock(gpu_clock.Cpu):
-        def ms(self, call, delay):
-            delays[call()].append(delay)
-            return 1.0, call() == "soon" and delay >= 4
-
-    calls = {name: lambda name=name: name for name in delays}
-    _, late = gpu_clock.race(Clock(), calls)
-    assert late == ["never"]
-    assert delays["soon"][-1] == 4
-    assert delays["never"][-1] == 64
-
-
-class Event:
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return False
-
-    def elapsed_time(self, stop: "Event") -> float:
-        return 1.5
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """The clock of a GPU, over a torch whose CUDA does nothing: every name it uses is there."""
-    import gpu_clock
-
-    done = SimpleNamespace(wait_stream=lambda stream: None, replay=lambda: None)
-    for name, stand_in in {
-        "Event": Event,
-        "_sleep": lambda cycles: list(range(cycles, cycles + 1)),
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 16),
-        "synchronize": lambda: None,
-        "Stream": lambda: done,
-        "current_stream": lambda: done,
-        "stream": lambda stream: nullcontext(),
-        "CUDAGraph": lambda: done,
-        "graph": lambda graph: nullcontext(),
-        "max_memory_allocated": lambda: 3 << 30,
-        "reset_peak_memory_stats": lambda: None,
-        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
-        "get_device_capability": lambda: (9, 0),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(gpu_clock.Cuda, "name", "cpu")
-    return gpu_clock.Cuda()
-
-
-def test_the_clock_of_a_gpu_runs(cuda, bench, told):
-    bench.clock = cuda
-    # What is captured is not replayed here, so a replayed clip is seen not to clip.
-    for step in ("reads", "small", "published"):
-        assert bench.run(step) | {"seconds": 0} == {"state": "done", "seconds": 0, "peak_gib": 3}
-    assert set(told["row"][0]["ms"].values()) == {1.5}
-    assert set(told["row"][-1]["failed"]) == {
-        f"{n}, replayed" for n in ("fastclip", "foreach", "loop")
-    }
-
-
-def test_launches_are_built_for_this_gpu_and_what_they_said_before_a_failure_is_kept(
-    cuda, bench, told, monkeypatch
-):
-    import gpu_kernels
-
-    names = [
-        "norm phase",
-        *(f"{a}, {b}" for a in ("fused", "apart") for b in ("clips", "nothing to clip")),
-    ]
-    said = [json.dumps({"launch": n, "megabytes": 1.0, "us": 2.0, "late": 0}) for n in names]
-    ran = []
-
-    def run(line, **how):
-        ran.append(line)
-        failed = len(ran) > 1
-        return SimpleNamespace(returncode=int(failed), stdout="\n".join(said), stderr="an error")
-
-    monkeypatch.setattr(gpu_kernels.subprocess, "run", run)
-    assert bench.run("launches")["state"] == "failed: RuntimeError: launches ended with 1: an error"
-    assert "-arch=sm_90" in ran[0]
-    assert len(told["row"]) == 1
-
-
-def test_on_a_gpu_all_is_asked_in_this_order(cuda, tmp_path, monkeypatch):
-    import gpu
-
-    commands = {}
-
-    def limited(line, seconds, log, env):
-        commands[log.name] = (line, seconds, env)
-        log.write_text("tests/test_a.py::test_b[x y] FAILED [ 3%]\n4 passed\n")
-        if "check" in log.name:
-            facts = {"facts": {"kernels": "compiled, and called"}}
-            (tmp_path / "gpu.check.json").write_text(json.dumps(facts))
-        return ("no end after 9 s; 4 passed", False) if "suite" in log.name else ("4 passed", True)
-
-    class Worker:
-        def __init__(self, *how):
-            assert how == ("gpu_rows", "cuda", False)
-
-        def ask(self, step, seconds, tell):
-            tell("row", {"work": step, "dtype": "fp32", "ms": {}})
-            return {"state": "done" if step != "odd" else "failed: no", "peak_gib": 71}
-
-        def close(self): ...
-
-    monkeypatch.setattr(gpu, "limited", limited)
-    monkeypatch.setattr(gpu, "Worker", Worker)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: f"/bin/{name}")
-    gpu.ask_all(gpu.Run(tmp_path / "gpu.json", "cuda", False, [], "abc"))
-    record = json.loads((tmp_path / "gpu.json").read_text())
-    order = "build check reads models published reuse small launches odd bits"
-    assert list(record["steps"]) == [*order.split(), "optimizers", "compiled", "suite", "sanitizer"]
-    assert not record["complete"]
-    assert record["steps"]["suite"]["state"] == "no end after 9 s; 4 passed"
-    assert record["steps"]["suite"]["failures"] == ["tests/test_a.py::test_b[x y]"]
-    assert {t["target"]: t["met"] for t in record["targets"]}[
-        "memory: GiB held at most <= 70"
-    ] is False
-    env = commands["gpu.build.log"][2]
-    assert (env["FASTCLIP_CUDA"], env["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
-    assert "cuda" in commands["gpu.suite.log"][0]
-    assert commands["gpu.sanitizer.log"][0][0] == "/bin/compute-sanitizer"
-    assert set(record["where"]) == {
-        *("device", "driver", "torch", "nvcc", "python", "commit", "seconds"),
-    }
-
-
-def test_a_limit_interrupts():
-    import gpu_contest
-
-    with pytest.raises(TimeoutError, match="no end after"), gpu_contest.time_limit(0.2):
-        time.sleep(5)
-
-
-def test_the_published_lists_have_their_sizes():
+def test_the_published_lists_have_their_sizes(gpu):
     import math
 
     import models
@@ -448,13 +270,10 @@ def test_the_published_lists_have_their_sizes():
     assert models.table() == [(6_000_261, 256)]
 
 
-def test_without_a_gpu_the_command_says_so(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    line = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
-    result = subprocess.run(line, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "no CUDA device" in result.stderr
+def test_without_a_gpu_the_command_says_so(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main(["--out", str(tmp_path / "gpu.json")])
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
