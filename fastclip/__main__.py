@@ -38,7 +38,7 @@ def info() -> None:
         f"extension  {built}\n"
         f"cpu        {cpu}\n"
         f"{_of_cuda()}\n"
-        f"patched    {patching.describe()}"
+        f"patched    {'yes' if patching.is_patched() else 'no'}"
     )
     for name in ("FASTCLIP_CPU", "FASTCLIP_CUDA"):
         if name in os.environ:

@@ -31,13 +31,13 @@ from fastclip import patching
 from fastclip._run import Counted
 from fastclip._site import After
 
-RUNS = held_norm.__code__, held_norm.__closure__[0].cell_contents
+RUNS = held_norm.__closure__[0].cell_contents
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
     yield
-    assert patching.describe() == "no"
+    assert not patching.is_patched()
 
 
 class Seen(TorchDispatchMode):
@@ -125,7 +125,7 @@ def test_functions_stay_the_objects_they_were():
             assert inspect.signature(function) == signature
             assert pickle.loads(pickle.dumps(function)) is function
             assert copy.deepcopy(function) is function
-    assert (held_norm.__code__, held_norm.__closure__[0].cell_contents) == RUNS
+    assert held_norm.__closure__[0].cell_contents is RUNS
 
 
 def test_calls_are_counted_and_undone_in_any_order():
@@ -308,7 +308,7 @@ def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkey
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
     monkeypatch.setitem(sys.modules, "holder", holder)
     with fastclip.patch():
-        assert patching.describe() == "yes, but for whoever holds clip_grad_norm_"
+        assert patching.is_patched()
         for function in (utils.clip_grad_norm_, holder.own):
             assert function(parameters(), 1.0) == torch.tensor(50.0).sqrt()
         assert is_ours(CALLS["held value"])
@@ -331,7 +331,6 @@ def test_a_users_wrapper_around_torchs_function_goes_on(monkeypatch):
         assert utils.clip_grad_norm_ is noted
         assert is_ours(CALLS["name"])
         assert is_ours(CALLS["held"])
-        assert patching.describe() == "yes"
     assert calls == [1.0]
     assert not is_ours(CALLS["held"])
 
@@ -380,26 +379,13 @@ def test_timms_adaptive_clipping_is_ours(is_first):
 
 
 @pytest.mark.usefixtures("_timm")
-def test_what_another_thread_is_importing_is_waited_for(tmp_path):
-    file = tmp_path / "timm/utils/agc.py"
-    file.write_text(f"import time; time.sleep(0.5)\n{AGC}")
-    thread = threading.Thread(target=importlib.import_module, args=["timm.utils"])
-    thread.start()
-    while "timm.utils.agc" not in sys.modules:
-        thread.join(0.01)
-    with fastclip.patch():
-        thread.join()
-        assert sys.modules["timm.utils"].adaptive_clip_grad(parameters()) is None
-
-
-@pytest.mark.usefixtures("_timm")
 def test_who_asks_whether_a_module_is_there_does_not_import_it():
     def waiting() -> int:
         return sum(isinstance(finder, After) for finder in sys.meta_path)
 
     with fastclip.patch():
         finder = After("colorsys", lambda module: setattr(module, "seen", True))
-        sys.meta_path.insert(0, finder)
+        finder.install()
         sys.modules.pop("colorsys", None)
         assert importlib.util.find_spec("colorsys") is not None
         assert finder in sys.meta_path
