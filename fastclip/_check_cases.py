@@ -117,7 +117,7 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     Returns what the op returns, what it should return, and what the tensors should become.
     """
     op, p = case.op, case.p
-    how = {"dtype": _ops.widest(ts[0].device), "device": ts[0].device}
+    how: dict[str, Any] = {"dtype": _ops.widest(ts[0].device), "device": ts[0].device}
     if op == "clamp_":
         return _ops.clamp_(ts, 0.5), None, [x.clamp(-0.5, 0.5) for x in xs]
     if op == "scale_ each":
@@ -141,25 +141,9 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
         return _ops.norm(ts, p), total, xs
     limit = 2 * float(total) + 1 if op == "clip_norm_ idle" else 0.37 * float(total)
     clipped = xs if op == "clip_norm_ idle" else [x * limit / (total + 1e-6) for x in xs]
-    if op == "clip_norm_ replayed":
-        return _replay(ts, limit, p), total, clipped
     known = [_ops.norms(ts, p, None, True)] if op == "clip_norm_ known" else None
     given = torch.tensor(limit, **how) if op == "clip_norm_ tensor" else limit
     return _ops.clip_norm_(ts, given, p, known), total, clipped
-
-
-def _replay(tensors: list[Tensor], max_norm: float, p: float) -> Tensor:
-    """Clip by the second replay of a CUDA graph; the first one must leave nothing to it."""
-    kept = [tensor.clone() for tensor in tensors]
-    _ops.norm(tensors, p)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total_norm = _ops.clip_norm_(tensors, max_norm, p)
-    graph.replay()
-    for tensor, before in zip(tensors, kept, strict=True):
-        tensor.copy_(before)
-    graph.replay()
-    return total_norm
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -182,5 +166,3 @@ def cases(device: str) -> Iterator[Case]:
             for op in ("norm", "norms", "norms of groups", *clips):
                 yield Case(device, op, dtype, p, offset=offset)
             yield Case(device, "norms of rows", dtype, p, "rows", offset)
-    if torch.device(device).type == "cuda":
-        yield Case(device, "clip_norm_ replayed", "mixed")

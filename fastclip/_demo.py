@@ -32,7 +32,7 @@ class Run(NamedTuple):
     """One training run: loss (nats per character) and gradient norm at each step."""
 
     name: str
-    max_norm: float
+    clipped: float  # the share of the steps
     losses: list[float]
     norms: list[float]
     clip_ms: float
@@ -77,12 +77,12 @@ def demo(device: torch.device, steps: int, out: Path) -> None:
         ("torch.nn.utils.clip_grad_norm_", nn.utils.clip_grad_norm_, MAX_NORM),
         ("fastclip.clip_grad_norm_", fastclip.clip_grad_norm_, MAX_NORM),
     ):
-        runs.append(_train(name, clip, max_norm, text.to(device), steps))
-        _print_row(runs[-1])
+        runs.append(run := _train(name, clip, max_norm, text.to(device), steps))
+        shares = f"{max(run.norms):>14.4g}{run.clipped:>9.1%}{run.clip_ms:>10.1f} ms"
+        print(f"{name:<31}{run.final_loss:>11.4f}{shares}", flush=True)
     print(
         f"final loss: mean of the last {LAST} steps or fewer, nats per character; largest norm: "
-        "before clipping;\nclipped: share of the steps; clip calls: time in all of them, in which "
-        "the unclipped run only measures\n"
+        "before clipping;\nclip calls: time in all of them; the unclipped run only measures\n"
     )
     step = runs[0].diverged
     print(f"Unclipped training {f'diverged at step {step}' if step else 'did not diverge'}.")
@@ -121,21 +121,15 @@ def _train(
         seconds += _clock(text.device) - began
         optimizer.step()
         losses.append(loss.detach())
-    lists = torch.stack(losses).tolist(), torch.stack(norms).tolist()
-    return Run(name, max_norm, *lists, 1e3 * seconds)
+    every = torch.stack(norms)
+    clipped = float((every > max_norm).float().mean())
+    return Run(name, clipped, torch.stack(losses).tolist(), every.tolist(), 1e3 * seconds)
 
 
 def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _print_row(run: Run) -> None:
-    norms = torch.tensor(run.norms, device="cpu")
-    clipped = f"{(norms > run.max_norm).float().mean():.1%}"
-    losses_and_norms = f"{run.final_loss:>11.4f}{norms.max():>14.4g}"
-    print(f"{run.name:<31}{losses_and_norms}{clipped:>9}{run.clip_ms:>10.1f} ms", flush=True)
 
 
 def _draw(runs: Sequence[Run], out: Path) -> None:

@@ -12,7 +12,6 @@ import inspect
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,14 +63,10 @@ def start() -> None:
 
 
 class Counted:
-    """Counts, times and records the calls of the functions that it wraps.
-
-    Calls in compiled code are not counted.
-    """
+    """Counts and records the calls of the functions that it wraps, but those in compiled code."""
 
     def __init__(self, keep: bool) -> None:
         self.calls: Counter[str] = Counter()
-        self.seconds = 0.0
         self.ring = Ring(1, HISTORY) if keep else None
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,9 +76,7 @@ class Counted:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
-            started = time.perf_counter()
             result = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - started
             self.calls[function.__name__] += 1
             given = signature.bind(*args, **kwargs).arguments
             if self.ring is not None and "max_norm" in given:
@@ -109,14 +102,12 @@ class Counted:
         """Print the calls and what was clipped, and draw the norms if `--plot` asks for it."""
         if not self.calls:
             _say(
-                "this process called no clipping function of torch, timm or Megatron-core; what "
-                "compiled code called is not counted"
+                "this process called no clipping function of torch, timm or Megatron-core; calls "
+                "in compiled code are not counted"
             )
         if self.ring is None or not self.calls:
             return
-        calls = ", ".join(f"{name} {count} times" for name, count in self.calls.items())
-        each = 1e6 * self.seconds / self.calls.total()
-        _say(f"{calls}; {1e3 * self.seconds:.1f} ms on the host, {each:.0f} us a call")
+        _say(", ".join(f"{name} {count} times" for name, count in self.calls.items()))
         steps, rows = self.ring.read()
         if not steps:
             return

@@ -21,9 +21,8 @@ from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .integrations import megatron, timm
 
-Function = Callable[..., Any]
-Wrap = Callable[[Function], Function]
-# Named as torch names them.
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+# torch.nn.utils has functions of the same names.
 _FUNCTIONS = (clip_grad_norm_, clip_grad_value_, get_total_norm, clip_grads_with_norm_)
 _LIBRARIES = (megatron, timm)
 
@@ -45,10 +44,11 @@ class Patch:
 def patch() -> Patch:
     r"""Let torch's clipping functions be fastclip's, for every caller in this process.
 
-    `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_` of
-    `torch.nn.utils`, whenever and however they were imported, compiled code too; timm's
-    `adaptive_clip_grad` and what Megatron-core measures and scales with, now or once they are
-    imported. As often as it is called, `unpatch` has to be, in any order and from any thread.
+    It replaces `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_`
+    of `torch.nn.utils`, whenever and however they were imported, in compiled code too; and timm's
+    `adaptive_clip_grad` and the two functions by which Megatron-core measures and scales, now or
+    when these libraries are imported. Each call of it needs a call of `unpatch`, in any order and
+    from any thread.
 
     Returns:
         A context manager: at the end of its block this call is undone.

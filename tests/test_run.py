@@ -58,8 +58,8 @@ if __name__ == "__main__":
 
 
 NOTHING = (
-    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; what "
-    "compiled code called is not counted\n"
+    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; "
+    "calls in compiled code are not counted\n"
 )
 
 
@@ -158,10 +158,9 @@ def test_it_says_and_draws_what_was_clipped(folder):
     ran = python(folder, "-m", "fastclip", "run", "--stats", "--plot", "a.png", "clips.py")
     assert ran.returncode == 0, ran.stderr
     said = re.findall("^fastclip run: (.*)$", ran.stderr, re.M)
-    assert re.fullmatch(
-        r"clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
-        r"clip_grad_value_ 1 times; \d+\.\d ms on the host, \d+ us a call",
-        said[0],
+    assert said[0] == (
+        "clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
+        "clip_grad_value_ 1 times"
     )
     # Norms 0.2, 0.4, 2, 6, 8 and inf.
     assert said[1] == "6 clips by norm: 4 above the threshold, 1 not finite; median norm 2, p90 7.2"

@@ -1,6 +1,5 @@
 """The ranks of `python -m fastclip check`: they compare themselves, and clip a model together."""
 
-import copy
 import datetime
 import os
 from collections import Counter
@@ -52,38 +51,29 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 
 
 def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
-    """Clip a model under DDP and on meshes, and return for each layout what is wrong, or "".
+    """Clip gradients that are spread over meshes; return for each mesh what is wrong, or "".
 
-    Each rank trains on a batch of its own. The expected gradients, the mean over all batches, are
-    computed by every rank in float64.
+    Every rank draws the same full gradients, and compares the clipped ones with half of these.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    size, own = dist.get_world_size(), dist.get_rank()
-    batches = torch.randn(size, 4, 12, generator=torch.Generator().manual_seed(1), device="cpu")
-    torch.manual_seed(2)
-    plain = nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Linear(21, 6))
-    exact = copy.deepcopy(plain).double()
-    sum(exact(batch.double()).square().mean() / size for batch in batches).backward()
-    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
-    total = float(expected.norm())
-    square = (2, size // 2) if size % 2 == 0 else (1, size)
-    found = {}
-    layouts = {"DDP": (), "FSDP2": (size,), f"mesh of {square[0]} x {square[1]}": square}
-    for name, shape in layouts.items():
-        model: Any = copy.deepcopy(plain).to(device_type)
-        if name == "DDP":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            names = ("replicate", "shard")[-len(shape) :]
-            mesh = dist.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=names)
-            fully_shard(model, mesh=mesh)
-        model(batches[own].to(device_type)).square().mean().backward()
-        norm = float(value_of(clip(model.parameters(), total / 2)))
-        grads = [value_of(p.grad).flatten().cpu().double() for p in model.parameters()]
+    random = torch.Generator().manual_seed(1)
+    grads = [torch.randn(n, 12, generator=random, device="cpu") for n in (21, 6, 1)]
+    expected = torch.cat([grad.flatten() for grad in grads]).double()
+    total, size, found = float(expected.norm()), dist.get_world_size(), {}
+    for shape in ((size,), (2, size // 2) if size % 2 == 0 else (1, size)):
+        mesh = init_device_mesh(device_type, shape)
+        places = [Replicate(), Shard(0)][-len(shape) :]
+        spread = [distribute_tensor(grad.to(device_type), mesh, places) for grad in grads]
+        parameters = [nn.Parameter(torch.zeros_like(grad)) for grad in spread]
+        for parameter, grad in zip(parameters, spread, strict=True):
+            parameter.grad = grad
+        norm = float(value_of(clip(parameters, total / 2)))
+        clipped = torch.cat([value_of(grad).flatten().cpu().double() for grad in spread])
+        name = f"a mesh of {' x '.join(map(str, shape))}"
         found[name] = ""
         if abs(norm - total) > 1e-4 * total:
             found[name] = f"expected a norm of {total}, got {norm}"
-        elif float((torch.cat(grads) - expected / 2).norm()) > 1e-4 * total:
+        elif float((clipped - expected / 2).norm()) > 1e-4 * total:
             found[name] = "the clipped gradients are not those of one rank"
     return found
