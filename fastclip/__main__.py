@@ -21,28 +21,24 @@ from ._run import run
 
 
 def info() -> None:
+    """Print the versions, and for each device what serves it and why."""
     extension = _ops.extension
-    built = f"{extension.__file__} ({extension.built_for})" if extension else "not loaded"
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    served = {"cpu": _serving(torch.device("cpu")), **{str(d): _serving(d) for d in devices}}
-    if not devices:
-        served["cuda"] = f"torch sees no device; {_built_for_cuda()}"
     facts = {
         "fastclip": fastclip.__version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "package": Path(fastclip.__file__).parent,
-        "extension": built,
-        **served,
-        "patched": "yes" if patching.is_patched() else "no",
+        "package": str(Path(fastclip.__file__).parent),
+        "extension": f"{extension.__file__} ({extension.built_for})" if extension else "not loaded",
     }
+    count = torch.cuda.device_count()
+    for device in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        why = why_plain(torch.device(device))
+        facts[device] = "compiled kernels" if why is None else f"plain PyTorch: {why}"
+    if not count:
+        facts["cuda"] = f"torch sees no device; {_built_for_cuda()}"
+    facts["patched"] = "yes" if patching.is_patched() else "no"
     for name, fact in facts.items():
         print(f"{name:<10} {fact}")
-
-
-def _serving(device: torch.device) -> str:
-    why = why_plain(device)
-    return "compiled kernels" if why is None else f"plain PyTorch: {why}"
 
 
 def _built_for_cuda() -> str:

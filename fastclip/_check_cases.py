@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _ops
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-GAP = 512
+GAP = 512  # bytes before and after each tensor, at least
 
 
 def _shapes(sizes: str, itemsize: int) -> list[tuple[int, ...]]:

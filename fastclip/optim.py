@@ -32,29 +32,30 @@ def unscale_and_clip_(
 ) -> Tensor:
     """Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
 
-    Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
-    of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). One read and one write, no wait for
-    the device. `scaler.step` and `scaler.update` follow as ever. If the norm is infinite or NaN, or
-    the threshold NaN, the gradients are unscaled, not clipped, and `scaler.step` skips the step;
-    under a disabled scaler they are clipped as by `clip_grad_norm_`. It breaks a graph of
-    `torch.compile`.
+    It stands for `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the
+    norm of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). It reads and writes each
+    gradient once and does not wait for the device. Call `scaler.step` and `scaler.update` after it.
+    If the norm is infinite or NaN, or the threshold NaN, the gradients are unscaled and not
+    clipped, and `scaler.step` skips the step. Under a disabled scaler they are clipped as by
+    `clip_grad_norm_`. It breaks a graph of `torch.compile`.
 
     Args:
-        optimizer: any, or a wrapper that holds one; or several under one norm, all of which skip a
-            step together.
+        optimizer: an optimizer of any kind, or a wrapper that holds one; or several, which have
+            one norm and skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
-        scaler: the one that scaled the loss; a disabled one scales nothing.
+        scaler: the scaler of the loss; a disabled one scales nothing.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        measured: the accumulator that has measured these gradients during backward: they are not
-            read for it again.
+        measured: the accumulator that has measured these gradients during backward, so that they
+            are not read again to be measured.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
 
     Raises:
         RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
-        ValueError: a gradient is float16, as in torch; bad input, named; gradients untouched.
+        ValueError: a gradient is float16, which torch's scaler refuses too, or an argument is
+            wrong. The gradients are untouched.
 
     Reference: `torch.amp.GradScaler.unscale_`, `torch.nn.utils.clip_grad_norm_`.
 
@@ -90,29 +91,29 @@ def clipped_step(
 ) -> Tensor:
     r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
 
-    Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
-    `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
-    once to be measured; the optimizer scales them as it reads them, and leaves them clipped;
-    float64 ones are scaled before it. A norm that is not finite, or a threshold of NaN, skips the
-    step. No wait for the device, but after the first step of SGD with dampening.
+    It stands for `clip_grad_norm_` and `optimizer.step()`; with a scaler for `scaler.unscale_`,
+    `clip_grad_norm_` and `scaler.step`, so that `scaler.update()` follows. The gradients are read
+    once to be measured. The optimizer scales them while it reads them, and leaves them clipped;
+    float64 ones are scaled before its step. If the norm is infinite or NaN, or the threshold NaN,
+    the step is skipped. It waits for the device only after a first step of SGD with dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
-            `fused=True`, or a wrapper that holds one; or several under one norm, all of which skip
-            a step together.
+            `fused=True`, or a wrapper that holds one; or several, which have one norm and skip a
+            step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
-        scaler: the one that scaled the loss, if any.
+        scaler: the scaler of the loss, if there is one.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        measured: the accumulator that has measured these gradients during backward: they are not
-            read for it again.
+        measured: the accumulator that has measured these gradients during backward, so that they
+            are not read again to be measured.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
 
     Raises:
-        ValueError: an optimizer that cannot; a float16 gradient under a scaler; bad input, named.
-            Gradients and parameters untouched.
+        ValueError: an optimizer cannot divide gradients in its step, a gradient is float16 under a
+            scaler, or an argument is wrong. Gradients and parameters are untouched.
         RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
 
     Reference: `torch.optim.AdamW(..., fused=True)`, whose `grad_scale` and `found_inf` this sets

@@ -87,7 +87,7 @@ def is_patched() -> bool:
 
 
 class _Patches:
-    """The patches that hold. There is one of it in a process, as there is one torch."""
+    """The patches that hold; one object for the process, as torch's functions are."""
 
     def __init__(self) -> None:
         self.held: list[Patch] = []
@@ -102,10 +102,9 @@ class _Patches:
                 self.held.append(new)
 
     def remove(self, one: Patch | None = None) -> None:
-        """Remove a patch, or the last; without any left, put back the functions of others."""
+        """Remove a patch, or the last one. If none is left, put back the functions of others."""
         with self._lock:
-            if one is None and self.held:
-                one = self.held[-1]
+            one = one or (self.held[-1] if self.held else None)
             if one not in self.held:
                 return
             self.held.remove(one)
@@ -126,12 +125,12 @@ class _Patches:
                 self._adapt_at_import(library.MODULE, adapt)
 
     def _adapt_at_import(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:
-        def action(module: ModuleType) -> None:
+        def adapt_if_patched(module: ModuleType) -> None:
             with self._lock:
                 if self.held:
                     self._undo += adapt(module)
 
-        after = After(name, action)
+        after = After(name, adapt_if_patched)
         after.install()
         self._undo.append(after.remove)
 
