@@ -1,8 +1,9 @@
-"""Functions of other libraries, replaced by ours and given back."""
+"""Functions of other libraries, replaced by fastclip's and given back."""
 
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.nn.utils import clip_grad
@@ -10,46 +11,33 @@ from torch.nn.utils import clip_grad
 Undo = Callable[[], object]
 
 
-def _made_by_a_decorator(func: Callable[..., Any]) -> Callable[..., Any]:
-    def calls(*args: Any, **kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-    return calls
-
-
-def _is_torchs(function: Any) -> bool:
+def _is_decorated_by_torch(function: Any) -> bool:
+    """Whether torch's decorator `_no_grad` made a function, whose closure is one cell, `func`."""
     code = getattr(function, "__code__", None)
     made = code and (code.co_filename, code.co_freevars)
     return made == (clip_grad.__file__, ("func",))
 
 
 def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
-    """Let what torch's `_no_grad` decorator made of a function `func` call `ours` and nothing else.
+    """Let a function that torch's decorator `_no_grad` made, or a wrapper around it, call `ours`.
 
-    It stays the same object, whoever holds or wraps it, with its name and signature. None if it was
-    not made so.
+    The function stays the same object, so every name and every caller of it is reached. Only the
+    function that the decorator calls is exchanged. Returns None if `theirs` was made otherwise.
     """
-    theirs = inspect.unwrap(theirs, stop=_is_torchs)
-    if not _is_torchs(theirs):
+    theirs = inspect.unwrap(theirs, stop=_is_decorated_by_torch)
+    if not _is_decorated_by_torch(theirs):
         return None
-    code = theirs.__code__
     (cell,) = theirs.__closure__
-    func = cell.cell_contents
-
-    # What runs meanwhile in other threads is never `func` without its decorator.
-    def undo() -> None:
-        theirs.__code__ = code
-        cell.cell_contents = func
-
+    undo = partial(setattr, cell, "cell_contents", cell.cell_contents)
     cell.cell_contents = ours
-    theirs.__code__ = _made_by_a_decorator(ours).__code__
     return undo
 
 
 def rename(theirs: Any, ours: Any) -> Undo:
-    """Let every name for `theirs` in the modules that are imported be for `ours`.
+    """Assign `ours` to every name of `theirs` in the modules that are imported.
 
-    That nobody else may have a name for: undone, its names are for `theirs` again.
+    Undoing looks for `ours` in the same way, and assigns `theirs` to every name of it. So `ours`
+    must be a function that nothing else refers to, such as one made for this call.
     """
 
     def change(old: Any, new: Any) -> None:
@@ -59,4 +47,4 @@ def rename(theirs: Any, ours: Any) -> Undo:
                     setattr(module, name, new)
 
     change(theirs, ours)
-    return lambda: change(ours, theirs)
+    return partial(change, ours, theirs)

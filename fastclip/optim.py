@@ -1,7 +1,7 @@
-"""Clipping where the gradients are touched anyway: by the scaler, by a fused optimizer's step."""
+"""Clipping inside a pass over the gradients that a scaler or a fused optimizer makes anyway."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,29 +32,30 @@ def unscale_and_clip_(
 ) -> Tensor:
     """Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
 
-    Instead of `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the norm
-    of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). One read and one write, no wait for
-    the device. `scaler.step` and `scaler.update` follow as ever. If the norm is infinite or NaN, or
-    the threshold NaN, the gradients are unscaled, not clipped, and `scaler.step` skips the step;
-    under a disabled scaler they are clipped as by `clip_grad_norm_`. It breaks a graph of
-    `torch.compile`.
+    It stands for `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the
+    norm of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). It reads and writes each
+    gradient once and does not wait for the device. Call `scaler.step` and `scaler.update` after it.
+    If the norm is infinite or NaN, or the threshold NaN, the gradients are unscaled and not
+    clipped, and `scaler.step` skips the step. Under a disabled scaler they are clipped as by
+    `clip_grad_norm_`. It breaks a graph of `torch.compile`.
 
     Args:
-        optimizer: any, or a wrapper that holds one; or several under one norm, all of which skip a
-            step together.
+        optimizer: an optimizer of any kind, or a wrapper that holds one; or several, which have
+            one norm and skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
-        scaler: the one that scaled the loss; a disabled one scales nothing.
+        scaler: the scaler of the loss; a disabled one scales nothing.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        measured: the accumulator that has measured these gradients during backward: they are not
-            read for it again.
+        measured: the accumulator that has measured these gradients during backward, so that they
+            are not read again to be measured.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
 
     Raises:
         RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
-        ValueError: a gradient is float16, as in torch; bad input, named; gradients untouched.
+        ValueError: a gradient is float16, which torch's scaler refuses too, or an argument is
+            wrong. The gradients are untouched.
 
     Reference: `torch.amp.GradScaler.unscale_`, `torch.nn.utils.clip_grad_norm_`.
 
@@ -65,20 +66,17 @@ def unscale_and_clip_(
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
     given = as_list(optimizer)
-    optimizers = [one for outer in given for one in layers_of(outer)]
-    max_norm, p = threshold(max_norm), positive_order(norm_type)
-    inv_scale = _inverse_scale(scaler, optimizers)
-    items = parameters_of(given)
-    grads = _read(items, p, process_group, measured)
-    _refuse_float16(items, grads, inv_scale)
-    found = _measure(grads, max_norm, p, inv_scale)
+    inv_scale = _inverse_scale(scaler, given)
+    how = max_norm, norm_type, process_group, measured
+    grads, norm, coef, is_bad = _read_and_measure(given, inv_scale, *how)
     if inv_scale is None:
-        grads.scale_(found.coef)
-        return grads.result(found.norm)
-    coef = _unless_bad(found.coef, found)
-    grads.scale_(coef * inv_scale.to(coef))
-    _note(scaler, optimizers, found.is_bad, OptState.UNSCALED)
-    return grads.result(found.norm)
+        grads.scale_(coef)
+    else:
+        # A step that is skipped is not clipped: its gradients are only unscaled.
+        grads.scale_(coef.where(is_bad == 0, 1) * inv_scale.to(coef))
+        for outer in given:
+            _tell_scaler(scaler, outer, is_bad, OptState.UNSCALED)
+    return grads.result(norm)
 
 
 @torch.no_grad()
@@ -93,29 +91,29 @@ def clipped_step(
 ) -> Tensor:
     r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
 
-    Instead of `clip_grad_norm_` and `optimizer.step()`; with a scaler, instead of
-    `scaler.unscale_`, clip and `scaler.step`, before `scaler.update()`. The gradients are read
-    once to be measured; the optimizer scales them as it reads them, and leaves them clipped;
-    float64 ones are scaled before it. A norm that is not finite, or a threshold of NaN, skips the
-    step. No wait for the device, but after the first step of SGD with dampening.
+    It stands for `clip_grad_norm_` and `optimizer.step()`; with a scaler for `scaler.unscale_`,
+    `clip_grad_norm_` and `scaler.step`, so that `scaler.update()` follows. The gradients are read
+    once to be measured. The optimizer scales them while it reads them, and leaves them clipped;
+    float64 ones are scaled before its step. If the norm is infinite or NaN, or the threshold NaN,
+    the step is skipped. It waits for the device only after a first step of SGD with dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
-            `fused=True`, or a wrapper that holds one; or several under one norm, all of which skip
-            a step together.
+            `fused=True`, or a wrapper that holds one; or several, which have one norm and skip a
+            step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
-        scaler: the one that scaled the loss, if any.
+        scaler: the scaler of the loss, if there is one.
         norm_type: order p > 0 of the norm, or `'inf'`.
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        measured: the accumulator that has measured these gradients during backward: they are not
-            read for it again.
+        measured: the accumulator that has measured these gradients during backward, so that they
+            are not read again to be measured.
 
     Returns:
         The norm of the unscaled gradients before clipping, as `clip_grad_norm_` returns it.
 
     Raises:
-        ValueError: an optimizer that cannot; a float16 gradient under a scaler; bad input, named.
-            Gradients and parameters untouched.
+        ValueError: an optimizer cannot divide gradients in its step, a gradient is float16 under a
+            scaler, or an argument is wrong. Gradients and parameters are untouched.
         RuntimeError: the optimizer was unscaled or stepped since the last `scaler.update()`.
 
     Reference: `torch.optim.AdamW(..., fused=True)`, whose `grad_scale` and `found_inf` this sets
@@ -127,102 +125,90 @@ def clipped_step(
     tensor([-0.6000, -0.8000], requires_grad=True))
     """
     given = as_list(optimizer)
-    optimizers = [one for outer in given for one in layers_of(outer)]
     for outer in given:
         _optimizers.check(outer)
-    max_norm, p = threshold(max_norm), positive_order(norm_type)
-    inv_scale = None if scaler is None else _inverse_scale(scaler, optimizers)
-    items = parameters_of(given)
-    grads = _read(items, p, process_group, measured)
-    _refuse_float16(items, grads, inv_scale)
-    found = _measure(grads, max_norm, p, inv_scale)
-    coef = found.coef if inv_scale is None else found.coef * inv_scale.to(found.coef)
-    before, divisor = _optimizers.split(coef, grads.is_wide())
-    todo = [_unless_bad(before, found)]
-    # Most often by 1, which the host knows on the CPU; a device finds out for itself.
-    if is_known(before) and before == 1:
-        todo.clear()
+    inv_scale = None if scaler is None else _inverse_scale(scaler, given)
+    how = max_norm, norm_type, process_group, measured
+    grads, norm, coef, is_bad = _read_and_measure(given, inv_scale, *how)
+    coef = coef if inv_scale is None else coef * inv_scale.to(coef)
+    factor, divisor = _optimizers.split(coef, grads.is_wide())
+    # The host knows tensors on the CPU. On other devices the op itself finds that the factor is 1.
+    todo = [] if is_known(factor) and factor == 1 else [factor.where(is_bad == 0, 1)]
 
     def prepare() -> None:
         while todo:
             grads.scale_(todo.pop())
 
-    # Only a wrapper can still be refused: before another has stepped.
+    # A wrapper can still refuse to step. Wrappers step first, before any parameter has changed.
     for outer in sorted(given, key=lambda one: len(layers_of(one)), reverse=True):
-        _optimizers.step(outer, divisor, found.is_bad, prepare)
+        _optimizers.step(outer, divisor, is_bad, prepare)
         if scaler is not None and inv_scale is not None:
-            _note(scaler, layers_of(outer), found.is_bad, OptState.STEPPED)
-    return grads.result(found.norm)
+            _tell_scaler(scaler, outer, is_bad, OptState.STEPPED)
+    return grads.result(norm)
 
 
-def _read(
-    items: list[Tensor], p: float, process_group: Any, measured: NormAccumulator | None
-) -> Gradients:
+def _read_and_measure(
+    given: list[Optimizer],
+    inv_scale: Tensor | None,
+    max_norm: Threshold,
+    norm_type: NormType,
+    process_group: Any,
+    measured: NormAccumulator | None,
+) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+    """Return the gradients, their unscaled norm, its coefficient, and whether to skip the step.
+
+    The last is a 0-d float32 tensor, 1 or 0, as the `found_inf` of scalers and optimizers is.
+    """
+    max_norm, p = threshold(max_norm), positive_order(norm_type)
+    items = parameters_of(given)
     if measured is None:
-        return read(items, process_group=process_group, agree=True)
-    if not isinstance(measured, NormAccumulator):
+        grads = read(items, process_group=process_group, agree=True)
+    elif not isinstance(measured, NormAccumulator):
         raise TypeError(f"measured: expected a NormAccumulator, got {type(measured).__name__}")
-    if process_group is not None:
+    elif process_group is not None:
         raise ValueError("measured: knows the norm of this rank alone; leave out process_group")
-    return measured.take(items, p)
-
-
-class _Found(NamedTuple):
-    norm: Tensor  # of the unscaled gradients
-    coef: Tensor
-    is_bad: Tensor  # 0-d, float32, as scalers and optimizers have it
-
-
-def _unless_bad(coef: Tensor, found: _Found) -> Tensor:
-    """1 where the step is skipped, whose gradients stay as they are."""
-    return coef.where(found.is_bad == 0, 1)
-
-
-def _measure(grads: Gradients, max_norm: Threshold, p: float, inv_scale: Tensor | None) -> _Found:
+    else:
+        grads = measured.take(items, p)
+    if inv_scale is not None and grads.has(torch.float16):
+        halves = (i.grad is not None and i.grad.dtype is torch.float16 for i in items)
+        why = (
+            f"optimizer: the gradient of its parameter {[*halves].index(True)} is float16, which "
+            "torch's scaler does not unscale either; keep the parameters in float32 under autocast"
+        )
+        fail(grads, ValueError(why))
     scaled = grads.norm(p)
     norm = scaled if inv_scale is None else scaled * inv_scale.to(scaled)
     limit = resolved(max_norm, norm)
-    return _Found(norm, decide(norm, limit, p, grads.is_wide()), is_bad(scaled, limit).float())
+    return grads, norm, decide(norm, limit, p, grads.is_wide()), is_bad(scaled, limit).float()
 
 
-def _inverse_scale(scaler: GradScaler, optimizers: list[Optimizer]) -> Tensor | None:
-    """None for a disabled scaler; raises what `scaler.unscale_` would."""
+def _inverse_scale(scaler: GradScaler, given: list[Optimizer]) -> Tensor | None:
+    """Return 1 / scale, or None for a disabled scaler; raise where `scaler.unscale_` would."""
     if not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
         return None
     scale: Tensor = attribute(scaler, "_check_scale_growth_tracker")("unscale_")[0]
-    for optimizer in optimizers:
+    for optimizer in [layer for outer in given for layer in layers_of(outer)]:
         stage = _states(scaler)[id(optimizer)]["stage"]
         if stage is not OptState.READY:
             done = "unscaled" if stage is OptState.UNSCALED else "stepped"
             raise RuntimeError(
                 f"optimizer: {type(optimizer).__name__} has already been {done} since the last "
-                "scaler.update(); this does both, unscale and clip, once in each step"
+                "scaler.update(); call one function that unscales, once in each step"
             )
     return scale.to(widest(scale.device)).reciprocal().float()
 
 
 def _states(scaler: GradScaler) -> Any:
-    """What it has done for each optimizer since the last update."""
+    """The scaler's record for each optimizer of what it has done since its last `update`."""
     return attribute(scaler, "_per_optimizer_states")
 
 
-def _refuse_float16(items: list[Tensor], grads: Gradients, inv_scale: Tensor | None) -> None:
-    if inv_scale is None or not grads.has(torch.float16):
-        return
-    dtypes = [item.grad.dtype if item.grad is not None else None for item in items]
-    at = dtypes.index(torch.float16)
-    why = (
-        f"the gradient of parameter {at} of the optimizer: float16 gradients are not unscaled, as "
-        "in torch; keep the parameters in float32 under autocast"
-    )
-    fail(grads, ValueError(why))
-
-
-def _note(scaler: GradScaler, optimizers: list[Optimizer], is_bad: Tensor, stage: OptState) -> None:
-    """As `scaler.unscale_` notes it; a tensor each, for `scaler.update` adds them up in place."""
-    for optimizer in optimizers:
+def _tell_scaler(scaler: GradScaler, outer: Optimizer, is_bad: Tensor, stage: OptState) -> None:
+    """Write into the scaler's record what `scaler.unscale_` or `scaler.step` would write."""
+    for optimizer in layers_of(outer):
         state = _states(scaler)[id(optimizer)]
+        # `scaler.update` adds these up in place, so each optimizer has a tensor of its own.
         state["found_inf_per_device"] = {is_bad.device: is_bad.clone()}
         state["stage"] = stage

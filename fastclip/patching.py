@@ -1,15 +1,14 @@
-"""torch's own clipping functions replaced by these, for callers that know nothing of fastclip.
+"""torch's clipping functions replaced by fastclip's, for callers that know nothing of fastclip.
 
-Each is one object that torch's decorator made, whoever holds it: what it runs is exchanged, and
-given back by `unpatch`. Were it made otherwise, its names in all imported modules would be. Other
-libraries' own functions are replaced once they are imported.
+torch makes each of its functions with a decorator. The function that this decorator calls is
+exchanged, so that callers are reached however they imported it; `unpatch` puts torch's back. Where
+a program has assigned a function of its own to torch's name, each name of that is assigned anew.
+The functions of other libraries are replaced when these are imported.
 """
 
-import importlib
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -22,24 +21,20 @@ from ._site import After
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .integrations import megatron, timm
 
-Function = Callable[..., Any]
-Wrap = Callable[[Function], Function]
-# Named as torch names them.
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+# torch.nn.utils has functions of the same names.
 _FUNCTIONS = (clip_grad_norm_, clip_grad_value_, get_total_norm, clip_grads_with_norm_)
 _LIBRARIES = (megatron, timm)
 
 
 class Patch:
-    """What one `patch()` did, undone where its `with` block ends; another block does it again."""
+    """One call of `patch()`, undone at the end of a `with` block; another block patches again."""
 
     def __init__(self, wrap: Wrap) -> None:
         self.wrap = wrap
-        self._was_entered = False
 
     def __enter__(self) -> "Patch":
-        if self._was_entered or not _patches.holds(self):
-            _patches.add(self)
-        self._was_entered = True
+        _patches.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,10 +44,11 @@ class Patch:
 def patch() -> Patch:
     r"""Let torch's clipping functions be fastclip's, for every caller in this process.
 
-    `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_` of
-    `torch.nn.utils`, whenever and however they were imported, compiled code too; timm's
-    `adaptive_clip_grad` and what Megatron-core measures and scales with, now or once they are
-    imported. As often as it is called, `unpatch` has to be, in any order and from any thread.
+    It replaces `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_`
+    of `torch.nn.utils`, whenever and however they were imported, in compiled code too; and timm's
+    `adaptive_clip_grad` and the two functions by which Megatron-core measures and scales, now or
+    when these libraries are imported. Each call of it needs a call of `unpatch`, in any order and
+    from any thread.
 
     Returns:
         A context manager: at the end of its block this call is undone.
@@ -80,92 +76,63 @@ def unpatch() -> None:
 
 
 def patch_with(wrap: Wrap) -> Patch:
-    """`patch`, by what `wrap` makes of each function of ours, unless torch is patched already."""
-    # What another thread is importing is there before it is looked at; not under the lock, which
-    # that import may need.
-    for library in _LIBRARIES:
-        if library.MODULE in sys.modules:
-            with suppress(ImportError):
-                importlib.import_module(library.MODULE)
+    """Do as `patch`, with `wrap(f)` for each function f of fastclip, unless torch is patched."""
     _patches.add(new := Patch(wrap))
     return new
 
 
-def describe() -> str:
-    """What is patched, for people."""
-    return _patches.describe()
+def is_patched() -> bool:
+    """Whether a `patch()` holds."""
+    return bool(_patches.held)
 
 
 class _Patches:
-    """Those that hold. One for the process, as torch's functions are."""
+    """The patches that hold; one object for the process, as torch's functions are."""
 
     def __init__(self) -> None:
+        self.held: list[Patch] = []
         self._lock = threading.RLock()
-        self._held: tuple[Patch, ...] = ()
         self._undo: list[Undo] = []
-        self._by_name: list[str] = []
-
-    def holds(self, one: Patch) -> bool:
-        return any(held is one for held in self._held)
 
     def add(self, new: Patch) -> None:
         with self._lock:
-            if not self._held:
-                self._do(new.wrap)
-            self._held += (new,)
+            if not self.held:
+                self._replace(new.wrap)
+            if new not in self.held:
+                self.held.append(new)
 
     def remove(self, one: Patch | None = None) -> None:
+        """Remove a patch, or the last one. If none is left, put back the functions of others."""
         with self._lock:
-            if one is None and self._held:
-                one = self._held[-1]
-            if one is None or not self.holds(one):
+            one = one or (self.held[-1] if self.held else None)
+            if one not in self.held:
                 return
-            held = [*self._held]
-            # Blocks of one patch may lie in each other.
-            held.remove(one)
-            self._held = tuple(held)
-            if not self._held:
+            self.held.remove(one)
+            if not self.held:
                 for undo in reversed(self._undo):
                     undo()
-                self._undo, self._by_name = [], []
+                self._undo = []
 
-    def describe(self) -> str:
-        with self._lock:
-            if not self._held:
-                return "no"
-            names = ", ".join(self._by_name)
-            return f"yes{f', but for whoever holds {names}' if names else ''}"
-
-    def _do(self, wrap: Wrap) -> None:
+    def _replace(self, wrap: Wrap) -> None:
         for function in _FUNCTIONS:
-            name, ours = function.__name__, wrap(function)
-            theirs = getattr(torch.nn.utils, name)
-            undo = redirect(theirs, ours)
-            if undo is None:
-                self._by_name.append(name)
-                undo = rename(theirs, partial(ours))
-            self._undo.append(undo)
+            theirs, ours = getattr(torch.nn.utils, function.__name__), wrap(function)
+            self._undo.append(redirect(theirs, ours) or rename(theirs, partial(ours)))
         for library in _LIBRARIES:
-            self._once_imported(library.MODULE, partial(library.adapt, wrap=wrap))
+            adapt = partial(library.adapt, wrap=wrap)
+            if library.MODULE in sys.modules:
+                self._undo += adapt(sys.modules[library.MODULE])
+            else:
+                self._adapt_at_import(library.MODULE, adapt)
 
-    def _once_imported(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:
-        """`adapt` to a module now, or as soon as it is imported."""
-        if name in sys.modules:
-            self._undo += adapt(sys.modules[name])
-            return
-
-        def action(module: ModuleType) -> None:
+    def _adapt_at_import(self, name: str, adapt: Callable[[ModuleType], list[Undo]]) -> None:
+        def adapt_if_patched(module: ModuleType) -> None:
             with self._lock:
-                if self._held:
+                if self.held:
                     self._undo += adapt(module)
 
-        sys.meta_path.insert(0, after := After(name, action))
-
-        def undo() -> None:
-            if after in sys.meta_path:
-                sys.meta_path.remove(after)
-
-        self._undo.append(undo)
+        after = After(name, adapt_if_patched)
+        after.install()
+        self._undo.append(after.remove)
 
 
 _patches = once("patches", _Patches)

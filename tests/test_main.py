@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastclip
-from fastclip import _demo, _ops
+from fastclip import _ops
 from fastclip.__main__ import main
-from fastclip._demo import INSTALL_EXTRA, Run
+from fastclip._demo import INSTALL_EXTRA, Run, _draw
 
 
 def final_losses(printed: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def test_info_names_versions_and_devices(built, capsys, monkeypatch):
     assert rows["patched"] == "no"
     assert rows["package"] == str(Path(fastclip.__file__).parent)
     assert rows["cpu"] == "compiled kernels" if built else _ops.REBUILD in rows["cpu"]
-    assert "_C." in rows["extension"] if built else "not built" in rows["extension"]
+    assert "_C." in rows["extension"] if built else "not loaded" in rows["extension"]
 
 
 def test_info_says_what_serves_each_cuda_device_and_why(capsys, monkeypatch):
@@ -53,16 +53,22 @@ def test_info_says_what_serves_each_cuda_device_and_why(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     why = [None, "no code for its architecture"]
     monkeypatch.setattr(_ops, "refusal", lambda device: why[device.index])
-    monkeypatch.setenv("FASTCLIP_CUDA", "0")
     main(["info"])
     told = capsys.readouterr().out
     assert re.search(r"^cuda:0 +compiled kernels$", told, re.M)
     assert re.search(rf"^cuda:1 +plain PyTorch: {why[1]}$", told, re.M)
-    assert told.endswith("it says what the build compiles, and changes nothing here\n")
 
 
 def test_has_kernels_agrees_with_the_extension():
     assert _ops.has_kernels("cpu") == (_ops.extension is not None)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """The demo computes on one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):
@@ -73,69 +79,26 @@ def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):
     printed = capsys.readouterr().out
     _, torchs, ours = map(float, final_losses(printed).values())
     assert ours == pytest.approx(torchs, rel=1e-4)
-    assert "ended at the same loss" in printed
     assert str(picture) in printed
 
 
-def test_the_demo_computes_on_one_thread_and_gives_the_others_back(monkeypatch, tmp_path):
-    threads, before = [], torch.get_num_threads()
-    train = _demo._train
-    monkeypatch.setattr(
-        _demo, "_train", lambda *a: threads.append(torch.get_num_threads()) or train(*a)
-    )
-    torch.set_num_threads(2)
-    try:
-        main(["demo", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "demo.png")])
-        assert threads == [1, 1, 1]
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("rule", ["autoclip", "zclip", "agc"])
-def test_demo_runs_by_a_rule(rule, capsys, tmp_path):
-    main(
-        [
-            "demo",
-            "--device",
-            "cpu",
-            "--steps",
-            "3",
-            "--rule",
-            rule,
-            "--out",
-            str(tmp_path / "a.png"),
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert re.search(rf"^fastclip, {rule} +\d", printed, re.M)
-    assert f"By {rule}" in printed
-
-
-def test_demo_runs_without_its_extras(capsys, monkeypatch, tmp_path):
-    for module in ("tqdm", "matplotlib"):
-        monkeypatch.setitem(sys.modules, module, None)
+def test_demo_runs_without_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     picture = tmp_path / "demo.png"
     main(["demo", "--device", "cpu", "--steps", "1", "--out", str(picture)])
     out, err = capsys.readouterr()
-    for module in ("tqdm", "matplotlib"):
-        assert re.search(rf"^No .+: {module} .+{re.escape(INSTALL_EXTRA)}$", out, re.M)
+    assert re.search(rf"^No picture: matplotlib .+{re.escape(INSTALL_EXTRA)}$", out, re.M)
     assert len(final_losses(out)) == 3
     assert not picture.exists()
     assert not err
 
 
-def test_a_run_that_blows_up_is_drawn_and_told(tmp_path):
+def test_a_run_that_diverges_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    from fastclip._demo import _draw, _interpretation
-
-    lost = Run("unclipped", [4.0, math.inf, math.nan], [1.0, math.inf, math.nan], 0.0)
-    kept = Run("clipped", [4.0, 3.0, 2.0], [1.0, 1.0, 1.0], 1.0)
+    lost = Run("unclipped", math.inf, [4.0, math.inf, math.nan], [1.0, math.inf, math.nan], 0.0)
+    kept = Run("clipped", 1.0, [4.0, 3.0, 2.0], [1.0, 1.0, 1.0], 1.0)
     assert lost.diverged == 2
     assert kept.diverged is None
-    told = _interpretation(lost, kept, kept._replace(clip_ms=2.0))
-    assert "diverged at step 2 and ended at loss nan" in told
-    assert "2.0 times more time" in told
     _draw([lost, kept, kept], tmp_path / "demo.png")
     assert (tmp_path / "demo.png").exists()
 

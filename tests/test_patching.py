@@ -30,15 +30,14 @@ import fastclip
 from fastclip import patching
 from fastclip._run import Counted
 from fastclip._site import After
-from fastclip.integrations import apex
 
-RUNS = held_norm.__code__, held_norm.__closure__[0].cell_contents
+RUNS = held_norm.__closure__[0].cell_contents
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
     yield
-    assert patching.describe() == "no"
+    assert not patching.is_patched()
 
 
 class Seen(TorchDispatchMode):
@@ -126,7 +125,7 @@ def test_functions_stay_the_objects_they_were():
             assert inspect.signature(function) == signature
             assert pickle.loads(pickle.dumps(function)) is function
             assert copy.deepcopy(function) is function
-    assert (held_norm.__code__, held_norm.__closure__[0].cell_contents) == RUNS
+    assert held_norm.__closure__[0].cell_contents is RUNS
 
 
 def test_calls_are_counted_and_undone_in_any_order():
@@ -309,7 +308,7 @@ def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkey
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
     monkeypatch.setitem(sys.modules, "holder", holder)
     with fastclip.patch():
-        assert patching.describe() == "yes, but for whoever holds clip_grad_norm_"
+        assert patching.is_patched()
         for function in (utils.clip_grad_norm_, holder.own):
             assert function(parameters(), 1.0) == torch.tensor(50.0).sqrt()
         assert is_ours(CALLS["held value"])
@@ -332,7 +331,6 @@ def test_a_users_wrapper_around_torchs_function_goes_on(monkeypatch):
         assert utils.clip_grad_norm_ is noted
         assert is_ours(CALLS["name"])
         assert is_ours(CALLS["held"])
-        assert patching.describe() == "yes"
     assert calls == [1.0]
     assert not is_ours(CALLS["held"])
 
@@ -381,26 +379,13 @@ def test_timms_adaptive_clipping_is_ours(is_first):
 
 
 @pytest.mark.usefixtures("_timm")
-def test_what_another_thread_is_importing_is_waited_for(tmp_path):
-    file = tmp_path / "timm/utils/agc.py"
-    file.write_text(f"import time; time.sleep(0.5)\n{AGC}")
-    thread = threading.Thread(target=importlib.import_module, args=["timm.utils"])
-    thread.start()
-    while "timm.utils.agc" not in sys.modules:
-        thread.join(0.01)
-    with fastclip.patch():
-        thread.join()
-        assert sys.modules["timm.utils"].adaptive_clip_grad(parameters()) is None
-
-
-@pytest.mark.usefixtures("_timm")
 def test_who_asks_whether_a_module_is_there_does_not_import_it():
     def waiting() -> int:
         return sum(isinstance(finder, After) for finder in sys.meta_path)
 
     with fastclip.patch():
         finder = After("colorsys", lambda module: setattr(module, "seen", True))
-        sys.meta_path.insert(0, finder)
+        finder.install()
         sys.modules.pop("colorsys", None)
         assert importlib.util.find_spec("colorsys") is not None
         assert finder in sys.meta_path
@@ -439,9 +424,8 @@ def test_megatron_measures_and_scales_with_ours(monkeypatch):
     with patching.patch_with(counted.wrap):
         assert clip_grads.other is theirs["other"]
         tensors, noop = [torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.zeros(1)
-        norm, _ = apex.multi_tensor_applier(clip_grads.l2_norm_impl, noop, [tensors], False)
-        both = [tensors, tensors]
-        apex.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, noop, both, 0.5)
+        norm, _ = clip_grads.l2_norm_impl(65536, noop, [tensors], False)
+        clip_grads.multi_tensor_scale_impl(65536, noop, [tensors, tensors], 0.5)
     assert norm.item() == 5.0
     assert tensors[0].tolist() == [1.5, 2.0]
     assert counted.calls == {"multi_tensor_l2norm": 1, "multi_tensor_scale": 1}

@@ -52,7 +52,8 @@ def is_what_functorch_says(path: str) -> bool:
 
 
 def disables_modes(path: str) -> bool:
-    now = private(f"{MODES}._get_current_dispatch_mode")
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as now
+
     with Mode() as mode:
         seen = [now() is mode]
         with private(path)():
@@ -213,11 +214,6 @@ PATHS = {
         "_ranks/ddp.py",
         "NormAccumulator under DDP",
         task_ids,
-    ),
-    f"{MODES}._get_current_dispatch_mode": (
-        "_run.py",
-        "`run --stats`, which then counts nothing",
-        lambda p: disables_modes(f"{MODES}._disable_current_modes"),
     ),
 }
 ATTRIBUTES = {

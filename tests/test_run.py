@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,6 @@ if __name__ == "__main__":
     spec = main.__spec__ and main.__spec__.name
     mine = pickle.loads(pickle.dumps(Mine())).__class__ is Mine
     how = [sys.warnoptions, sys.flags.utf8_mode, sys.stdout.write_through, path]
-    how += [sys._xoptions.get("my"), sys._xoptions.get("no_debug_ranges")]
     print(json.dumps([sys.argv, sys.path[0], __file__, spec, mine, main.__dict__ is globals()]))
     print(json.dumps(how))
     for way in sys.argv[1].split(","):
@@ -50,7 +48,7 @@ if __name__ == "__main__":
                 print(way, pool.apply(dtype_of_a_norm))
         elif way == "python":
             import subprocess
-            code = "import torch, fastclip.patching as p; print('python', p.describe())"
+            code = "import torch, fastclip.patching as p; print('python', p.is_patched())"
             subprocess.run([sys.executable, "-c", code], check=True)
         elif way == "raise":
             raise RuntimeError("lost")
@@ -60,8 +58,8 @@ if __name__ == "__main__":
 
 
 NOTHING = (
-    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; what "
-    "compiled code called is not counted\n"
+    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; "
+    "calls in compiled code are not counted\n"
 )
 
 
@@ -95,8 +93,7 @@ def test_a_script_runs_as_it_does_without(folder):
     (other / "sitecustomize.py").write_text("print('another', __name__)")
     path = os.pathsep.join([str(ROOT), str(other)])
     command = ["train.py", "here,raise", "--", "-m", "--stats", ""]
-    unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8", "-X", "my=1"]
-    unbuffered += ["-X", "no_debug_ranges"]
+    unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8"]
     plain = python(folder, *unbuffered, *command, PYTHONPATH=path)
     ours = python(folder, *unbuffered, "-m", "fastclip", "run", *command, PYTHONPATH=path)
     said = "another sitecustomize"
@@ -124,7 +121,7 @@ def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is
     ]
     multiprocessed = [f"{way} torch.float32" for way in ("spawn", "fork", "forkserver")]
     # Children write before a parent that buffers.
-    assert sorted(said) == sorted([*multiprocessed, "python yes"])
+    assert sorted(said) == sorted([*multiprocessed, "python True"])
     assert ran.returncode == 7
     # Of itself alone it speaks.
     assert ran.stderr == NOTHING
@@ -161,10 +158,9 @@ def test_it_says_and_draws_what_was_clipped(folder):
     ran = python(folder, "-m", "fastclip", "run", "--stats", "--plot", "a.png", "clips.py")
     assert ran.returncode == 0, ran.stderr
     said = re.findall("^fastclip run: (.*)$", ran.stderr, re.M)
-    assert re.fullmatch(
-        r"clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
-        r"clip_grad_value_ 1 times; \d+\.\d ms on the host, \d+ us a call",
-        said[0],
+    assert said[0] == (
+        "clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
+        "clip_grad_value_ 1 times"
     )
     # Norms 0.2, 0.4, 2, 6, 8 and inf.
     assert said[1] == "6 clips by norm: 4 above the threshold, 1 not finite; median norm 2, p90 7.2"
@@ -248,20 +244,21 @@ print("trained")
 """
 
 
-def test_a_rank_that_cannot_be_patched_stops_and_one_process_ends_with_status_1(folder):
+def test_a_script_and_a_rank_that_cannot_be_patched_stop_and_another_child_goes_on(folder):
     (folder / "fails.py").write_text(FAILS)
     why = f"fastclip run: torch is not patched in {sys.executable}: cannot import name '_run'"
-    alone = python(folder, "-m", "fastclip", "run", "fails.py")
-    assert (alone.stdout, alone.returncode) == ("trained\n", 1)
-    assert alone.stderr.startswith(why)
-    assert alone.stderr.count("\n") == 1
-    # Its own status is lost to ours, which says that it was not patched.
-    (folder / "fails.py").write_text(FAILS + "sys.exit(7)")
-    assert python(folder, "-m", "fastclip", "run", "fails.py").returncode == 1
-    for rank in ("0", "1"):
-        ran = python(folder, "-m", "fastclip", "run", "fails.py", WORLD_SIZE="2", RANK=rank)
-        assert (ran.stdout, ran.returncode) == ("", 1)
+    child = ["-c", "import subprocess, sys; subprocess.run([sys.executable, 'fails.py'])"]
+    for command, rank, trained in (
+        (["fails.py"], {}, False),
+        (["fails.py"], {"RANK": "1"}, False),
+        (child, {"RANK": "1"}, False),
+        (child, {}, True),
+    ):
+        ran = python(folder, "-m", "fastclip", "run", *command, **rank)
         assert ran.stderr.startswith(why)
+        assert ran.stdout == ("trained\n" if trained else "")
+        if command != child:
+            assert (ran.stderr.count("\n"), ran.returncode) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +318,8 @@ def test_other_bootstraps_that_chain_are_run_once_and_torch_is_patched(order, fo
         (folder / name).mkdir()
     (folder / "tracer/sitecustomize.py").write_text(CHAINS.format(name="tracer"))
     (folder / "last/sitecustomize.py").write_text("print('last')")
-    copy = folder / "copy/fastclip/_site"
-    shutil.copytree(SITE, copy)
-    ours, theirs = [SITE, copy], [folder / "tracer"]
-    path = [*(theirs + ours if order == "before" else ours + theirs), folder / "last", ROOT]
+    theirs = folder / "tracer"
+    path = [*([theirs, SITE] if order == "before" else [SITE, theirs]), folder / "last", ROOT]
     ran = python(folder, "train.py", "here", PYTHONPATH=os.pathsep.join(map(str, path)))
     assert ran.stderr == ""
     assert [line for line in ran.stdout.splitlines() if line[0] != "["] == [

@@ -1,4 +1,4 @@
-"""Optimizers: which are given, what wrappers hold, and steps that divide the gradients.
+"""Optimizers: wrappers around them, and fused steps, which divide the gradients.
 
 Imports `_ranks` and `_ops`.
 """

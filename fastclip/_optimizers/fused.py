@@ -1,4 +1,4 @@
-"""Fused optimizers of torch, whose step divides the gradients: which can, and such a step."""
+"""Fused optimizers of torch: which of them divide the gradients in their step, and such a step."""
 
 import functools
 import inspect
@@ -12,48 +12,51 @@ from torch.optim import Optimizer
 from .._ranks import local_of
 from .wrapped import layers_of, steps_as_torch
 
-# What a scaler sets for a step, and what makes it do so, which copies of an optimizer have lost.
+# A scaler sets the first two attributes for a step, if the optimizer has the third. Copies of an
+# optimizer lack the third, so it is set for the step as well.
 FLAGS = ("grad_scale", "found_inf", "_step_supports_amp_scaling")
 
 
 def check(outer: Optimizer) -> None:
+    """Raise if the step of an optimizer, or of the one in a wrapper, cannot divide gradients."""
     inner = layers_of(outer)[-1]
     kind: type = type(inner)
+    is_torchs = steps_as_torch(inner)
     is_fused = all(group.get("fused") for group in inner.param_groups)
-    if is_fused and steps_as_torch(inner) and _divides(kind):
+    if is_fused and is_torchs and _divides_when_fused(kind):
         return
-    name = kind.__name__
-    name = name if inner is outer else f"{name} in {type(outer).__name__}"
-    why = "as it is " if steps_as_torch(inner) else "has a step of its own, and "
+    name = kind.__name__ if inner is outer else f"{kind.__name__} in {type(outer).__name__}"
     since = " and torch 2.12 or newer" if isinstance(inner, torch.optim.Adagrad) else ""
-    can = steps_as_torch(inner) and "fused" in inner.defaults
-    way = f"make it with fused=True{since}, or " if can else ""
+    need = f"fused=True{since}; got {name} without it"
+    if not is_torchs:
+        need = f"torch's own step; {name} has a step of its own"
+    elif "fused" not in inner.defaults:
+        need = f"a fused step; torch has none of {name}"
     raise ValueError(
-        f"optimizer: {name} {why}cannot divide gradients in its step; {way}call "
-        "unscale_and_clip_(optimizer, max_norm, scaler), or without a scaler clip_grad_norm_, and "
-        "then step"
+        f"optimizer: clipped_step needs {need}. Or call unscale_and_clip_(optimizer, max_norm, "
+        "scaler), without a scaler clip_grad_norm_, and then step"
     )
 
 
 @functools.cache
-def _divides(kind: type[Any]) -> bool:
-    """Whether its fused step does: a new one says so, a copy has forgotten."""
+def _divides_when_fused(kind: type[Any]) -> bool:
+    """Whether the fused step of a class divides gradients, which a new optimizer of it says."""
     kind = next(one for one in kind.__mro__ if one.__module__.startswith("torch.optim."))
     if "fused" not in inspect.signature(kind).parameters:
         return False
-    made = kind([torch.zeros(1, device="cpu")], fused=True)
-    return divides(made)
+    return divides(kind([torch.zeros(1, device="cpu")], fused=True))
 
 
 def divides(optimizer: Any) -> bool:
-    """Whether a scaler leaves it to divide the gradients."""
+    """Whether a scaler leaves the gradients to this optimizer's step, which divides them."""
     return getattr(optimizer, FLAGS[-1], False)
 
 
 def split(coef: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    """What gradients are multiplied by before the step, and what the step divides them by.
+    """Split a coefficient into a factor to apply before the step and a divisor for the step.
 
-    That is one float32: too little for float64 gradients, and too small for some coefficients.
+    One of the two is 1. The step takes a float32 divisor, which is not precise enough for float64
+    gradients (`wide`), and which overflows for coefficients below 3e-39.
     """
     divisor = coef.reciprocal().float()
     fits = torch.zeros_like(coef, dtype=torch.bool) if wide else divisor.isfinite()
@@ -63,26 +66,24 @@ def split(coef: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
 def step(
     outer: Optimizer, grad_scale: Tensor, found_inf: Tensor, prepare: Callable[[], None]
 ) -> None:
-    """A step with these two set, and as they were after it, even None, which breaks a scaler.
+    """Step with `grad_scale` and `found_inf` set, then put back the attributes that were there.
 
-    Once nothing can refuse the step any more, `prepare` is called.
+    Calls `prepare` when nothing can refuse the step any more, just before torch's step begins.
     """
     inner = layers_of(outer)[-1]
-    held = vars(inner)
-    with_buffers = (group for group in inner.param_groups if group.get("momentum"))
-    fresh = [
-        (p, group) for group in with_buffers for p in group["params"] if not inner.state.get(p)
-    ]
-    before = {name: held[name] for name in FLAGS if name in held}
-    held.update(zip(FLAGS, (grad_scale, found_inf, True), strict=True))
+    attributes = vars(inner)
+    before = {name: attributes[name] for name in FLAGS if name in attributes}
+    groups = [group for group in inner.param_groups if group.get("momentum")]
+    fresh = [(p, group) for group in groups for p in group["params"] if not inner.state.get(p)]
+    attributes.update(zip(FLAGS, (grad_scale, found_inf, True), strict=True))
 
     @torch.no_grad()
     def begin(*_: object) -> None:
-        # A wrapper may step through a scaler of its own, which sets these otherwise.
-        if held.get("grad_scale") is not grad_scale or held.get("found_inf") is not found_inf:
+        now = attributes.get("grad_scale"), attributes.get("found_inf")
+        if now[0] is not grad_scale or now[1] is not found_inf:
             raise RuntimeError(
                 f"optimizer: {type(outer).__name__} steps through a scaler of its own; pass the "
-                f"{type(inner).__name__} in it, and that scaler as scaler"
+                f"{type(inner).__name__} in it as optimizer, and its scaler as scaler"
             )
         prepare()
 
@@ -90,16 +91,20 @@ def step(
     try:
         with torch.enable_grad():
             outer.step()
-        _settle(inner, fresh, found_inf)
+        _clear_buffers(inner, fresh, found_inf)
     finally:
         hook.remove()
+        # An attribute that was not there must go: a scaler takes even None for one of its own.
         for name in FLAGS:
-            held.pop(name, None)
-        held.update(before)
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
-def _settle(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf: Tensor) -> None:
-    """A first step of SGD that is skipped leaves its buffers as the memory was (torch 2.13)."""
+def _clear_buffers(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf: Tensor) -> None:
+    """Clear the momentum of SGD after a first step that was skipped.
+
+    torch 2.13 has allocated the buffers, not written them, and takes the next step for the second.
+    """
     for p, group in fresh:
         buffer = inner.state.get(p, {}).get("momentum_buffer")
         if buffer is None:
@@ -108,5 +113,5 @@ def _settle(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf: Tensor
             local = local_of(buffer)
             local.copy_(local.where(found_inf.to(local.device) == 0, 0))
         elif found_inf:
-            # A first gradient is not dampened, and the host decides which step is the first.
+            # Only a first gradient is not dampened. torch asks on the host whether it is the first.
             del inner.state[p]

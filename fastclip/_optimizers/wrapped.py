@@ -1,4 +1,4 @@
-"""Optimizers, and the wrappers that hold one: what is given, what is inside, what they step."""
+"""Optimizers, and wrappers that hold one, such as those of accelerate and Lightning."""
 
 import operator
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 
 def as_list(optimizer: Any) -> list[Optimizer]:
+    """Return the given optimizers, each once, where an optimizer and its wrapper count as one."""
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
     optimizers = list(optimizer) if several else [optimizer]
     for one in optimizers:
@@ -17,7 +18,6 @@ def as_list(optimizer: Any) -> list[Optimizer]:
                 f"optimizer: expected a torch.optim.Optimizer or several, got "
                 f"{type(one).__name__}; the arguments are (optimizer, max_norm, scaler)"
             )
-    # One and its wrapper are one.
     found: dict[int, Optimizer] = {}
     for one in optimizers:
         found.setdefault(id(layers_of(one)[-1]), one)
@@ -29,13 +29,13 @@ def parameters_of(optimizers: list[Optimizer]) -> list[Tensor]:
 
 
 def layers_of(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer; of a wrapper, whose step is not torch's, also the one that it holds."""
+    """Return the optimizer, and if it is a wrapper the optimizers in it, the innermost last."""
     layers = [optimizer]
     while not steps_as_torch(layers[-1]):
         values = vars(layers[-1]).values()
         held = {id(one): one for one in values if isinstance(one, Optimizer)}
         others = [one for one in held.values() if all(one is not layer for layer in layers)]
-        # One that holds other parameters only serves it, as that of a sharded optimizer.
+        # ZeroRedundancyOptimizer holds an optimizer of a part of its parameters: no wrapper.
         if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
             break
         layers += others
@@ -43,6 +43,7 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def steps_as_torch(optimizer: Optimizer) -> bool:
+    """Whether its `step` is the method of a class of `torch.optim`."""
     return str(type(optimizer).step.__module__).startswith("torch.optim.")
 
 

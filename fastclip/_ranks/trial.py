@@ -1,6 +1,5 @@
-"""The ranks that `python -m fastclip check` runs on: what they say of themselves, and a model."""
+"""The ranks of `python -m fastclip check`: they compare themselves, and clip a model together."""
 
-import copy
 import datetime
 import os
 from collections import Counter
@@ -11,88 +10,70 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .mesh import is_dtensor
+from .mesh import value_of
 
-# What waits longer for another rank is ended with an error.
+# A rank that waits longer for another one ends with an error.
 PATIENCE = datetime.timedelta(seconds=120)
 
 
-def join(type_: str) -> bool:
+def join(device_type: str) -> bool:
     """Join the ranks that torchrun has started, on a type of device; False if there are none."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
-    backend = "gloo"
-    if type_ == "cuda":
-        backend = "nccl"
+    if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     return True
 
 
 def leave() -> None:
-    """Wait for the others, whom torchrun would end together with this rank."""
+    """Leave together: torchrun ends all ranks when the first one ends with an error."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def gather(value: Any) -> list[Any]:
-    """What each rank gives, in their order."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    """Return the values of all ranks, in the order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def differing(told: list[dict[str, str]]) -> list[str]:
-    """Which ranks say something else than most, and of what."""
+def differing(facts: list[dict[str, str]]) -> list[str]:
+    """Name the ranks whose facts differ from those of most ranks, a line for each."""
     lines = []
-    for topic in told[0]:
-        usual = Counter(one[topic] for one in told).most_common(1)[0][0]
-        for rank, one in enumerate(told):
-            if one[topic] != usual:
-                lines.append(f"rank {rank} has {topic} {one[topic]}, others {usual}")
+    for topic in facts[0]:
+        usual = Counter(own[topic] for own in facts).most_common(1)[0][0]
+        for rank, own in enumerate(facts):
+            if own[topic] != usual:
+                lines.append(f"rank {rank} has {topic} {own[topic]}, others {usual}")
     return lines
 
 
-def clip_models(clip: Callable[[Any, float], Tensor], type_: str) -> dict[str, str]:
-    """Clip a model that is spread in several ways; of each "", or what differs from float64.
+def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
+    """Clip gradients that are spread over meshes; return for each mesh what is wrong, or "".
 
-    A rank's share of the work is its own batch; what all batches together come to in float64, each
-    rank computes for itself.
+    Every rank draws the same full gradients, and compares the clipped ones with half of these.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    size, own = dist.get_world_size(), dist.get_rank()
-    batches = torch.randn(size, 4, 12, generator=torch.Generator().manual_seed(1), device="cpu")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        plain = nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Linear(21, 6))
-    exact = copy.deepcopy(plain).double()
-    sum(exact(batch.double()).square().mean() / size for batch in batches).backward()
-    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
-    total = float(expected.norm())
-    square = (2, size // 2) if size % 2 == 0 else (1, size)
-    meshes = {"FSDP2": (size,), f"mesh of {square[0]} x {square[1]}": square}
-    found = {}
-    for name in ("DDP", *meshes):
-        model: Any = copy.deepcopy(plain).to(type_)
-        if name == "DDP":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            fully_shard(model, mesh=_mesh(type_, meshes[name]))
-        model(batches[own].to(type_)).square().mean().backward()
-        norm = clip(model.parameters(), total / 2)
-        grads = [p.grad for p in model.parameters()]
-        whole = [g.full_tensor() if is_dtensor(g) else g for g in grads]
-        clipped = torch.cat([g.flatten().cpu().double() for g in whole])
-        value = float(norm.full_tensor() if is_dtensor(norm) else norm)
+    random = torch.Generator().manual_seed(1)
+    grads = [torch.randn(n, 12, generator=random, device="cpu") for n in (21, 6, 1)]
+    expected = torch.cat([grad.flatten() for grad in grads]).double()
+    total, size, found = float(expected.norm()), dist.get_world_size(), {}
+    for shape in ((size,), (2, size // 2) if size % 2 == 0 else (1, size)):
+        mesh = init_device_mesh(device_type, shape)
+        places = [Replicate(), Shard(0)][-len(shape) :]
+        spread = [distribute_tensor(grad.to(device_type), mesh, places) for grad in grads]
+        parameters = [nn.Parameter(torch.zeros_like(grad)) for grad in spread]
+        for parameter, grad in zip(parameters, spread, strict=True):
+            parameter.grad = grad
+        norm = float(value_of(clip(parameters, total / 2)))
+        clipped = torch.cat([value_of(grad).flatten().cpu().double() for grad in spread])
+        name = f"a mesh of {' x '.join(map(str, shape))}"
         found[name] = ""
-        if abs(value - total) > 1e-4 * total:
-            found[name] = f"expected a norm of {total}, got {value}"
+        if abs(norm - total) > 1e-4 * total:
+            found[name] = f"expected a norm of {total}, got {norm}"
         elif float((clipped - expected / 2).norm()) > 1e-4 * total:
             found[name] = "the clipped gradients are not those of one rank"
     return found
-
-
-def _mesh(type_: str, shape: tuple[int, ...]) -> Any:
-    names = ("replicate", "shard")[-len(shape) :]
-    return dist.device_mesh.init_device_mesh(type_, shape, mesh_dim_names=names)

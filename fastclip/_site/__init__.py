@@ -1,7 +1,7 @@
-"""Python, before anything else: this folder on the path of a new process has torch patched there.
+"""A folder that `python -m fastclip run` puts on `PYTHONPATH`, so that new processes patch torch.
 
-Python imports a `sitecustomize` that it finds when it starts
-(https://docs.python.org/3/library/site.html). Imports no other room, and no torch.
+Python imports a module called `sitecustomize`, if it finds one, whenever it starts
+(https://docs.python.org/3/library/site.html). This room imports no other, and no torch.
 """
 
 from .sitecustomize import PLOT, RUN, STATS, After, is_first_rank

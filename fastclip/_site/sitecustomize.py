@@ -1,6 +1,7 @@
-"""Run by Python when a process starts that has this folder on its path: torch is to be patched.
+"""Run by Python when a process starts that has this folder on its path: it lets torch be patched.
 
-Not before it is imported: most processes that a program starts never do.
+torch is patched when the process imports it, and is not imported here: most of the processes that
+a program starts never need it.
 """
 
 from __future__ import annotations
@@ -12,168 +13,126 @@ import os
 import sys
 from _thread import get_ident
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
-# Every process would wait for typing to be imported.
+# Importing typing would take time at the start of every process.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# Options of the process that `run` makes of itself, in `sys._xoptions`; no child has them.
+# `run` gives these `-X` options to the process that it starts; children do not inherit them.
 RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
 
-# What torchrun, Slurm's srun, Open MPI and MPICH tell each process.
+# Where torchrun, Slurm's srun, Open MPI and MPICH tell each process its rank.
 _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def is_first_rank() -> bool:
-    """Whether the launcher of this process, if any, counts it as the first."""
-    return _told(_RANK, "0") == "0"
-
-
-def _told(names: tuple[str, ...], otherwise: str) -> str:
-    return next(filter(None, map(os.environ.get, names)), otherwise)
+    """Whether a launcher has started this process as rank 0, or no launcher has."""
+    return next(filter(None, map(os.environ.get, _RANK)), "0") == "0"
 
 
 class After:
-    """A finder that runs `action` when a module was first imported, before it is used."""
-
-    ran: set[str]
+    """A finder that calls `action` when a module has been imported, before anybody uses it."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
-        # Threads that ask the others: another such finder may be one of them.
         self._asking: set[int] = set()
+
+    def install(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Return what the other finders find, with a loader that calls `action` at the end."""
         if name != self.awaited or get_ident() in self._asking:
             return None
+        # In this thread, this finder finds nothing while the others are asked.
         self._asking.add(get_ident())
         try:
-            spec = self._ask(name, path, target)
+            spec = importlib.util.find_spec(name)
         finally:
             self._asking.remove(get_ident())
-        loader = spec and spec.loader
-        # One that is a class loads other modules too.
-        if loader is not None and not isinstance(loader, type):
-            self._follow(loader)
+        if spec is not None and spec.loader is not None:
+            self._follow(spec.loader)
         return spec
 
     def _follow(self, loader: Any) -> None:
-        run: Any = getattr(loader, "exec_module", None)
+        execute = loader.exec_module
 
-        # Whoever finds a module may only ask whether it is there.
         def exec_module(module: ModuleType) -> None:
-            run(module)
+            execute(module)
+            # Some loaders, such as those of zip files, load other modules too.
             if module.__name__ == self.awaited and self in sys.meta_path:
-                sys.meta_path.remove(self)
+                self.remove()
                 self.action(module)
 
-        if run is not None:
-            try:
-                loader.exec_module = exec_module
-            except AttributeError:
-                # With slots; the module is imported all the same.
-                return
-
-    def _ask(
-        self, name: str, path: object, target: object
-    ) -> importlib.machinery.ModuleSpec | None:
-        for finder in list(sys.meta_path):
-            # Until Python 3.12 there are finders that have but `find_module`.
-            find_spec = getattr(finder, "find_spec", None)
-            if finder is not self and find_spec is not None:
-                spec: importlib.machinery.ModuleSpec | None = find_spec(name, path, target)
-                if spec is not None:
-                    return spec
-        return None
-
-
-class Patching:
-    """torch is patched as soon as it and fastclip are there."""
-
-    def __init__(self) -> None:
-        self.is_done = self.has_failed = False
-        self.torch = After("torch", lambda _: self._patch_now_or_later())
-        self.fastclip = After("fastclip", lambda _: self._patch())
-
-    def _patch_now_or_later(self) -> None:
-        # A script may import fastclip first, which imports torch before it is whole itself.
-        spec = getattr(sys.modules.get("fastclip"), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            self._patch()
-
-    def _patch(self) -> None:
-        if self.is_done or "torch" not in sys.modules:
-            return
-        try:
-            # This one, and no other of its name that the script has beside it.
-            if "fastclip" not in sys.modules:
-                file = Path(__file__).parents[1] / "__init__.py"
-                spec: Any = importlib.util.spec_from_file_location("fastclip", file)
-                sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            from fastclip import _run, patching
-
-            if RUN in sys._xoptions:
-                _run.start()
-            else:
-                patching.patch()
-            self.is_done = True
-        except Exception as error:
-            self.has_failed = True
-            why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
-            # Other ranks are, and would wait for what torch's own functions do not send.
-            if _told(_SIZE, "1") not in ("0", "1"):
-                sys.exit(why)
-            # Another Python or torch among the children is no reason to stop it.
-            print(why, file=sys.stderr)
-
-    def end(self, process: int) -> None:
-        """Say that nothing was patched, and end with status 1 if torch was there.
-
-        Registered first, so that it is the last to run.
-        """
-        # No child that was forked.
-        if self.is_done or os.getpid() != process:
-            return
-        is_there = "torch" in sys.modules
-        if not self.has_failed and is_first_rank():
-            why = "torch could not be patched" if is_there else "this process did not import torch"
-            print(f"fastclip run: {why}; its children are not counted here", file=sys.stderr)
-        if is_there:
-            # Nothing else changes the status of a process that is ending.
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(1)
-
-
-def _run_the_next(ran: set[str]) -> None:
-    """The `sitecustomize` that Python would have found without this one."""
-    paths = [Path(entry).absolute() for entry in sys.path]
-    here = Path(__file__).absolute().parent
-    for path in paths[paths.index(here) + 1 if here in paths else 0 :]:
-        spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [str(path)])
-        if spec and spec.loader and spec.origin and spec.origin not in ran:
-            ran.add(spec.origin)
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            return
+        loader.exec_module = exec_module
 
 
 def _start() -> None:
-    # One that ran the next may be run by that again, or by another copy of this.
-    ran = next((finder.ran for finder in sys.meta_path if hasattr(finder, "ran")), None)
-    if ran is None:
-        patching = Patching()
-        patching.torch.ran = ran = {__file__}
-        sys.meta_path[:0] = [patching.torch, patching.fastclip]
+    """Wait for torch, and run the `sitecustomize` that Python would find without this folder."""
+    here = os.path.dirname(__file__)
+    # Others' `sitecustomize` may run the next one as well, and so this one a second time.
+    if here not in sys.path:
+        return
+    later = sys.path[sys.path.index(here) + 1 :]
+    sys.path.remove(here)
+
+    def patch(_: ModuleType) -> None:
+        after_fastclip.remove()
+        _patch_torch()
+
+    def patch_unless_too_early(module: ModuleType) -> None:
+        # A script that imports fastclip first imports torch while fastclip is incomplete.
+        spec = getattr(sys.modules.get("fastclip"), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            patch(module)
+
+    after_fastclip = After("fastclip", patch)
+    after_fastclip.install()
+    After("torch", patch_unless_too_early).install()
+    if RUN in sys._xoptions:
+        atexit.register(_announce_no_patch)
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", later)
+    if spec and spec.loader:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def _patch_torch() -> None:
+    atexit.unregister(_announce_no_patch)
+    try:
+        # By its file, because the script may have another module of this name beside it.
+        if "fastclip" not in sys.modules:
+            file = os.path.join(os.path.dirname(os.path.dirname(__file__)), "__init__.py")
+            spec: Any = importlib.util.spec_from_file_location("fastclip", file)
+            sys.modules["fastclip"] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        from fastclip import _run, patching
+
         if RUN in sys._xoptions:
-            atexit.register(patching.end, os.getpid())
-    _run_the_next(ran)
+            _run.start()
+        else:
+            patching.patch()
+    except Exception as error:
+        why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
+        # A patched rank would wait for sums that an unpatched one never sends.
+        if RUN in sys._xoptions or any(map(os.environ.get, _RANK)):
+            sys.exit(why)
+        # A child may well be run by another Python, whose torch fastclip does not know.
+        print(why, file=sys.stderr)
+
+
+def _announce_no_patch() -> None:
+    if is_first_rank():
+        done = "patch" if "torch" in sys.modules else "import"
+        why = f"this process did not {done} torch; its children are not counted here"
+        print(f"fastclip run: {why}", file=sys.stderr)
 
 
 if __name__ == "sitecustomize":

@@ -1,5 +1,5 @@
-"""One file an ecosystem: what `fastclip.patch()` replaces there, or what its users import.
+"""One file for each framework: functions that `fastclip.patch()` replaces, or a callback to import.
 
-`apex`, `megatron` and `timm` import nothing of theirs. `lightning` and `transformers` do, and are
-imported by nobody but those who use them.
+`megatron` and `timm` import nothing of their frameworks. `lightning` and `transformers` do, and
+only their users import them.
 """

@@ -1,4 +1,4 @@
-"""Lightning: a callback that clips with a `GradClipper` for each optimizer."""
+"""Lightning: a callback of its Trainer, with a `GradClipper` for each optimizer."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -21,25 +21,25 @@ from ..clipper import GradClipper
 class GradClip(Callback):
     """Clip the gradients before every optimizer step, log their norm, and save what rules keep.
 
-    Instead of the trainer's `gradient_clip_val`. The norm is logged as a tensor, for any logger,
+    It replaces the trainer's `gradient_clip_val`. The norm is logged as a tensor, for any logger,
     without a wait for the device. Checkpoints hold the state of rules and of the recorded norms;
-    another `fit` of the same module goes on from it, that of another module begins anew.
+    another `fit` of the same module goes on from it, a `fit` of another one begins anew.
 
     Args:
-        max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`; of several optimizers each
-            has its own copy of a rule.
+        max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`; of several optimizers the
+            first has the rule, and each other one a copy of it.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: what an infinite or NaN norm does, as in `GradClipper`. The trainer steps all the
-            same, unless its scaler does not: after `"keep"` by gradients that are not finite.
+        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The trainer steps
+            after it, with `"keep"` by gradients that are not finite, unless its scaler skips steps.
         groups: instead of `max_norm`, a function of the module that returns `GradClipper`'s groups.
-        log_name: what norms are logged as, of groups with their names added; None to log none.
+        log_name: the name in the log; for groups their names follow it. None logs nothing.
 
     `clippers` are the `GradClipper`s, in the order of the optimizers: `clippers[0].stats()`.
 
     Raises:
-        ValueError: with `gradient_clip_val`, FSDP1 or DeepSpeed, when training begins.
-        RuntimeError: then too, with a scaler and a fused optimizer, whose gradients nobody divides
-            before its step; README has the plugin that clips in it.
+        ValueError: training begins with `gradient_clip_val`, FSDP1 or DeepSpeed.
+        RuntimeError: training begins with a scaler and a fused optimizer, which divides the scaled
+            gradients later, in its step; README has the plugin that clips in the step.
     """
 
     def __init__(
@@ -57,30 +57,31 @@ class GradClip(Callback):
         self.how: dict[str, Any] = {"norm_type": norm_type, "nonfinite": nonfinite}
         self.clippers: list[GradClipper] = []
         self._saved: list[dict[str, Any]] = []
-        self._has_state = hasattr(max_norm, "load_state_dict")
-        self._fresh = max_norm.state_dict() if self._has_state else None
+        self._fresh = max_norm.state_dict() if hasattr(max_norm, "load_state_dict") else None
         self._module: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """There are optimizers now, which are others in every fit."""
+        """Make the clippers, because every fit has other optimizers."""
         self._check(trainer)
-        saved, is_same = self.state_dict()["clippers"], self._module in (None, pl_module)
-        if self._has_state and not is_same:
+        is_same = self._module in (None, pl_module)
+        saved = self.state_dict()["clippers"] if is_same else []
+        if self._fresh is not None and not is_same:
             self.max_norm.load_state_dict(self._fresh)
-        optimizers = trainer.optimizers
-        if self.groups is None:
-            is_copied = self._has_state and len(optimizers) > 1
-            copied: Callable[[Any], Any] = copy.deepcopy if is_copied else (lambda rule: rule)
-            self.clippers = [GradClipper(o, copied(self.max_norm), **self.how) for o in optimizers]
-        elif len(optimizers) > 1:
-            raise ValueError("groups: expected one optimizer; with several pass max_norm")
-        else:
+        if self.groups is not None:
             self.clippers = [GradClipper(groups=self.groups(pl_module), **self.how)]
-        for clipper, state in zip(self.clippers, saved if is_same else [], strict=False):
+        else:
+            rules = [self.max_norm]
+            for _ in trainer.optimizers[1:]:
+                rules.append(copy.deepcopy(rules[0]) if self._fresh is not None else rules[0])
+            pairs = zip(trainer.optimizers, rules, strict=False)
+            self.clippers = [GradClipper(optimizer, rule, **self.how) for optimizer, rule in pairs]
+        for clipper, state in zip(self.clippers, saved, strict=False):
             clipper.load_state_dict(state)
         self._module = pl_module
 
     def _check(self, trainer: Any) -> None:
+        if self.groups is not None and len(trainer.optimizers) > 1:
+            raise ValueError("groups: expected one optimizer; with several pass max_norm")
         if trainer.gradient_clip_val:
             raise ValueError("GradClip: gradient_clip_val is set, and clips too; leave it out")
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
@@ -88,10 +89,8 @@ class GradClip(Callback):
                 f"GradClip: {type(trainer.strategy).__name__} hides which rank has which part of a "
                 "gradient; use DDPStrategy or ModelParallelStrategy, or gradient_clip_val"
             )
-        if (
-            any(map(divides, trainer.optimizers))
-            and getattr(trainer.precision_plugin, "scaler", None) is not None
-        ):
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if is_scaled and any(map(divides, trainer.optimizers)):
             raise RuntimeError(
                 "GradClip: the scaled gradients of a fused optimizer are divided in its step; use "
                 "fused=False, or clip in the step with clipped_step"
@@ -102,10 +101,11 @@ class GradClip(Callback):
         norms = value_of(self.clippers[number].clip_())
         if self.log_name is None:
             return
+        names = [self.log_name]
         if self.groups is not None:
             names = [f"{self.log_name}/{name}" for name in self.clippers[0].names]
-        else:
-            names = [f"{self.log_name}/{number}" if len(self.clippers) > 1 else self.log_name]
+        elif len(self.clippers) > 1:
+            names = [f"{self.log_name}/{number}"]
         pl_module.log_dict(dict(zip(names, norms.reshape(-1).unbind(), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Megatron-core: what its `clip_grads` measures and scales with is ours."""
+"""Megatron-core: its `clip_grads` measures and scales gradients by fastclip's ops.
+
+Both functions have the signatures of apex's `multi_tensor_l2norm` and `multi_tensor_scale`, which
+Megatron-core calls. It never reads their `noop_flag`, so they leave it as it is.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,21 +11,34 @@ from typing import Any
 
 from torch import Tensor
 
+from .._gradients import take
+from .._ops import widest
 from .._redirect import Undo
-from .apex import multi_tensor_l2norm, scale_into
 
 MODULE = "megatron.core.optimizer.clip_grads"
 
 
-def multi_tensor_scale(
-    chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], scale: float
-) -> None:
-    """apex's, without the look for infinities: Megatron-core does not read that flag."""
-    scale_into(*tensor_lists, scale=scale)
-
-
 def adapt(module: ModuleType, wrap: Callable[..., Any]) -> list[Undo]:
-    """Two assignments, which a user of Megatron-core can make as well."""
+    """Assign fastclip's functions to the two names that `clip_grads` looks up at each call."""
+    scale_by_megatron: Any = getattr(module, "multi_tensor_scale_impl", None)
+
+    def multi_tensor_l2norm(
+        chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], *_: Any
+    ) -> tuple[Tensor, None]:
+        """Return the norm of `tensor_lists[0]`, float32 of shape (1,), and no norm of each."""
+        return take(tensor_lists[0]).norm(2.0).float().reshape(1), None
+
+    def multi_tensor_scale(
+        chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], scale: float
+    ) -> None:
+        """Multiply in place, as `clip_grads` does: both of its `tensor_lists` are one list."""
+        grads, outs = tensor_lists
+        if grads is not outs:
+            scale_by_megatron(chunk_size, noop_flag, tensor_lists, scale)
+        elif grads:
+            like = grads[0]
+            take(grads).scale_(like.new_tensor(scale, dtype=widest(like.device)))
+
     undo: list[Undo] = []
     for name, ours in (
         ("l2_norm_impl", multi_tensor_l2norm),

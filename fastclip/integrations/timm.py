@@ -1,4 +1,4 @@
-"""timm: its adaptive clipping is ours."""
+"""timm: its `adaptive_clip_grad` calls fastclip's `clip_grad_agc_`."""
 
 from collections.abc import Callable, Iterable
 from types import ModuleType

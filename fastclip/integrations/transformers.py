@@ -19,15 +19,15 @@ from ..clipper import GradClipper
 class GradClip(TrainerCallback, ExportableState):
     """Clip the gradients before every optimizer step, log their norm, and save what rules keep.
 
-    Instead of the `max_grad_norm` of `TrainingArguments`, which is to be 0. The state of rules and
+    It replaces the `max_grad_norm` of `TrainingArguments`, which must be 0. The state of rules and
     of the recorded norms is in the `trainer_state.json` of every checkpoint, from which a run that
     is resumed goes on (`restore_callback_states_from_checkpoint` stays False); others begin anew.
 
     Args:
         max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: what an infinite or NaN norm does, as in `GradClipper`. The Trainer steps all the
-            same, unless its scaler does not: after `"keep"` by gradients that are not finite.
+        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The Trainer steps
+            after it, with `"keep"` by gradients that are not finite, unless its scaler skips steps.
         groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups,
             whose norms are logged as `grad_norm/` and their name: for a logger to see them, let it
             come after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
@@ -36,7 +36,8 @@ class GradClip(TrainerCallback, ExportableState):
     `clippers[0].stats()`.
 
     Raises:
-        ValueError: then, with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in transformers 4.
+        ValueError: training begins with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in
+            transformers 4.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GradClip(TrainerCallback, ExportableState):
         self._norms: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint of a run without this callback has no place for it.
+        # The checkpoint of a run without this callback has no entry for it.
         exported = state.stateful_callbacks.setdefault(type(self).__name__, {})
         _check(args, exported)
         if self._fresh is not None:
@@ -69,7 +70,7 @@ class GradClip(TrainerCallback, ExportableState):
             saved = zlib.decompress(base64.b64decode(exported["attributes"]["state"]))
             self.clippers[0].load_state_dict(torch.load(io.BytesIO(saved)))
         elif state.global_step:
-            warn("GradClip: the checkpoint has no state of it; rules and numbers begin anew")
+            warn("GradClip: this checkpoint was saved without it; rules and statistics begin anew")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._norms = self.clippers[0].clip_()
@@ -82,7 +83,7 @@ class GradClip(TrainerCallback, ExportableState):
             state.log_history[-1].update(norms)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into its JSON file."""
+        """Return the state of the clipper as text, for the JSON file of the Trainer."""
         attributes = {}
         if self.clippers:
             torch.save(self.clippers[0].state_dict(), file := io.BytesIO())
@@ -98,7 +99,7 @@ def _check(args: Any, exported: Any) -> None:
             f"the Trainer clips by max_grad_norm {args.max_grad_norm} too; pass max_grad_norm=0"
         )
     elif isinstance(exported, list):
-        problem = "there are two of it; pass groups to one"
+        problem = "the Trainer has two of these callbacks; pass groups to one"
     elif kind == "DEEPSPEED" or (kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
         problem = f"{kind} hides which rank has which part of a gradient; use DDP or FSDP2"
     elif args.fp16 and not hasattr(Trainer, "_get_grad_norm"):
