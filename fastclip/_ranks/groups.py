@@ -27,7 +27,7 @@ Groups = dict[Key, Any]
 
 
 class Step(NamedTuple):
-    """A collective: its process group (in a graph the name), its device, and which parts it sums."""
+    """A collective: its process group (its name in a graph), its device, which parts it sums."""
 
     group: Any
     device: torch.device
