@@ -117,17 +117,17 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     Returns what the op returns, what it should return, and what the tensors should become.
     """
     op, p = case.op, case.p
-    how: dict[str, Any] = {"dtype": _ops.widest(ts[0].device), "device": ts[0].device}
+    like, wide = ts[0], _ops.widest(ts[0].device)
     if op == "clamp_":
         return _ops.clamp_(ts, 0.5), None, [x.clamp(-0.5, 0.5) for x in xs]
     if op == "scale_ each":
         each = [(1.0, 0.37, 0.5)[i % 3] for i in range(len(ts))]
         scaled = [x * c for x, c in zip(xs, each, strict=True)]
-        return _ops.scale_(ts, torch.tensor(each, **how)), None, scaled
+        return _ops.scale_(ts, like.new_tensor(each, dtype=wide)), None, scaled
     if op.startswith("scale_"):
         coef = {"scale_": 0.37, "scale_ by 1": 1.0, "scale_ to 0": -0.0}[op]
         scaled = xs if coef == 1 else [x.nan_to_num() * coef for x in xs]
-        return _ops.scale_(ts, torch.tensor(coef, **how)), None, scaled
+        return _ops.scale_(ts, like.new_tensor(coef, dtype=wide)), None, scaled
     if op == "norms of rows":
         rows = [row for x in xs for row in (x if x.dim() > 1 else [x])]
         return _ops.norms(ts, p, None, False, True), _norms([[row] for row in rows], p), xs
@@ -142,7 +142,7 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     limit = 2 * float(total) + 1 if op == "clip_norm_ idle" else 0.37 * float(total)
     clipped = xs if op == "clip_norm_ idle" else [x * limit / (total + 1e-6) for x in xs]
     known = [_ops.norms(ts, p, None, True)] if op == "clip_norm_ known" else None
-    given = torch.tensor(limit, **how) if op == "clip_norm_ tensor" else limit
+    given = like.new_tensor(limit, dtype=wide) if op == "clip_norm_ tensor" else limit
     return _ops.clip_norm_(ts, given, p, known), total, clipped
 
 

@@ -144,10 +144,9 @@ def _draw(runs: Sequence[Run], out: Path) -> None:
         below.plot(steps, run.norms, color=color, linewidth=width, label=run.name)
     below.axhline(MAX_NORM, color="black", linestyle="--", label=f"threshold, max_norm {MAX_NORM}")
     if step := runs[0].diverged:
+        label = f"unclipped diverges at step {step}"
         for axes in (above, below):
-            axes.axvline(
-                step, color="tab:red", linestyle=":", label=f"unclipped diverges at {step}"
-            )
+            axes.axvline(step, color="tab:red", linestyle=":", label=label)
     above.set(yscale="log", xmargin=0.01, ylabel="loss (nats per character)")
     below.set(yscale="log", xmargin=0.01, xlabel="step", ylabel="gradient norm before clipping")
     figure.suptitle("The same network trained with and without clipping")
