@@ -7,10 +7,9 @@ says `torch.ops` or `_C`, and it imports `_private` alone.
 
 from .coef import clip_coef, means_zeros
 from .loading import NVCC, REBUILD, extension, has_kernels, refusal, turned_off
-from .measure import empty_norm
+from .measure import empty_norm, norm_of, widest
 from .process import once
 from .reference import count_rows, result_dtype
-from .rows import norm_of, widest
 from .schemas import clamp_, clip_norm_, norm, norms, record_, scale_
 from .transforms import (
     is_differentiated,

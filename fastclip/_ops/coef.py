@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import widest
+from .measure import widest
 from .transforms import is_known, is_transformed
 
 

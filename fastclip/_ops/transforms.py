@@ -41,11 +41,6 @@ def is_known(value: Tensor) -> bool:
     return value.device.type == "cpu" and not is_fake(value)
 
 
-def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype: a copy if a derivative may need it after it was changed in place."""
-    return tensor.to(dtype, copy=is_differentiated())
-
-
 def refuse_transforms(name: str) -> None:
     """Raise inside a transform, for what keeps numbers from step to step: it may not see them."""
     if is_transformed():
