@@ -12,7 +12,7 @@ from . import _optimizers
 from ._arguments import NormType, Threshold, positive_order, threshold
 from ._decide import decide, is_bad, resolved
 from ._gradients import Gradients, fail, read
-from ._ops import is_known, widest
+from ._ops import is_host_readable, widest
 from ._optimizers import as_list, layers_of, parameters_of
 from ._private import attribute
 from .accumulator import NormAccumulator
@@ -133,7 +133,7 @@ def clipped_step(
     coef = coef if inv_scale is None else coef * inv_scale.to(coef)
     factor, divisor = _optimizers.split(coef, grads.is_wide())
     # The host knows tensors on the CPU. On other devices the op itself finds that the factor is 1.
-    todo = [] if is_known(factor) and factor == 1 else [factor.where(is_bad == 0, 1)]
+    todo = [] if is_host_readable(factor) and factor == 1 else [factor.where(is_bad == 0, 1)]
 
     def prepare() -> None:
         while todo:

@@ -142,7 +142,7 @@ def ulps(value: Tensor, expected: float) -> float:
 
 def precision(ops: Any, kernels: float) -> float:
     """How near to float64 norms of float32 are: by the kernels, and by the plain-PyTorch defaults,
-    which sum `pieces.ROW` elements in float32."""
+    which sum `measure.ROW` elements in float32."""
     return 1e-6 if ops is reference or not _ops.has_kernels("cpu") else kernels
 
 

@@ -14,7 +14,6 @@ from fastclip import _ops
 from fastclip._gradients import Gradients, SpreadGrads, read
 from fastclip._gradients.local import LocalGrads
 from fastclip._gradients.look import look
-from fastclip._gradients.plain import PlainGrads
 from fastclip._ranks import Kind
 
 VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
@@ -44,7 +43,8 @@ def plain_in_python(parameters: list[Tensor], kind: Kind) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops, "extension", None)
         grads = read(parameters, kind=kind)
-    assert type(grads) is PlainGrads
+    assert type(grads) is LocalGrads
+    assert grads.are_plain
     return grads
 
 
@@ -82,13 +82,13 @@ def floats(norms: Tensor) -> list[float]:
 
 def test_all_kinds_have_all_verbs():
     assert {"norm", "norms", "each_norms", "scale_", "scale_each_", "clamp_"} < set(VERBS)
-    kinds = [PlainGrads, LocalGrads, SpreadGrads]
+    kinds = [LocalGrads, SpreadGrads]
     kinds += [_ops.extension.PlainGrads] if _ops.extension else []
     for kind in kinds:
         assert not [verb for verb in VERBS if not hasattr(kind, verb)], kind
     for verb in VERBS:
         expected = inspect.signature(getattr(Gradients, verb)).parameters
-        for kind in (PlainGrads, LocalGrads, SpreadGrads):
+        for kind in (LocalGrads, SpreadGrads):
             found = inspect.signature(getattr(kind, verb)).parameters
             assert list(found.values()) == list(expected.values()), (kind, verb)
 

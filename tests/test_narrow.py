@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastclip
-from fastclip._ops import reference, rows
+from fastclip._ops import measure, reference
 
 pytestmark = pytest.mark.emulated
 HALF = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,7 +45,7 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     machine = emulated(emulation_folder(request.config)).machine
     # Not compiled for: every op is its default.
     monkeypatch.setattr(machine, "capability", 80)
-    monkeypatch.setattr(rows, "_widest", lambda device_type: torch.float32)
+    monkeypatch.setattr(measure, "_widest", lambda device_type: torch.float32)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)

@@ -11,9 +11,9 @@ import torch
 from conftest import ORDERS, awkward, name_of, oracle, precision, ulps
 
 from fastclip import _ops
-from fastclip._ops import pieces, reference
+from fastclip._ops import measure, reference
 from fastclip._ops.coef import clip_coef
-from fastclip._ops.rows import widest
+from fastclip._ops.measure import widest
 
 ROOT = Path(__file__).parent.parent
 
@@ -489,9 +489,9 @@ def test_the_defaults_split_large_tensors(device, dtype, monkeypatch):
     tensors = [*awkward(dtype, device), *_layouts(torch.float16, device).values()]
     whole = [reference.norm(tensors, p) for p in ORDERS]
     each = [reference.norms(tensors, p) for p in ORDERS]
-    sizes = {"BLOCK": 100, "CPU_BLOCK": 100, "ROW": 16, "SHORT": 20, "SMALL": 40, "COPY": 160}
+    sizes = {"BLOCK": 160, "ROW": 16, "SHORT": 20}
     for name, size in sizes.items():
-        monkeypatch.setattr(pieces, name, size)
+        monkeypatch.setattr(measure, name, size)
     for i, p in enumerate(ORDERS):
         assert ulps(reference.norm(tensors, p), float(whole[i])) <= 2
         for now, then in zip(reference.norms(tensors, p), each[i], strict=True):

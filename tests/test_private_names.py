@@ -142,11 +142,6 @@ PATHS = {
         is_functional,
     ),
     DISABLED: ("_ops/transforms.py", "all DTensors, process_group", disables_modes),
-    "torch._utils._flatten_dense_tensors": (
-        "_ops/pieces.py",
-        "plain ops on small tensors",
-        lambda p: private(p)([torch.ones(1, 2), torch.zeros(1)]).tolist() == [1, 1, 0],
-    ),
     "torch._foreach_norm": (
         "_ops/measure.py",
         "plain ops",
@@ -174,12 +169,12 @@ PATHS = {
     ),
     UNSCALE: ("_ops/reference.py", "plain ops on half gradients of a device", unscales),
     f"{MODES}.is_traceable_wrapper_subclass": (
-        "_gradients/local.py",
+        "_gradients/stored.py",
         "torch.compile",
         lambda p: private(p)(torch.ones(1)) is False,
     ),
     "torch._neg_view": (
-        "_gradients/local.py",
+        "_gradients/stored.py",
         "gradients that are lazily negated",
         lambda p: private(p)(torch.ones(1)).is_neg(),
     ),
@@ -249,12 +244,12 @@ ATTRIBUTES = {
         asks_inside_of_join,
     ),
     "_indices": (
-        "_gradients/local.py",
+        "_gradients/stored.py",
         "sparse gradients",
         lambda a: a(SPARSE)().tolist() == [[1, 1]],
     ),
     "_values": (
-        "_gradients/local.py",
+        "_gradients/stored.py",
         "sparse gradients",
         lambda a: a(SPARSE)().tolist() == [2, 3],
     ),

@@ -1,4 +1,4 @@
-"""Tensors looked at one by one, with all that Python knows to check: what C++ does not read."""
+"""Tensors that C++ does not read are looked at here, with every check that Python knows."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .._ranks import Plan, placed
-from .local import LocalGrads, held
+from .local import REAL, LocalGrads
+from .stored import held
 
-REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUPPORTED = (*REAL, torch.complex32, torch.complex64, torch.complex128)
 _LAYOUTS = (torch.strided, torch.sparse_coo, torch.jagged)
 
@@ -19,7 +19,9 @@ def look(
     plan: Plan | None,
     name_of: Callable[[int], str] | None = None,
 ) -> LocalGrads:
-    """The gradients, or tensors, one by one, with all that Python knows to check."""
+    """Read the gradients, or the tensors themselves, and check each of them."""
+    if plan is None and (plain := _look_at_once(items, write)) is not None:
+        return plain
     # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
     found: dict[int, tuple[Tensor, int]] = {}
     wrappers: list[Tensor] = []
@@ -47,6 +49,21 @@ def look(
         raise errors[0]
     tensors, slots = [t for t, _ in found.values()], [slot for _, slot in found.values()]
     return LocalGrads(tensors, slots, wrappers)
+
+
+def _look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
+    """Read them if all are plain tensors, else None: a list of thousands takes no time."""
+    if torch.compiler.is_compiling() or not {*map(type, items)} <= {Tensor, torch.nn.Parameter}:
+        return None
+    tensors = items
+    if write:
+        once = {id(item): item for item in items}.values()
+        tensors = [grad for item in once if (grad := item.grad) is not None]
+    grads = LocalGrads(tensors, [0] * len(tensors), [])
+    if not grads.are_plain:
+        return None
+    may_overlap = write and not all(map(Tensor.is_contiguous, tensors))
+    return None if may_overlap and any(map(_overlaps, tensors)) else grads
 
 
 def describe(value: object) -> str:
@@ -79,7 +96,7 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
             "it to torch.strided or torch.sparse_coo"
         )
     stored = held(tensor)
-    if write and overlaps(stored):
+    if write and _overlaps(stored):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             f"single memory location. Please clone() the tensor before performing the operation. "
@@ -87,27 +104,11 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
         )
 
 
-def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements share memory."""
-    if not tensor.numel():
-        return False
-    dims = [(tensor.stride(i), size) for i, size in enumerate(tensor.shape) if size > 1]
-    if torch.compiler.is_compiling():
-        # No order of symbolic strides is known: what torch refuses.
-        return any(stride == 0 for stride, _ in dims)
-    reach, interleaved = 0, False
-    for stride, size in sorted(dims):
-        interleaved |= stride <= reach
-        reach += stride * (size - 1)
-    if not interleaved:
-        return False
-    # A stride that does not step over the smaller ones may step between them: the elements are bits
-    # of a number, set along one dimension after the other, twice as many each time.
-    taken = 1
-    for stride, size in dims:
-        done = 1
-        while done < size:
-            more = min(done, size - done)
-            taken |= taken << more * stride
-            done += more
-    return taken.bit_count() < tensor.numel()
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether torch refuses to write to it in place, because elements share memory.
+
+    torch looks for dimensions that repeat the same memory. It does not find every overlap of a view
+    that `as_strided` has made, and neither does this.
+    """
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return bool(tensor.numel()) and any(size > 1 and stride == 0 for size, stride in dims)

@@ -10,8 +10,8 @@ class Gradients(Protocol):
     """Gradients, or other tensors, of one call: n of them on this rank, in m groups.
 
     Norms and coefficients are float64, on the device of the first tensor, and no verb waits for it.
-    Of `PlainGrads` (csrc/python/grads.h; where that is not built plain.py), `LocalGrads` and
-    `SpreadGrads` the last are those of all ranks together, each of which calls the same verbs.
+    Of `PlainGrads` (csrc/python/grads.h), `LocalGrads` and `SpreadGrads` the last are those of all
+    ranks together, each of which calls the same verbs.
     """
 
     def __len__(self) -> int:

@@ -26,7 +26,6 @@ from .._ranks import (
     plan_of_plain,
 )
 from .._warnings import warn
-from . import plain
 from .local import LocalGrads
 from .look import describe, look
 from .protocol import Gradients, GradientsHere
@@ -124,7 +123,7 @@ def _read(
     agree: bool,
     name_of: Callable[[int], str] | None = None,
 ) -> Gradients:
-    reader = None if torch.compiler.is_compiling() else _ops.extension or plain
+    reader = _extension()
     read_all = reader and (reader.read_grads if write else reader.take_tensors)
     grads = read_all and read_all(items)
     if asked is NONE and (grads is not None or not is_spread(items)):

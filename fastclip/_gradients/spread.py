@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ranks
-from .._ops import clip_coef, empty_norm, is_known
+from .._ops import clip_coef, empty_norm, is_host_readable
 from .._ranks import NUMBERS, Failure, raise_if_failed
 from .protocol import Gradients, GradientsHere
 
@@ -106,7 +106,7 @@ class SpreadGrads:
             for step in reduction.group_steps:
                 parts = _ranks.all_reduce_members(step, parts, order, NUMBERS + 1)
             norms, numbers, wide = parts.split([norms.numel(), NUMBERS, 1])
-            self.wide = bool(wide) if is_known(wide) else self.wide
+            self.wide = bool(wide) if is_host_readable(wide) else self.wide
         if self.failure is not None:
             self.failure.announce()
         if reduction.sends:

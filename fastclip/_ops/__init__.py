@@ -7,15 +7,14 @@ says `torch.ops` or `_C`, and it imports `_private` alone.
 
 from .coef import ZEROS, clip_coef, means_zeros
 from .loading import NVCC, REBUILD, extension, has_kernels, refusal, turned_off
-from .measure import empty_norm
+from .measure import empty_norm, norm_of, widest
 from .process import once
 from .reference import count_rows, result_dtype
-from .rows import norm_of, widest
 from .schemas import clamp_, clip_norm_, norm, norms, scale_
 from .transforms import (
     is_differentiated,
     is_fake,
-    is_known,
+    is_host_readable,
     is_transformed,
     refuse_transforms,
     without_modes,

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import widest
-from .transforms import is_known, is_transformed
+from .measure import widest
+from .transforms import is_host_readable, is_transformed
 
 
 def as_limit(max_norm: float | Tensor, device: torch.device) -> Tensor:
@@ -41,7 +41,7 @@ def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -
 def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """As `clip_coef`, computed in `dtype`, which is that of the result."""
     limit, unit = as_limit(max_norm, total_norm.device), 1.0
-    number = float(limit.detach()) if limit.dim() == 0 and is_known(limit) else None
+    number = float(limit.detach()) if limit.dim() == 0 and is_host_readable(limit) else None
     is_number = number is not None
     if number is not None and not 0 <= number < math.inf:
         return torch.full_like(total_norm, 1 if number > 0 else math.nan, dtype=dtype)

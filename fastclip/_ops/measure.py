@@ -1,10 +1,12 @@
-"""Norms in plain PyTorch.
+"""Norms in plain PyTorch, on any device.
 
-On the CPU as many elements are summed in float32 as a lane of a vector unit has few of, and all
-above is float64. A device with float64 sums in that from the first element on; one without it has
-float32 alone. Where a power may not fit, elements are measured relative to the largest.
+A long tensor is cut into rows of a few elements. The norms of the rows take the tensor's place, and
+are measured in the same way. On the CPU a row is summed in float32, which is exact enough for so
+few elements, and everything else in float64. A GPU sums in float64 from the first element on. A
+device without float64 has float32 alone.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,172 +15,163 @@ import torch
 from torch import Tensor
 
 from .._private import private
-from . import pieces
-from .pieces import (
-    block_of,
-    blocks,
-    flat_parts,
-    in_floats,
-    put_together,
-    room,
-    rows_of_block,
-)
-from .rows import norm_of, norms_in_rows, norms_of_rows, norms_of_segments, widest
-from .transforms import converted, is_known, is_transformed
+from .transforms import is_differentiated, is_host_readable, is_transformed, without_modes
 
 foreach_norm = private("torch._foreach_norm")
 
-# A norm as small may have lost squares that are no float32.
+# The number of elements that may be added in float32.
+ROW = 256
+# The number of elements that one call may add in the widest dtype. On the CPU torch divides a sum
+# of 32 Ki elements or more among its threads, and the bits of the sum depend on their number.
+SHORT = 1 << 13
+# The number of elements that are copied at once, to another dtype or out of memory with gaps.
+BLOCK = 1 << 18
+# A norm below this may be that of elements whose squares are too small for float32.
 TINY = 1e-9
 
 
-def total(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norm of one or more tensors as one vector, 0-d, on the first tensor's device."""
-    if p == 2 and _are_here(tensors):
-        norm = norm_of(torch.cat(_rows_of_all(tensors)).double(), p)
-        value = float(norm)
-        if TINY < value < math.inf or math.isnan(value):
-            return norm
-    return norm_of(each(tensors, p), p)
+@functools.cache
+def _widest(device_type: str) -> torch.dtype:
+    try:
+        # Fake tensors would say yes for any device.
+        with without_modes():
+            torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
 
 
-def each(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norm of each of one or more tensors, 1-d, on the first tensor's device."""
-    if is_transformed() or p not in (1, 2, math.inf):
-        return _exact(tensors, p)
-    if not _are_here(tensors):
-        return _on_devices(tensors, p)
-    if p == math.inf:
-        return _largest(tensors)
-    return _found_again(_each_here(tensors, p), tensors, p)
-
-
-def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norm of each slice along the first dimension of two or more, 1-d; else of the tensor."""
-    device = tensors[0].device
-    vectors = [t for t in tensors if t.dim() < 2]
-    found = iter(each(vectors, p).split(1) if vectors else ())
-    copy = room(tensors) if _are_here(tensors) else None
-    norms = [next(found) if t.dim() < 2 else _each_slice(t, p, copy) for t in tensors]
-    return torch.cat([n.to(device, widest(device)) for n in norms])
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has no float64 (Apple's, some of Intel's)."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else _widest(device.type)
 
 
 def empty_norm(p: float) -> float:
-    """The norm of no elements: what adds nothing to that of others."""
+    """Return the norm of no elements, which changes nothing when it is added to other norms."""
     return math.inf if p < 0 else 0.0
 
 
-def _are_here(tensors: Sequence[Tensor]) -> bool:
-    """Whether the host may look at all numbers."""
-    return is_known(tensors[0]) and all(t.is_cpu for t in tensors)
-
-
-def _found_again(norms: Tensor, tensors: Sequence[Tensor] | Tensor, p: float) -> Tensor:
-    # Beyond float32 may be what is summed, and below it what is squared.
-    lost = (norms.isinf() | (norms < TINY * (p == 2))).nonzero().flatten()
-    if len(lost):
-        norms[lost] = _exact([tensors[i] for i in lost.tolist()], p)
-    return norms
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
-    full = [i for i, t in enumerate(tensors) if t.numel()]
-    if full:
-        most = foreach_norm([tensors[i] for i in full], math.inf)
-        norms[full] = torch.stack(most).double()
-    return norms
-
-
-def _each_here(tensors: Sequence[Tensor], p: float) -> Tensor:
-    short: list[int] = []
-    long: list[int] = []
-    for i, tensor in enumerate(tensors):
-        (short if tensor.numel() <= pieces.SHORT else long).append(i)
-    found = []
-    at_once = max(1, pieces.COPY // pieces.SHORT)
-    for i in range(0, len(short), at_once):
-        some = [tensors[j] for j in short[i : i + at_once]]
-        found.append(norms_of_segments(pieces.put_in_one(some), [*map(Tensor.numel, some)], p))
-    if long:
-        copy = room([tensors[i] for i in long])
-        rows = [_rows_of_one(tensors[i], p, copy) for i in long]
-        lengths = [sum(map(len, some)) for some in rows]
-        found.append(norms_of_segments(torch.cat([r for some in rows for r in some]), lengths, p))
-    norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
-    norms[short + long] = torch.cat(found)
-    return norms
-
-
-def _rows_of_one(tensor: Tensor, p: float, copy: Tensor | None) -> list[Tensor]:
-    return [norm for part in flat_parts(tensor) for norm in norms_in_rows(part, p, copy)]
-
-
-def _each_slice(tensor: Tensor, p: float, copy: Tensor | None) -> Tensor:
-    if tensor.numel() > block_of(tensor) * len(tensor):
-        return each(tensor.unbind(), p)
-    rows, wide = tensor.flatten(1), widest(tensor.device)
-    if not rows.numel():
-        return torch.full((len(rows),), empty_norm(p), dtype=wide, device=tensor.device)
-    if not _are_here([tensor]) or p not in (1, 2):
-        parts = rows.split(rows_of_block(rows))
-        return torch.cat([norms_of_rows(converted(part, wide), p) for part in parts])
-    found = [
-        norms_of_rows(in_floats(part, copy), p)
-        for part in rows.split(max(1, pieces.COPY // rows.size(1)))
-    ]
-    return _found_again(torch.cat(found).double(), rows, p)
-
-
-def _on_devices(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """No wait, and no more calls of a device than torch makes."""
-    device, places = tensors[0].device, defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        places[tensor.device].extend([i] * bool(tensor.numel()))
-    norms: dict[int, Tensor] = {}
-    for place, index in places.items():
-        if index:
-            found = _measured([tensors[i] for i in index], p, widest(place))
-            norms |= zip(index, (norm.to(device, widest(device)) for norm in found), strict=True)
-    if len(norms) < len(tensors):
-        empty = torch.zeros((), dtype=widest(device), device=device)
-        norms = {i: norms.get(i, empty) for i in range(len(tensors))}
-    return torch.stack([norms[i] for i in range(len(tensors))])
-
-
-def _measured(tensors: list[Tensor], p: float, dtype: torch.dtype) -> Sequence[Tensor]:
-    if dtype == torch.float64 or p == math.inf:
-        found: Sequence[Tensor] = foreach_norm(tensors, p, dtype=dtype)
-        return found
-    # In float32 in two steps, so that no sum has many terms.
-    long = {i: t for i, t in enumerate(tensors) if t.numel() > pieces.SMALL}
-    # Over gaps a device may add one after another.
-    short = [t.contiguous() for i, t in enumerate(tensors) if i not in long]
-    norms = iter(foreach_norm(short, p, dtype=dtype) if short else ())
-    return [_in_steps(long[i], p) if i in long else next(norms) for i in range(len(tensors))]
-
-
-def _in_steps(tensor: Tensor, p: float) -> Tensor:
-    rows = [row for part in flat_parts(tensor) for row in norms_in_rows(part, p)]
-    return norm_of(torch.cat(rows), p)
-
-
-def _rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """2-norms of the rows of all together, in some order."""
-    norms, copy = [torch.zeros(1, dtype=torch.float32, device="cpu")], room(tensors)
-    for part in put_together(tensors):
-        norms += norms_in_rows(part, 2, copy)
-    return norms
-
-
-def _exact(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """In blocks of the widest dtype."""
+def each(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the norm of each of one or more tensors, 1-d, on the first tensor's device."""
     device = tensors[0].device
-    # No norm of order p <= 0 is a norm of norms: there a tensor is one block.
-    empty = torch.full((), empty_norm(p), dtype=widest(device), device=device)
-    norms = []
-    for tensor in tensors:
-        parts = blocks(tensor) if p > 0 else [tensor] * min(1, tensor.numel())
-        found = [norm_of(converted(b, widest(b.device)).flatten(), p).to(empty) for b in parts]
-        norms.append(norm_of(torch.stack(found), p) if len(found) > 1 else (found or [empty])[0])
-    return torch.stack(norms)
+    places: dict[torch.device, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        places[tensor.device].append(i)
+    measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
+    found = [measure([tensors[i] for i in some], p) for some in places.values()]
+    norms = torch.cat([norms.to(device, widest(device)) for norms in found])
+    if len(places) == 1:
+        return norms
+    order = [i for some in places.values() for i in some]
+    return torch.stack([norm for _, norm in sorted(zip(order, norms.unbind(), strict=True))])
+
+
+def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the norm of each slice along the first of two or more dimensions, and of each tensor
+    that has fewer; 1-d, on the first tensor's device."""
+    device = tensors[0].device
+    found = [each([t], p) if t.dim() < 2 else norms_of_slices(_kept(t), p) for t in tensors]
+    return torch.cat([norms.to(device, widest(device)) for norms in found])
+
+
+def norm_of(values: Tensor, p: float) -> Tensor:
+    """Return the norm of 1-d values, 0-d."""
+    return norms_of_slices(values[None], p)[0]
+
+
+def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
+    """Return the norm of each slice along the first of two or more dimensions, 1-d."""
+    dtype = widest(tensor.device)
+    if not tensor.numel():
+        return torch.full((len(tensor),), empty_norm(p), dtype=dtype, device=tensor.device)
+    if tensor.dim() == 2 and tensor.dtype == dtype and tensor.size(1) <= SHORT:
+        return _norms_of_rows(tensor, p)
+    norms = _norms_of_pieces(tensor, p)
+    # A norm of order 0 is a number of elements, and these numbers are added.
+    return norms[:, 0] if norms.size(1) == 1 else norms_of_slices(norms, p or 1)
+
+
+def _each_at_once(tensors: list[Tensor], p: float) -> Tensor:
+    """The norms of tensors of one device, in one call for all that are short."""
+    dtype = widest(tensors[0].device)
+    short = [t if 0 < t.numel() <= SHORT else _shortened(t, p, dtype) for t in tensors]
+    norms = torch.stack(foreach_norm(short, p, dtype=dtype))
+    if is_host_readable(norms) and bool(norms.isinf().any()):
+        # The squares of a float64 may be beyond float64.
+        for i in norms.isinf().nonzero().flatten().tolist():
+            if short[i].dtype == torch.float64:
+                norms[i] = norm_of(short[i].reshape(-1), p)
+    return norms
+
+
+def _shortened(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of the same norm that one call may measure."""
+    if not tensor.numel():
+        return tensor.new_zeros(1)
+    if p == math.inf:
+        # Nothing is added.
+        return tensor
+    while tensor.numel() > SHORT and (tensor.is_cpu or dtype == torch.float32):
+        tensor = _norms_of_pieces(_as_slices(tensor), p)
+    return tensor
+
+
+def _each_alone(tensors: list[Tensor], p: float) -> Tensor:
+    """The norms of tensors of one device, one after the other."""
+    norms = [norms_of_slices(_as_slices(_kept(t)), p) for t in tensors]
+    return torch.stack([n[0] if len(n) == 1 else norm_of(n, p or 1) for n in norms])
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if a derivative needs its elements after it was changed in place."""
+    return tensor.to(widest(tensor.device), copy=True) if is_differentiated() else tensor
+
+
+def _as_slices(tensor: Tensor) -> Tensor:
+    """A view with one slice, in the order of memory; with several slices if memory has gaps."""
+    if tensor.is_contiguous():
+        return tensor.view(1, -1)
+    dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).squeeze()
+    return dense.view(1, -1) if dense.is_contiguous() or dense.dim() < 2 else dense
+
+
+def _norms_of_pieces(tensor: Tensor, p: float) -> Tensor:
+    """The norms of the pieces of each slice: a matrix with a row for each slice."""
+    if is_host_readable(tensor) and tensor.dtype != torch.float64 and p in (1, 2):
+        norms = _norms_of_pieces_in(torch.float32, tensor, p)
+        most = norms.amax(1)
+        if not bool((most.isinf() | (most < TINY * (p == 2))).any()):
+            return norms.double()
+    return _norms_of_pieces_in(widest(tensor.device), tensor, p)
+
+
+def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
+    size, found = ROW if dtype == torch.float32 else SHORT, []
+    is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
+    at_once = BLOCK if is_copied else tensor.numel()
+    for slices in tensor.split(max(1, at_once * len(tensor) // tensor.numel())):
+        norms = []
+        for block in slices.flatten(1).split(at_once, 1):
+            block = block.to(dtype)
+            whole = block.size(1) // size * size
+            if whole:
+                norms.append(_norms_of_rows(block[:, :whole].unflatten(1, (-1, size)), p))
+            if whole < block.size(1):
+                norms.append(_norms_of_rows(block[:, None, whole:], p))
+        found.append(torch.cat(norms, 1))
+    return torch.cat(found)
+
+
+def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
+    """The norms along the last dimension, relative to the largest element if a power overflows."""
+    if p in (1, 2) or math.isinf(p) or p <= 0:
+        # `vector_norm` of order 1 adds one element after the other, which is less exact.
+        norms: Tensor = rows.abs().sum(-1) if p == 1 else torch.linalg.vector_norm(rows, p, dim=-1)
+        if rows.dtype == torch.float32 or not (
+            is_host_readable(norms) and bool(norms.isinf().any())
+        ):
+            return norms
+    most = rows.abs().amax(-1)
+    unit = most.where((most > 0) & most.isfinite(), 1)
+    norms = torch.linalg.vector_norm(rows / unit[..., None], p, dim=-1)
+    return unit * norms

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from .._private import private
-from . import pieces
 from .coef import clip_coef_in, means_zeros, one_number
-from .measure import each, each_row, empty_norm, total
-from .rows import norm_of, widest
-from .transforms import converted, is_known, is_transformed
+from .measure import BLOCK, each, each_row, empty_norm, norm_of, widest
+from .transforms import is_host_readable, is_transformed
 
 foreach_mul_ = private("torch._foreach_mul_")
 foreach_zero_ = private("torch._foreach_zero_")
@@ -26,7 +24,7 @@ def norm(tensors: Sequence[Tensor], p: float, wide: bool = False) -> Tensor:
     dtype = widest(tensors[0].device) if wide else result_dtype(tensors)
     if p < 0 and not any(t.numel() for t in tensors):
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
-    return converted(total(tensors, p), dtype)
+    return norm_of(each(tensors, p), p).to(dtype)
 
 
 def norms(
@@ -64,26 +62,25 @@ def scale_(
     if not tensors:
         return
     sizes = [count_rows(t) if rows else 1 for t in tensors]
-    slots = sum(sizes) if group is None else max(group) + 1
-    if coef.dim() and (coef.dim() != 1 or coef.numel() < slots):
+    groups = sum(sizes) if group is None else max(group) + 1
+    if coef.dim() and (coef.dim() != 1 or coef.numel() < groups):
         raise ValueError(
-            f"coef: expected a 0-d tensor or one value for each of {slots} groups, "
+            f"coef: expected a 0-d tensor or one value for each of {groups} groups, "
             f"got shape {list(coef.shape)}"
         )
     _note_writes(tensors)
     if not coef.dim():
         _scale(tensors, coef)
     elif rows:
-        found = list(zip(tensors, coef[:slots].split(sizes), strict=True))
-        vectors = [pair for pair in found if pair[0].dim() < 2]
-        if vectors:
-            some, coefs = zip(*vectors, strict=True)
-            _scale_each(some, torch.cat(coefs), range(len(some)))
-        for tensor, coefs in found:
-            if tensor.dim() > 1:
-                _scale_rows(tensor, coefs)
+        for tensor, coefs in zip(tensors, coef[:groups].split(sizes), strict=True):
+            _scale_rows(tensor if tensor.dim() > 1 else tensor[None], coefs)
     else:
-        _scale_each(tensors, coef, range(slots) if group is None else group)
+        members = defaultdict(list)
+        for tensor, g in zip(tensors, range(groups) if group is None else group, strict=True):
+            members[g].append(tensor)
+        every = coef.unbind()
+        for g, some in members.items():
+            _scale(some, every[g])
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
@@ -91,13 +88,12 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     for some in _alike(tensors):
         # torch refuses a bound that overflows the dtype.
         limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
-        # Two calls for all, but for long tensors of the CPU, which two would read twice.
-        apart = is_transformed()
-        for tensor in [t for t in some if apart or (t.is_cpu and t.numel() >= pieces.SMALL)]:
-            tensor.clamp_(-limit, limit)
-        if short := [t for t in some if not apart and (not t.is_cpu or t.numel() < pieces.SMALL)]:
-            foreach_clamp_min_(short, -limit)
-            foreach_clamp_max_(short, limit)
+        if some[0].is_cpu or is_transformed():
+            for tensor in some:
+                tensor.clamp_(-limit, limit)
+        else:
+            foreach_clamp_min_(some, -limit)
+            foreach_clamp_max_(some, limit)
 
 
 def clip_norm_(
@@ -118,8 +114,8 @@ def clip_norm_(
 
 
 def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return torch.float64 if wide else torch.float32
+    dtypes = {t.dtype for t in tensors}
+    return torch.float64 if dtypes & {torch.float64, torch.complex128} else torch.float32
 
 
 def count_rows(tensor: Tensor) -> int:
@@ -139,7 +135,8 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
 
 
 def _note_writes(tensors: Sequence[Tensor]) -> None:
-    """Before any is written: torch finds out while it writes."""
+    """Bump every version counter, and refuse before any tensor is written: torch would find out
+    while it writes."""
     if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
         raise RuntimeError(
             "a tensor made in inference mode cannot be changed in place outside of it; clone it"
@@ -149,9 +146,7 @@ def _note_writes(tensors: Sequence[Tensor]) -> None:
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Lists of one dtype and device each."""
-    if len({t.dtype for t in tensors}) == len({t.device for t in tensors}) == 1:
-        return [list(tensors)]
+    """Lists of tensors that have one dtype and device."""
     found = defaultdict(list)
     for tensor in tensors:
         found[tensor.dtype, tensor.device].append(tensor)
@@ -159,34 +154,45 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> None:
-    """By one coefficient, of the precision of each tensor, float32 for halves."""
+    """Multiply by one coefficient, in the precision of each tensor, float32 for halves."""
     # A device multiplies by 1 rather than wait.
-    if is_known(coef):
+    if is_host_readable(coef):
         if bool(coef == 1):
             return
         if may_zero and bool(means_zeros(coef)):
             foreach_zero_(tensors)
             return
-    may_zero = may_zero and not is_known(coef)
-    # The last ones to be measured are in the cache yet.
+        may_zero = False
+    # The tensors that were measured last are in the cache yet.
     for some in _alike(tensors[::-1]):
-        here, wide = some[0].device, _wide(some[0])
-        value = coef.to(here, wide)
-        if is_transformed():
+        value = coef.to(some[0].device, _wide(some[0]))
+        _multiply(some, value)
+        if may_zero and is_transformed():
             for tensor in some:
-                _multiply(tensor, value)
-                tensor.masked_fill_(means_zeros(value) & may_zero, 0)
-        elif some[0].dtype == wide or here.type == "cpu":
-            # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
-            foreach_mul_(some, value)
-        else:
-            _scale_halves(some, value)
-        if may_zero and not is_transformed():
+                tensor.masked_fill_(means_zeros(value), 0)
+        elif may_zero:
             _zero_unless_kept(some, value)
 
 
+def _multiply(tensors: list[Tensor], coef: Tensor) -> None:
+    """Multiply tensors of one dtype by a float32 or float64, and round each product once."""
+    # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
+    if not is_transformed() and (tensors[0].dtype == coef.dtype or tensors[0].is_cpu):
+        foreach_mul_(tensors, coef)
+        return
+    try:
+        if is_transformed():
+            raise NotImplementedError
+        # A GPU has one launch for all halves.
+        foreach_unscale_(tensors, torch.zeros_like(coef).reshape(1), coef)
+    except NotImplementedError:
+        for tensor in tensors:
+            # With as many dimensions as the tensor, a float32 counts as one.
+            tensor.mul_(coef.reshape([1] * tensor.dim()))
+
+
 def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Zeros where `coef` is -0.0: bits times 0, since a NaN times 0 is NaN."""
+    """Write zeros if `coef` is -0.0: the bits are multiplied by 0, since a NaN times 0 is NaN."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
     # The bits of -0.0 are those of the least whole number.
@@ -194,59 +200,18 @@ def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
     foreach_mul_([t.view(theirs) for t in tensors], is_kept.to(theirs)[0])
 
 
-def _scale_each(tensors: Sequence[Tensor], coef: Tensor, slots: Sequence[int]) -> None:
-    """Each by the coefficient of its slot."""
-    if not is_known(coef) or not all(t.is_cpu for t in tensors):
-        members = defaultdict(list)
-        for tensor, slot in zip(tensors, slots, strict=True):
-            members[slot].append(tensor)
-        every = coef.unbind()
-        for slot, some in members.items():
-            _scale(some, every[slot])
-        return
-    numbers, zeros = coef.tolist(), means_zeros(coef).tolist()
-    changed = [(t, slot) for t, slot in zip(tensors, slots, strict=True) if numbers[slot] != 1]
-    alike = {t.dtype: t for t, _ in changed}
-    values = {dtype: coef.to(_wide(t)).unbind() for dtype, t in alike.items()}
-    if changed:
-        foreach_mul_([t for t, _ in changed], [values[t.dtype][i] for t, i in changed])
-    for tensor, slot in changed:
-        if zeros[slot]:
-            tensor.zero_()
-
-
-def _scale_halves(tensors: list[Tensor], coef: Tensor) -> None:
-    """By a float32, in one call where a device has one."""
-    try:
-        overflow = torch.zeros_like(coef).reshape(1)
-        foreach_unscale_(tensors, overflow, coef)
-    except NotImplementedError:
-        for tensor in tensors:
-            tensor.mul_(coef.reshape([1] * tensor.dim()))
-
-
 def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
-    """Each slice along the first dimension by its own coefficient."""
-    if is_known(coefs) and bool((coefs == 1).all()):
+    """Multiply each slice along the first dimension by its own coefficient."""
+    if is_host_readable(coefs) and bool((coefs == 1).all()):
         return
     coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
-    size = len(tensor)
-    if tensor.dtype != coefs.dtype:
-        # The copies stay in the cache.
-        size = max(1, pieces.COPY * size // max(1, tensor.numel()))
-    for start in range(0, len(tensor), max(1, size)):
-        _multiply(tensor[start : start + size], coefs[start : start + size])
+    # On the CPU torch copies halves to multiply them by float32: a few rows at once.
+    count = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
+    for i in range(0, len(tensor), count):
+        tensor[i : i + count].mul_(coefs[i : i + count])
     zeros = means_zeros(coefs)
-    if not is_known(coefs) or bool(zeros.any()):
+    if not is_host_readable(coefs) or bool(zeros.any()):
         tensor.masked_fill_(zeros, 0)
-
-
-def _multiply(tensor: Tensor, coef: Tensor) -> None:
-    """Rounded once, in a dtype that `coef` has and `tensor` may not."""
-    if tensor.dtype == coef.dtype:
-        tensor.mul_(coef)
-    else:
-        tensor.copy_(tensor.to(coef.dtype) * coef)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

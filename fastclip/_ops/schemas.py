@@ -14,8 +14,8 @@ from torch import Tensor
 from . import reference
 from .coef import as_limit
 from .loading import refusal, turned_off
+from .measure import widest
 from .process import once
-from .rows import widest
 from .transforms import is_active
 
 

@@ -33,17 +33,12 @@ def is_differentiated() -> bool:
     return is_transformed() and torch.is_grad_enabled()
 
 
-def is_known(value: Tensor) -> bool:
+def is_host_readable(value: Tensor) -> bool:
     """Whether the host has its numbers already, and so may ask for them."""
     # In a graph and in `vmap` it stands for many.
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return value.device.type == "cpu" and not is_fake(value)
-
-
-def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype: a copy if a derivative may need it after it was changed in place."""
-    return tensor.to(dtype, copy=is_differentiated())
 
 
 def refuse_transforms(name: str) -> None:

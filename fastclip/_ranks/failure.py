@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._ops import is_known, widest
+from .._ops import is_host_readable, widest
 from .._private import private
 
 # How many ranks have failed, and the sum of the marks under which they leave their reasons.
@@ -52,7 +52,7 @@ class Failure:
 
 def raise_if_failed(numbers: Tensor) -> None:
     """Raise what another rank has sent in its numbers, if the host can read them without a wait."""
-    if not is_known(numbers):
+    if not is_host_readable(numbers):
         return
     failures, marks = map(int, numbers.tolist())
     if not failures:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._ops import is_known, norm_of
+from .._ops import is_host_readable, norm_of
 from .._private import private
 from . import groups
 from .failure import NUMBERS
@@ -62,7 +62,7 @@ def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
     Its flag becomes so too, which tells ranks that have other slots.
     """
     slots, flags, numbers = parts.split([parts.numel() - beside, len(counts), NUMBERS])
-    if is_known(parts) and math.isfinite(float(parts.sum())):
+    if is_host_readable(parts) and math.isfinite(float(parts.sum())):
         return parts
     sums = torch.stack([some.sum() for some in slots.split(counts)]) + flags
     bad = sums.masked_fill(sums.isfinite(), 0)
