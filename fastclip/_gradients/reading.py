@@ -1,8 +1,8 @@
-"""Parameters in, gradients out.
+"""From parameters to `Gradients`.
 
-The extension reads a list of ordinary gradients in C++. What it leaves (sparse, complex, several
-devices, tensors with gaps, subclasses, bad input) is looked at here. What is spread over ranks, or
-in groups, has a plan, and is read by it in the same two ways.
+The extension reads a list of plain gradients in C++. Where it returns None, as some are sparse,
+complex, on several devices, with gaps, of a subclass or wrong, look.py reads them one by one.
+Gradients over ranks, or in groups, are read in the same two ways, by a plan of the parameters.
 """
 
 import types
@@ -43,10 +43,9 @@ def read(
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
 ) -> Gradients:
-    """The gradients of `parameters`, to be changed; without None, and of each parameter once.
+    """Read the gradients of `parameters` to change them, without None, of each parameter once.
 
-    Those that ranks measure together and `agree` on have a norm that is not finite on any rank if
-    it is so on one.
+    With `agree`, a norm over ranks that is not finite on one rank is so on all.
 
     Raises:
         TypeError: no tensors, or a gradient's dtype or layout that cannot be clipped.
@@ -85,14 +84,15 @@ def take(
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
 ) -> Gradients:
-    """The tensors themselves, to be measured, checked as `read` checks gradients."""
+    """Take the tensors themselves, to measure them, with the checks of `read`."""
     items = as_list(tensors, "tensors")
     return _read(items, foreach, _asked(process_group), False, kind, agree)
 
 
 def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
-    """The parameters themselves, as `take` does: those that `read` finds gradients of."""
-    # Over ranks the weights tell what the gradients may be; else only those with one are measured.
+    """Take the parameters themselves, as `take` does: those that `read` finds gradients of."""
+    # Over ranks all weights are measured, as any may have a gradient on another rank; else only
+    # those that have one here.
     positions = present(parameters if is_spread(parameters) else (), parameters)
     weights = [parameters[i] for i in positions]
     return _read(
@@ -100,6 +100,7 @@ def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
     )
 
 
+@torch.compiler.disable
 def read_by(
     plan: Plan | None,
     parameters: list[Tensor],
@@ -108,10 +109,9 @@ def read_by(
     p: float,
     agree: bool,
 ) -> SpreadGrads:
-    """As `read`, by the group of each parameter, by the plan of the last time if it still fits."""
-    at_once = _extension() is not None
-    plan, grads = follow(plan, parameters, asked, at_once, True, Kind.of_order(p), group_of)
-    return _planned(plan, grads, None, agree, lambda: look(parameters, True, plan))
+    """As `read`, by the group of each parameter, and by the plan of the last time if it fits."""
+    plan, grads = follow(plan, parameters, asked, True, Kind.of_order(p), group_of)
+    return _spread(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
 
 def _read(
@@ -152,18 +152,18 @@ def _read_spread(
     if grads is not None and kind is Kind.TOTAL:
         plan = plan_of_plain(items, asked)
     else:
-        plan, grads = find_plan(items, asked, _extension() is not None, write, kind)
-    return _planned(plan, grads, foreach, agree, lambda: look(items, write, plan, name_of))
+        plan, grads = find_plan(items, asked, write, kind)
+    return _spread(plan, grads, foreach, agree, lambda: look(items, write, plan, name_of))
 
 
-def _planned(
+def _spread(
     plan: Plan,
     grads: Any,
     foreach: bool | None,
     agree: bool,
     read_all: Callable[[], LocalGrads],
 ) -> SpreadGrads:
-    """An error is for all ranks that wait for this one."""
+    """Make SpreadGrads; keep an error in them, if other ranks wait for the sums of this one."""
     try:
         if plan.reduction.crossing is not None:
             raise ValueError(plan.reduction.crossing)
@@ -185,7 +185,7 @@ def _asked(process_group: Any) -> Asked:
 
 
 def present(norms: Sequence[Any] | Tensor, parameters: list[Tensor]) -> list[int]:
-    """Whose norms they are: of all parameters, or of each that has a gradient once."""
+    """The positions of the parameters whose norms these are: all, or those with a gradient."""
     if len(norms) == len(parameters):
         return list(range(len(parameters)))
     found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
@@ -193,7 +193,7 @@ def present(norms: Sequence[Any] | Tensor, parameters: list[Tensor]) -> list[int
 
 
 def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The norms of the gradients, with zeros where a parameter has none or was there before."""
+    """A norm for each parameter: 0 for one without a gradient, or one that is there before."""
     if len(norms) == len(parameters):
         return norms
     found = [norms.new_zeros(())] * len(parameters)
@@ -227,7 +227,7 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
             f"{name}: expected a tensor or an iterable of tensors, got {describe(tensors)}; "
             "of a module pass module.parameters()"
         ) from None
-    # Gradients that are none may well be none; parameters are not.
+    # A list of gradients may be empty; no parameters are a mistake.
     if not items and name == "parameters" and isinstance(tensors, types.GeneratorType):
         warn("`parameters` is an empty generator, no gradient clipping will occur.")
     return items

@@ -71,7 +71,7 @@ class Plan:
         self._has_warned = False
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
-        """What the extension reads at once; None where each item has to be looked at.
+        """Have the extension read the items; None where Python has to look at each.
 
         Always None where `items` are others than the plan was made for.
         """
@@ -136,10 +136,8 @@ def plan_of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
     return Plan(items[:1], [None] * len(items[:1]), asked)
 
 
-def find_plan(
-    items: Sequence[Tensor], asked: Asked, at_once: bool, write: bool, kind: Kind
-) -> tuple[Plan, Any]:
-    """The plan for these parameters or tensors, and what the extension reads by it `at_once`.
+def find_plan(items: Sequence[Tensor], asked: Asked, write: bool, kind: Kind) -> tuple[Plan, Any]:
+    """Find or make the plan for these parameters or tensors, and what the extension reads by it.
 
     Raises:
         ValueError: of several process groups two share more than this rank.
@@ -147,7 +145,7 @@ def find_plan(
     key = next((layout_of(item) for item in items if is_dtensor(item)), None)
     plans, address = _plans[kind], id(key)
     known, _ = plans.get(address, (None, None))
-    plan, grads = follow(known, items, asked, at_once, write, kind)
+    plan, grads = follow(known, items, asked, write, kind)
     if key is not None and plan is not known:
         plans[address] = plan, weakref.ref(key, lambda _: plans.pop(address))
     return plan, grads
@@ -157,7 +155,6 @@ def follow(
     plan: Plan | None,
     items: Sequence[Tensor],
     asked: Asked,
-    at_once: bool,
     write: bool,
     kind: Kind = Kind.TOTAL,
     group_of: Sequence[int] | None = None,
@@ -165,12 +162,12 @@ def follow(
     """As `find_plan`, by the `plan` at hand, or by a new one if that is for other items."""
     if plan is not None and not plan.is_for(asked):
         plan = None
-    grads = plan.read(items, write) if plan is not None and at_once else None
+    grads = None if plan is None else plan.read(items, write)
     if plan is None or grads is None:
         layouts = [layout_of(item) for item in items]
         if plan is None or not plan.fits(layouts):
             plan = Plan(items, layouts, asked, kind, group_of)
-        grads = plan.read(items, write) if at_once else None
+        grads = plan.read(items, write)
     if kind is Kind.ROWS:
         # A layout does not tell them: plain tensors have none.
         plan.sizes = [_ops.count_rows(local_of(i)) if isinstance(i, Tensor) else 1 for i in items]
