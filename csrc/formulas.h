@@ -8,11 +8,11 @@
 
 namespace fastclip {
 
-// What the kernels take, in the order of their switches. A new one is a case of `element_size`
+// The dtypes of the kernels, in the order of their switches. A new one is a case of `element_size`
 // below, of `kernel_dtype` in tensor_list.h, of the switches and integers of cpu/tile.cpp and
-// cuda/tile.cuh, of the two bits that an `Entry` of cuda/partition.h has for it, of what
-// fastclip/_gradients/look.py supports, and of DTYPES in fastclip/_check_cases.py and
-// tests/conftest.py.
+// cuda/tile.cuh, and of `add_sum` in cuda/norm.cuh; REAL of fastclip/_gradients/local.py and
+// DTYPES of fastclip/_check_cases.py and tests/conftest.py list it. An `Entry` of cuda/partition.h
+// has two bits for it, which four dtypes fill, and counts in units of two bytes.
 enum class Dtype { kFloat, kBFloat16, kHalf, kDouble, kCount };
 
 // A tensor as flat memory: all that is left of it for a kernel.

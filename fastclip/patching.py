@@ -3,7 +3,8 @@
 torch makes each of its functions with a decorator. The function that this decorator calls is
 exchanged, so that callers are reached however they imported it; `unpatch` puts torch's back. Where
 a program has assigned a function of its own to torch's name, each name of that is assigned anew.
-The functions of other libraries are replaced when these are imported.
+The functions of other libraries are replaced when these are imported: each has a file in
+`integrations`, which `_LIBRARIES` lists.
 """
 
 import sys

@@ -6,7 +6,8 @@ waits for it. A norm that is 0 (a frozen start, a loss that is masked) or not fi
 nothing, and never enters the state; a rule that has seen no other does not clip. Call a rule once
 before a CUDA graph captures it: that call brings the state there.
 
-A new rule is a subclass of `State`: `_start` makes the state, and `__call__` changes it in place.
+A new rule is a subclass of `State`, exported by `__init__.py`: `_start` makes the state, and
+`__call__` changes it in place.
 """
 
 import math

@@ -1,5 +1,6 @@
 // How a tensor list is cut for a GPU, and the table in which a launch finds its part of it. Host
-// code and plain structs; free of torch.
+// code and plain structs; free of torch. kThreads and kTileBytes say how much a thread loads at
+// once.
 //
 // Note [partition]: a tile is 32 KiB from the start of a tensor, a span is a run of consecutive
 // tiles with one float64 for its result. The cut depends on sizes, groups and list order
@@ -14,6 +15,8 @@
 
 namespace fastclip::cuda {
 
+// A thread loads kTileBytes / kThreads / 16 vectors of 16 bytes at once: kVectors of tile.cuh, for
+// which sum_tile of norm.cuh is written. kResident of launch.cu counts on these loads too.
 constexpr int kThreads = 512;
 constexpr int kTileBytes = 32768;
 // Few enough for every block to add up all partial results again. They are ten for each block of an

@@ -1,5 +1,6 @@
 // A block's way over the tiles of a span, and a tile's way into registers and back: 512 threads
-// take four 16-byte vectors each, so that 32 KiB are in flight before the first is used.
+// take four 16-byte vectors each, so that 32 KiB are in flight before the first is used. The two
+// numbers follow from kThreads and kTileBytes of partition.h.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,7 +1,7 @@
 """What every op is: its schema, its fake and its default.
 
-A new op is one call of `define`; a kernel for it is registered in a file of csrc/cpu or csrc/cuda.
-`Dtype` in csrc/formulas.h says what a new dtype takes.
+A new op is one call of `define`, with a default in reference.py and a name in `__init__.py`; its
+kernels are registered in csrc/cpu and csrc/cuda, and its type is in csrc/tensor_list.h.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""Parts of norms: numbers that are added up over slots and over ranks, and make norms.
+"""Parts of norms: the numbers that ranks add up, and by which collectives.
 
 Several travel in one float64 vector, which every rank of a step sends in one length and order:
 

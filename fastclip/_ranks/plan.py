@@ -112,7 +112,7 @@ class Plan:
         return wrapper, local_of(wrapper)
 
     def result(self, norm: Tensor) -> Tensor:
-        """A 0-d norm as the caller gets it."""
+        """Return a 0-d norm as the caller gets it; `PlanOfGraph.result` does so in a graph."""
         if self.mesh is None:
             return norm
         layout = self._result_layouts.get(norm.dtype)

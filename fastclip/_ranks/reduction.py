@@ -1,7 +1,8 @@
-"""How the norms of spread gradients are put together: a pure function of where those are placed.
+"""Which ranks add up the norms of which gradients: a pure function of where gradients are placed.
 
-Every slot is added up over the dimensions of its mesh, then the sums of a group's slots over the
-process groups that are asked for. Only these few float64 numbers travel.
+Gradients of one group that are spread over the same ranks are a slot, with one number to add up:
+first over the dimensions of its mesh, then, with the other slots of the group, over the process
+groups that are asked for. parts.py says by which collectives.
 """
 
 import enum
