@@ -55,14 +55,14 @@ def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[
 
     Every rank draws the same full gradients, and compares the clipped ones with half of these.
     """
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     random = torch.Generator().manual_seed(1)
     grads = [torch.randn(n, 12, generator=random, device="cpu") for n in (21, 6, 1)]
     expected = torch.cat([grad.flatten() for grad in grads]).double()
     total, size, found = float(expected.norm()), dist.get_world_size(), {}
     for shape in ((size,), (2, size // 2) if size % 2 == 0 else (1, size)):
-        mesh = init_device_mesh(device_type, shape)
+        mesh = dist.device_mesh.init_device_mesh(device_type, shape)
         places = [Replicate(), Shard(0)][-len(shape) :]
         spread = [distribute_tensor(grad.to(device_type), mesh, places) for grad in grads]
         parameters = [nn.Parameter(torch.zeros_like(grad)) for grad in spread]
