@@ -53,17 +53,18 @@ def empty_norm(p: float) -> float:
 
 def each(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the norm of each of one or more tensors, 1-d, on the first tensor's device."""
-    device = tensors[0].device
+    measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
+    if len({t.device for t in tensors}) == 1:
+        return measure(tensors, p)
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         places[tensor.device].append(i)
-    measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
-    found = [measure([tensors[i] for i in some], p) for some in places.values()]
-    norms = torch.cat([norms.to(device, widest(device)) for norms in found])
-    if len(places) == 1:
-        return norms
-    order = [i for some in places.values() for i in some]
-    return torch.stack([norm for _, norm in sorted(zip(order, norms.unbind(), strict=True))])
+    device = tensors[0].device
+    norms: dict[int, Tensor] = {}
+    for some in places.values():
+        found = measure([tensors[i] for i in some], p).to(device, widest(device))
+        norms |= zip(some, found.unbind(), strict=True)
+    return torch.stack([norms[i] for i in range(len(tensors))])
 
 
 def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -91,7 +92,7 @@ def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
     return norms[:, 0] if norms.size(1) == 1 else norms_of_slices(norms, p or 1)
 
 
-def _each_at_once(tensors: list[Tensor], p: float) -> Tensor:
+def _each_at_once(tensors: Sequence[Tensor], p: float) -> Tensor:
     """The norms of tensors of one device, in one call for all that are short."""
     dtype = widest(tensors[0].device)
     short = [t if 0 < t.numel() <= SHORT else _shortened(t, p, dtype) for t in tensors]
@@ -116,7 +117,7 @@ def _shortened(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _each_alone(tensors: list[Tensor], p: float) -> Tensor:
+def _each_alone(tensors: Sequence[Tensor], p: float) -> Tensor:
     """The norms of tensors of one device, one after the other."""
     norms = [norms_of_slices(_as_slices(_kept(t)), p) for t in tensors]
     return torch.stack([n[0] if len(n) == 1 else norm_of(n, p or 1) for n in norms])
