@@ -85,7 +85,7 @@ def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
     dtype = widest(tensor.device)
     if not tensor.numel():
         return torch.full((len(tensor),), empty_norm(p), dtype=dtype, device=tensor.device)
-    if tensor.dim() == 2 and tensor.dtype == dtype and tensor.size(1) <= SHORT:
+    if tensor.dim() == 2 and tensor.dtype == dtype and tensor.size(1) <= _most_terms(dtype):
         return _norms_of_rows(tensor, p)
     norms = _norms_of_pieces(tensor, p)
     # A norm of order 0 is a number of elements, and these numbers are added.
@@ -93,7 +93,7 @@ def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
 
 
 def _each_at_once(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norms of tensors of one device, in one call for all that are short."""
+    """The norms of tensors of one device, in one call after each long tensor was measured alone."""
     dtype = widest(tensors[0].device)
     short = [t if 0 < t.numel() <= SHORT else _shortened(t, p, dtype) for t in tensors]
     norms = torch.stack(foreach_norm(short, p, dtype=dtype))
@@ -109,12 +109,9 @@ def _shortened(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """A tensor of the same norm that one call may measure."""
     if not tensor.numel():
         return tensor.new_zeros(1)
-    if p == math.inf:
-        # Nothing is added.
-        return tensor
-    while tensor.numel() > SHORT and (tensor.is_cpu or dtype == torch.float32):
-        tensor = _norms_of_pieces(_as_slices(tensor), p)
-    return tensor
+    # For the largest element nothing is added. A GPU adds in float64, and for any size alike.
+    may_add = p == math.inf or not (tensor.is_cpu or dtype == torch.float32)
+    return tensor if may_add else _each_alone([tensor], p)
 
 
 def _each_alone(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -123,13 +120,18 @@ def _each_alone(tensors: Sequence[Tensor], p: float) -> Tensor:
     return torch.stack([n[0] if len(n) == 1 else norm_of(n, p or 1) for n in norms])
 
 
+def _most_terms(dtype: torch.dtype) -> int:
+    """The number of elements that one sum in this dtype may have."""
+    return ROW if dtype == torch.float32 else SHORT
+
+
 def _kept(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if a derivative needs its elements after it was changed in place."""
     return tensor.to(widest(tensor.device), copy=True) if is_differentiated() else tensor
 
 
 def _as_slices(tensor: Tensor) -> Tensor:
-    """A view with one slice, in the order of memory; with several slices if memory has gaps."""
+    """A view that has one slice, in the order of memory, or several slices if memory has gaps."""
     if tensor.is_contiguous():
         return tensor.view(1, -1)
     dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).squeeze()
@@ -147,7 +149,8 @@ def _norms_of_pieces(tensor: Tensor, p: float) -> Tensor:
 
 
 def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
-    size, found = ROW if dtype == torch.float32 else SHORT, []
+    """As `_norms_of_pieces`, in `dtype`: no more than BLOCK elements are copied at once."""
+    size, found = _most_terms(dtype), []
     is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
     at_once = BLOCK if is_copied else tensor.numel()
     for slices in tensor.split(max(1, at_once * len(tensor) // tensor.numel())):
