@@ -20,8 +20,6 @@ def look(
     name_of: Callable[[int], str] | None = None,
 ) -> LocalGrads:
     """Read the gradients, or the tensors themselves, and check each of them."""
-    if plan is None and (plain := _look_at_once(items, write)) is not None:
-        return plain
     # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
     found: dict[int, tuple[Tensor, int]] = {}
     wrappers: list[Tensor] = []
@@ -51,8 +49,11 @@ def look(
     return LocalGrads(tensors, slots, wrappers)
 
 
-def _look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
-    """Read them if all are plain tensors, else None: a list of thousands takes no time."""
+def look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
+    """Read gradients, or tensors, if all are plain: thousands of them in a short time.
+
+    Returns None if any is not plain, or cannot be clipped; `look` then reads them and says why.
+    """
     if torch.compiler.is_compiling() or not {*map(type, items)} <= {Tensor, torch.nn.Parameter}:
         return None
     tensors = items

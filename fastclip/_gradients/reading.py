@@ -27,7 +27,7 @@ from .._ranks import (
 )
 from .._warnings import warn
 from .local import LocalGrads
-from .look import describe, look
+from .look import describe, look, look_at_once
 from .protocol import Gradients, GradientsHere
 from .spread import SpreadGrads
 from .traced import read_in_graph
@@ -124,8 +124,10 @@ def _read(
     name_of: Callable[[int], str] | None = None,
 ) -> Gradients:
     reader = _extension()
-    read_all = reader and (reader.read_grads if write else reader.take_tensors)
-    grads = read_all and read_all(items)
+    if reader is None:
+        grads = look_at_once(items, write)
+    else:
+        grads = reader.read_grads(items) if write else reader.take_tensors(items)
     if asked is NONE and (grads is not None or not is_spread(items)):
         grads = look(items, write, None, name_of) if grads is None else grads
         _check_foreach(grads, foreach)

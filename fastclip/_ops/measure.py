@@ -53,17 +53,18 @@ def empty_norm(p: float) -> float:
 
 def each(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the norm of each of one or more tensors, 1-d, on the first tensor's device."""
-    device = tensors[0].device
+    measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
+    if len({t.device for t in tensors}) == 1:
+        return measure(tensors, p)
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         places[tensor.device].append(i)
-    measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
-    found = [measure([tensors[i] for i in some], p) for some in places.values()]
-    norms = torch.cat([norms.to(device, widest(device)) for norms in found])
-    if len(places) == 1:
-        return norms
-    order = [i for some in places.values() for i in some]
-    return torch.stack([norm for _, norm in sorted(zip(order, norms.unbind(), strict=True))])
+    device = tensors[0].device
+    norms: dict[int, Tensor] = {}
+    for some in places.values():
+        found = measure([tensors[i] for i in some], p).to(device, widest(device))
+        norms |= zip(some, found.unbind(), strict=True)
+    return torch.stack([norms[i] for i in range(len(tensors))])
 
 
 def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -84,15 +85,15 @@ def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
     dtype = widest(tensor.device)
     if not tensor.numel():
         return torch.full((len(tensor),), empty_norm(p), dtype=dtype, device=tensor.device)
-    if tensor.dim() == 2 and tensor.dtype == dtype and tensor.size(1) <= SHORT:
+    if tensor.dim() == 2 and tensor.dtype == dtype and tensor.size(1) <= _most_terms(dtype):
         return _norms_of_rows(tensor, p)
     norms = _norms_of_pieces(tensor, p)
     # A norm of order 0 is a number of elements, and these numbers are added.
     return norms[:, 0] if norms.size(1) == 1 else norms_of_slices(norms, p or 1)
 
 
-def _each_at_once(tensors: list[Tensor], p: float) -> Tensor:
-    """The norms of tensors of one device, in one call for all that are short."""
+def _each_at_once(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """The norms of tensors of one device, in one call after each long tensor was measured alone."""
     dtype = widest(tensors[0].device)
     short = [t if 0 < t.numel() <= SHORT else _shortened(t, p, dtype) for t in tensors]
     norms = torch.stack(foreach_norm(short, p, dtype=dtype))
@@ -108,18 +109,20 @@ def _shortened(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """A tensor of the same norm that one call may measure."""
     if not tensor.numel():
         return tensor.new_zeros(1)
-    if p == math.inf:
-        # Nothing is added.
-        return tensor
-    while tensor.numel() > SHORT and (tensor.is_cpu or dtype == torch.float32):
-        tensor = _norms_of_pieces(_as_slices(tensor), p)
-    return tensor
+    # For the largest element nothing is added. A GPU adds in float64, and for any size alike.
+    may_add = p == math.inf or not (tensor.is_cpu or dtype == torch.float32)
+    return tensor if may_add else _each_alone([tensor], p)
 
 
-def _each_alone(tensors: list[Tensor], p: float) -> Tensor:
+def _each_alone(tensors: Sequence[Tensor], p: float) -> Tensor:
     """The norms of tensors of one device, one after the other."""
     norms = [norms_of_slices(_as_slices(_kept(t)), p) for t in tensors]
     return torch.stack([n[0] if len(n) == 1 else norm_of(n, p or 1) for n in norms])
+
+
+def _most_terms(dtype: torch.dtype) -> int:
+    """The number of elements that one sum in this dtype may have."""
+    return ROW if dtype == torch.float32 else SHORT
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 def _as_slices(tensor: Tensor) -> Tensor:
-    """A view with one slice, in the order of memory; with several slices if memory has gaps."""
+    """A view that has one slice, in the order of memory, or several slices if memory has gaps."""
     if tensor.is_contiguous():
         return tensor.view(1, -1)
     dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).squeeze()
@@ -146,7 +149,8 @@ def _norms_of_pieces(tensor: Tensor, p: float) -> Tensor:
 
 
 def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
-    size, found = ROW if dtype == torch.float32 else SHORT, []
+    """As `_norms_of_pieces`, in `dtype`: no more than BLOCK elements are copied at once."""
+    size, found = _most_terms(dtype), []
     is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
     at_once = BLOCK if is_copied else tensor.numel()
     for slices in tensor.split(max(1, at_once * len(tensor) // tensor.numel())):
