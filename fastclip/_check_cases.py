@@ -140,7 +140,7 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     if op == "norm":
         return _ops.norm(ts, p), total, xs
     limit = 2 * float(total) + 1 if op == "clip_norm_ idle" else 0.37 * float(total)
-    clipped = xs if op == "clip_norm_ idle" else [x * limit / (total + 1e-6) for x in xs]
+    clipped = xs if op == "clip_norm_ idle" else [x * limit / (total + _ops.EPSILON) for x in xs]
     known = [_ops.norms(ts, p, None, True)] if op == "clip_norm_ known" else None
     given = like.new_tensor(limit, dtype=wide) if op == "clip_norm_ tensor" else limit
     return _ops.clip_norm_(ts, given, p, known), total, clipped

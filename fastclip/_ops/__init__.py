@@ -5,7 +5,7 @@ kernels device by device, and the dispatcher is the only switch between them. No
 says `torch.ops` or `_C`, and it imports `_private` alone.
 """
 
-from .coef import ZEROS, clip_coef, means_zeros
+from .coef import EPSILON, ZEROS, clip_coef, means_zeros
 from .loading import NVCC, REBUILD, extension, has_kernels, refusal, turned_off
 from .measure import empty_norm, norm_of, widest
 from .process import once

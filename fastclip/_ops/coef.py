@@ -8,6 +8,9 @@ from torch import Tensor
 from .measure import widest
 from .transforms import is_host_readable, is_transformed
 
+# Added to a norm before a threshold is divided by it.
+EPSILON = 1e-6
+
 
 def as_limit(max_norm: float | Tensor, device: torch.device) -> Tensor:
     """A threshold as a tensor: a number's is on the CPU, where every device reads it at no cost."""
@@ -53,7 +56,7 @@ def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tenso
     limit = limit.to(total_norm.dtype) if is_number else limit.to(total_norm)
     near = (limit * unit).clamp(max=torch.finfo(dtype).max).to(dtype)
     norm = (total_norm if unit == 1 else total_norm * unit).to(dtype)
-    coef = ((near + 0.0) / (norm + 1e-6 * unit)).clamp(max=1)
+    coef = ((near + 0.0) / (norm + EPSILON * unit)).clamp(max=1)
     if is_number:
         return coef
     return coef.where(limit >= 0, math.nan).masked_fill(limit == math.inf, 1)
