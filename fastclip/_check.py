@@ -6,6 +6,7 @@ their versions, kernels and results.
 
 import json
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.utils.benchmark import Timer
 import fastclip
 
 from . import _ops, _ranks
-from ._check_cases import cases
+from ._check_cases import Canvas, Case, cases
 from .clip import clip_grad_norm_
 
 # A compiled kernel of fastclip calls no other ops of torch than these; the plain ops call others.
@@ -54,9 +55,16 @@ def uses_kernels(device: str) -> bool:
     return True
 
 
-def _median_ms(call: Callable[[], Any]) -> float:
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return 1e3 * timer.blocked_autorange(min_run_time=0.2).median
+def _median_ms(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Time calls in turns, so that a noisy machine is as slow for one as for another."""
+    threads = torch.get_num_threads()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in calls.items()}
+    counts = {n: min(100, 1 + int(0.02 / timer.timeit(1).mean)) for n, timer in timers.items()}
+    for _ in range(7):
+        for name, timer in timers.items():
+            times[name].append(1e3 * timer.timeit(counts[name]).mean)
+    return {name: statistics.median(some) for name, some in times.items()}
 
 
 def speed(device: str) -> list[dict[str, Any]]:
@@ -85,8 +93,7 @@ def speed(device: str) -> list[dict[str, Any]]:
             "read": flat.sum,
             "copy": partial(torch.empty_like(flat).copy_, flat),
         }
-        ms = {contestant: _median_ms(call) for contestant, call in calls.items()}
-        found.append({"list": name, "bytes": flat.nbytes, **ms})
+        found.append({"list": name, "bytes": flat.nbytes, **_median_ms(calls)})
     return found
 
 
@@ -118,6 +125,22 @@ def _describe(device: torch.device, is_served: bool) -> dict[str, str]:
     return facts
 
 
+def _replay(device: str) -> str:
+    """Compare a clip that a CUDA graph has captured with the same one, called."""
+    case = Case(device, "clip_norm_", "mixed")
+    called, captured = Canvas(case), Canvas(case)
+    total_norm = _ops.clip_norm_(called.tensors, 1.0, 2.0)
+    _ops.norm(captured.tensors, 2.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _ops.clip_norm_(captured.tensors, 1.0, 2.0)
+    for _ in range(2):
+        captured.memory.copy_(captured.before)
+        graph.replay()
+    same = found.equal(total_norm) and captured.memory.equal(called.memory)
+    return "" if same else "a CUDA graph, replayed, gave other bits than a call"
+
+
 def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[str]]:
     """Return how many cases were right, and what is wrong with the first that is not, if any."""
     every = list(cases(str(device)))
@@ -129,6 +152,8 @@ def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[s
     for stream in [None, *streams]:
         with torch.cuda.stream(stream):
             for i, case in enumerate(every):
+                if sys.stderr.isatty() and not _ranks.rank():
+                    print(f"\rcase {i + 1} of {len(every)}", end="\r", file=sys.stderr)
                 try:
                     why = case.wrong()
                 except Exception as error:
@@ -137,6 +162,13 @@ def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[s
                     shown = str(case).replace("p=inf", "p=float('inf')")
                     again = f"from fastclip._check_cases import Case\n  print({shown}.wrong())"
                     return i, [f"{why[:500]}\n  to see it again:\n  {again}"]
+    if streams:
+        try:
+            why = _replay(str(device))
+        except Exception as error:
+            why = f"{type(error).__name__} while a CUDA graph captured a clip: {error}"
+        if why:
+            return len(every), [why]
     return len(every) * (1 + len(streams)), []
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from .clip import clip_grad_norm_
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 GAP = 512  # bytes before and after each tensor, at least
@@ -139,11 +140,29 @@ def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, lis
     (total,) = _norms([xs], p)
     if op == "norm":
         return _ops.norm(ts, p), total, xs
+    if op in ("propagate", "keep", "zero"):
+        return _clip_by_policy(op, ts, xs, total)
     limit = 2 * float(total) + 1 if op == "clip_norm_ idle" else 0.37 * float(total)
     clipped = xs if op == "clip_norm_ idle" else [x * limit / (total + _ops.EPSILON) for x in xs]
     known = [_ops.norms(ts, p, None, True)] if op == "clip_norm_ known" else None
     given = like.new_tensor(limit, dtype=wide) if op == "clip_norm_ tensor" else limit
     return _ops.clip_norm_(ts, given, p, known), total, clipped
+
+
+def _clip_by_policy(
+    policy: Any, ts: list[Tensor], xs: list[Tensor], total: Tensor
+) -> tuple[Any, Any, list[Tensor]]:
+    """Call `clip_grad_norm_` with a policy for norms that are not finite."""
+    parameters = [torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in ts]
+    for parameter, tensor in zip(parameters, ts, strict=True):
+        parameter.grad = tensor
+    limit = 0.37 * float(total) if total.isfinite() else 1.0
+    clipped = [x * limit / (total + _ops.EPSILON) for x in xs]
+    if not total.isfinite():
+        clipped = {"keep": list(xs), "zero": [x * 0 for x in map(torch.nan_to_num, xs)]}.get(
+            policy, clipped
+        )
+    return clip_grad_norm_(parameters, limit, nonfinite=policy), total, clipped
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -158,7 +177,8 @@ def cases(device: str) -> Iterator[Case]:
             continue
         for p in (math.inf, 2.0, 1.0):
             yield Case(device, "norms", dtype, p, value=value)
-        yield Case(device, "scale_ to 0", dtype, value=value)
+        for op in ("scale_ to 0", "propagate", "keep", "zero"):
+            yield Case(device, op, dtype, value=value)
     for op in ("norm", "norms", "scale_", "scale_ each", "clamp_", *clips):
         yield Case(device, op, "mixed", sizes="many")
     for p, offset in ((2.0, 0), (2.0, 1), (1.0, 1), (math.inf, 0)):

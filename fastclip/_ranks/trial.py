@@ -1,5 +1,6 @@
 """The ranks of `python -m fastclip check`: they compare themselves, and clip a model together."""
 
+import copy
 import datetime
 import os
 from collections import Counter
@@ -51,29 +52,36 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 
 
 def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
-    """Clip gradients that are spread over meshes; return for each mesh what is wrong, or "".
+    """Clip a model spread by DDP, by FSDP2 and over a 2-d mesh; return what is wrong, by name.
 
-    Every rank draws the same full gradients, and compares the clipped ones with half of these.
+    Nothing is wrong where that is "". Every rank has a batch of its own, and computes in float64 what all batches together give.
     """
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.fsdp import fully_shard
 
-    random = torch.Generator().manual_seed(1)
-    grads = [torch.randn(n, 12, generator=random, device="cpu") for n in (21, 6, 1)]
-    expected = torch.cat([grad.flatten() for grad in grads]).double()
-    total, size, found = float(expected.norm()), dist.get_world_size(), {}
-    for shape in ((size,), (2, size // 2) if size % 2 == 0 else (1, size)):
-        mesh = dist.device_mesh.init_device_mesh(device_type, shape)
-        places = [Replicate(), Shard(0)][-len(shape) :]
-        spread = [distribute_tensor(grad.to(device_type), mesh, places) for grad in grads]
-        parameters = [nn.Parameter(torch.zeros_like(grad)) for grad in spread]
-        for parameter, grad in zip(parameters, spread, strict=True):
-            parameter.grad = grad
-        norm = float(value_of(clip(parameters, total / 2)))
-        clipped = torch.cat([value_of(grad).flatten().cpu().double() for grad in spread])
-        name = f"a mesh of {' x '.join(map(str, shape))}"
+    size, own = dist.get_world_size(), dist.get_rank()
+    batches = torch.randn(size, 4, 12, generator=torch.Generator().manual_seed(1), device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        plain = nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Linear(21, 6))
+    exact = copy.deepcopy(plain).double()
+    sum(exact(batch.double()).square().mean() / size for batch in batches).backward()
+    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
+    total, found = float(expected.norm()), {}
+    square = (2, size // 2) if size % 2 == 0 else (1, size)
+    for name, shape in {"DDP": (), "FSDP2": (size,), "a 2-d mesh": square}.items():
+        model: Any = copy.deepcopy(plain).to(device_type)
+        if shape:
+            names = ("replicate", "shard")[-len(shape) :]
+            mesh = dist.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=names)
+            fully_shard(model, mesh=mesh)
+        else:
+            model = nn.parallel.DistributedDataParallel(model)
+        model(batches[own].to(device_type)).square().mean().backward()
+        norm = float(value_of(clip(model.parameters(), total / 2)))
+        grads = [value_of(p.grad).flatten().cpu().double() for p in model.parameters()]
         found[name] = ""
         if abs(norm - total) > 1e-4 * total:
             found[name] = f"expected a norm of {total}, got {norm}"
-        elif float((clipped - expected / 2).norm()) > 1e-4 * total:
+        elif float((torch.cat(grads) - expected / 2).norm()) > 1e-4 * total:
             found[name] = "the clipped gradients are not those of one rank"
     return found
