@@ -54,7 +54,8 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
     """Clip a model spread by DDP, by FSDP2 and over a 2-d mesh; return what is wrong, by name.
 
-    Nothing is wrong where that is "". Every rank has a batch of its own, and computes in float64 what all batches together give.
+    Nothing is wrong where that is "". Every rank has a batch of its own, and computes in float64
+    what all batches together give.
     """
     from torch.distributed.fsdp import fully_shard
 
