@@ -71,11 +71,11 @@ struct Bench {
 
   template <class T = SmallTable, class Launch>
   Turn run(Launch&& launches, double max_norm) {
-    std::vector<Part> parts;
+    std::vector<Item> items;
     const int64_t each = bytes / kTensors / 4;
     for (int i = 0; i < kTensors; ++i)
-      parts.push_back({{data + 4 * each * i, each, Dtype::kFloat}, 0});
-    const Partition partition(parts, false);
+      items.push_back({{data + 4 * each * i, each, Dtype::kFloat}, 0});
+    const Partition partition(items, false);
     T table;
     partition.fill(table, 0);
     const Work work{.number = max_norm,

@@ -4,6 +4,7 @@ Every case of _check_cases.py is run. Under torchrun every rank runs them, and t
 their versions, kernels and results.
 """
 
+import itertools
 import json
 import platform
 import statistics
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.utils import collect_env
-from torch.utils.benchmark import Timer
 
 import fastclip
 
@@ -55,15 +55,18 @@ def uses_kernels(device: str) -> bool:
     return True
 
 
-def _median_ms(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def _median_ms(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Time calls in turns, so that a noisy machine is as slow for one as for another."""
-    threads = torch.get_num_threads()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in calls.items()}
-    counts = {n: min(100, 1 + int(0.02 / timer.timeit(1).mean)) for n, timer in timers.items()}
-    for _ in range(7):
-        for name, timer in timers.items():
-            times[name].append(1e3 * timer.timeit(counts[name]).mean)
+    for turn, (name, call) in itertools.product(range(8), calls.items()):
+        count, start = 0, time.perf_counter()
+        while count == 0 or (time.perf_counter() - start < 0.02 and count < 100):
+            call()
+            count += 1
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn:
+            times[name].append(1e3 * (time.perf_counter() - start) / count)
     return {name: statistics.median(some) for name, some in times.items()}
 
 
@@ -93,7 +96,7 @@ def speed(device: str) -> list[dict[str, Any]]:
             "read": flat.sum,
             "copy": partial(torch.empty_like(flat).copy_, flat),
         }
-        found.append({"list": name, "bytes": flat.nbytes, **_median_ms(calls)})
+        found.append({"list": name, "bytes": flat.nbytes, **_median_ms(device, calls)})
     return found
 
 

@@ -11,6 +11,7 @@ from ._arguments import Source
 from ._gradients import (
     Gradients,
     NamedParameters,
+    SpreadGrads,
     aligned,
     found_in_groups,
     present,
@@ -80,7 +81,7 @@ class Grouped:
             return read(self.items, kind=Kind.EACH, agree=agree)
         if self.is_simple:
             return read(self.items, kind=Kind.of_order(self.p), agree=agree)
-        grads = read_by(self._plan, self.items, self.asked, self.group_of, self.p, agree)
+        grads: SpreadGrads = read_by(self._plan, self.items, self.asked, self.group_of, self.p, agree)
         self._plan = grads.plan
         return grads
 

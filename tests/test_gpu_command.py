@@ -19,6 +19,12 @@ FACTS = '{"facts": {"kernels": "%s"}}'
 LAUNCHES = (BENCHMARKS / "launches.cu").read_text()
 
 
+@pytest.fixture(autouse=True)
+def _runs_alone(monkeypatch):
+    """Have pytest-benchmark measure in the steps, also where this test is run beside others."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -345,7 +345,7 @@ def half_under_a_scaler() -> None:
     optimizer = torch.optim.SGD([cut, own], 0.1)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
-    with pytest.raises((ValueError, RuntimeError), match="float16 gradients are not unscaled"):
+    with pytest.raises((ValueError, RuntimeError), match="is float16, which torch"):
         fastclip.unscale_and_clip_(optimizer, 1.0, scaler)
 
 

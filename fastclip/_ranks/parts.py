@@ -76,7 +76,8 @@ def combine_slots(
     """Add up the members of each group, of which its flag is one; return those, and the numbers."""
     numbers = parts[parts.numel() - min(beside, NUMBERS) :]
     slots = parts[: parts.numel() - numbers.numel()]
-    return torch.stack([add_parts(_pick(slots, some), p) for some in members]), numbers
+    sums = [add_parts(_pick(slots, some), p) for some in members]
+    return torch.stack(sums) if sums else slots, numbers
 
 
 def _pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:

@@ -75,7 +75,7 @@ class Plan:
 
         Always None where `items` are others than the plan was made for.
         """
-        if self._wrapped is None:
+        if self._wrapped is None or _ops.extension is None:
             return None
         try:
             return self._wrapped.read_grads(items) if write else self._wrapped.take_tensors(items)
