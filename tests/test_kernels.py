@@ -178,4 +178,4 @@ def test_check_under_torchrun_names_the_odd_rank(tmp_path, odd):
             "rank 1 has kernels none: plain PyTorch (FASTCLIP_KERNELS=0 was set)" in result.stdout
         )
     else:
-        assert "clipped a mesh of 2, a mesh of 2 x 1" in result.stdout
+        assert "clipped DDP, FSDP2, a 2-d mesh" in result.stdout

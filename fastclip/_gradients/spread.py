@@ -116,9 +116,10 @@ class SpreadGrads:
     @_outside_of_graphs
     def scale_(self, coef: Tensor) -> None:
         """By one coefficient, or one for each group."""
-        if coef.dim() and not self.reduction.kind.is_each:
+        groups = self.reduction.group_of
+        if coef.dim() and groups and not self.reduction.kind.is_each:
             each = coef.unbind()
-            coef = torch.stack([each[i] for i in self.reduction.group_of]) if each else coef
+            coef = torch.stack([each[i] for i in groups])
         self.local.scale_(coef)
 
     @_outside_of_graphs
