@@ -25,7 +25,7 @@ ROW = 256
 # of 32 Ki elements or more among its threads, and the bits of the sum depend on their number.
 SHORT = 1 << 13
 # The number of elements that are copied at once, to another dtype or out of memory with gaps.
-BLOCK = 1 << 18
+BLOCK = 1 << 20
 # A norm below this may be that of elements whose squares are too small for float32.
 TINY = 1e-9
 
@@ -153,9 +153,14 @@ def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
     size, found = _most_terms(dtype), []
     is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
     at_once = BLOCK if is_copied else tensor.numel()
+    # The copies lie in the same memory one after another, where the host waits for each.
+    is_reused = tensor.dtype != dtype and is_host_readable(tensor)
+    room = tensor.new_empty(min(BLOCK, tensor.numel()) if is_reused else 0, dtype=dtype)
     for slices in tensor.split(max(1, at_once * len(tensor) // tensor.numel())):
         norms = []
         for block in slices.flatten(1).split(at_once, 1):
+            if is_reused:
+                block = room[: block.numel()].view(block.shape).copy_(block)
             block = block.to(dtype)
             whole = block.size(1) // size * size
             if whole:
