@@ -81,7 +81,8 @@ class Grouped:
             return read(self.items, kind=Kind.EACH, agree=agree)
         if self.is_simple:
             return read(self.items, kind=Kind.of_order(self.p), agree=agree)
-        grads: SpreadGrads = read_by(self._plan, self.items, self.asked, self.group_of, self.p, agree)
+        how = self.asked, self.group_of, self.p, agree
+        grads: SpreadGrads = read_by(self._plan, self.items, *how)
         self._plan = grads.plan
         return grads
 
