@@ -1,4 +1,4 @@
-// What Python sees of the extension: facts about the build, the walk, and the gradients it reads.
+// The Python module `_C`: facts about the build, the functions and classes that read gradients.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -14,7 +14,7 @@
 namespace fastclip {
 
 namespace cuda {
-// Null in a build without the CUDA kernels.
+// Both are null in a build without the CUDA kernels.
 [[gnu::weak]] std::vector<int> architectures();
 [[gnu::weak]] const char* refusal(int device);
 }  // namespace cuda
@@ -28,7 +28,8 @@ bool has_process_groups() {
 
 namespace {
 
-// Read from the file before it is loaded: another torch's symbols would not resolve.
+// Python searches the file for this text before it loads it: with another torch, loading would fail
+// on symbols that are not there.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 
 }  // namespace
