@@ -28,10 +28,9 @@ def ask(nvcc: str, *options: str) -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Return the flags for machine code of each architecture, and for PTX of the newest.
+    """Return the flags for machine code of all architectures, and PTX of the newest for later GPUs.
 
-    GPUs newer than all of these compile the PTX. TORCH_CUDA_ARCH_LIST ("9.0 12.0") replaces the
-    default architectures.
+    TORCH_CUDA_ARCH_LIST ("9.0 12.0") replaces the default architectures.
     """
     known = ask(nvcc, "--list-gpu-code")
     default = [a for a in ("80", "90", "100", "120") if f"sm_{a}" in known]

@@ -5,9 +5,8 @@
 
 namespace fastclip::cpu {
 
-// The partial result of n elements: the sum or the maximum of their magnitudes, or the sum of their
-// squares; NaN if any is NaN. Finite elements give a finite result, unless the squares of float64
-// elements overflow (see may_have_overflowed).
+// The sum or maximum of n magnitudes, or the sum of n squares; NaN if any element is NaN. Finite
+// elements give a finite result, unless squares of float64 overflow (see may_have_overflowed).
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind);
 
 // data *= coef, in float32 with one rounding (float64 elements in float64). If the coefficient is

@@ -13,8 +13,7 @@
 namespace fastclip::cuda {
 namespace {
 
-// A table is a kernel parameter. All parameters of a kernel together have at most 4 KiB, or 32 764
-// bytes if both CUDA and the driver are 12.1 or later.
+// All kernel parameters may have 4 KiB, or 32 764 bytes if CUDA and driver are 12.1 or later.
 constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
@@ -109,7 +108,7 @@ void for_norm(Norm kind, auto&& visit) {
 }
 
 // Launches as many blocks as can be resident at once, but no more than there are tasks. `together`
-// makes the launch cooperative, for a grid barrier; it returns false if the device has no room.
+// asks for a cooperative launch, for a grid barrier; returns false if the device has no room.
 template <class Parameters>
 bool launch(const char* what, void (*kernel)(Parameters, Work), int tasks,
             const Parameters& parameters, const Work& work, Stream stream, bool together = false) {

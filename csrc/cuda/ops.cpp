@@ -1,6 +1,5 @@
-// The host functions of the ops on CUDA. They use torch's device-independent interfaces for
-// devices, streams and memory, so that they compile against any build of torch, even one without
-// CUDA.
+// The host functions of the ops on CUDA. They reach devices, streams and memory through torch's
+// device-independent interfaces, so that they compile against any build of torch, CPU-only or not.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>

@@ -17,7 +17,7 @@
 namespace fastclip::cuda {
 
 // A thread loads kTileBytes / kThreads / 16 vectors of 16 bytes at once. This number is kVectors of
-// tile.cuh; sum_tile of norm.cuh and kResident of launch.cu are made for its present value.
+// tile.cuh; sum_tile of norm.cuh and kResident of launch.cu depend on its present value.
 constexpr int kThreads = 512;
 constexpr int kTileBytes = 32768;
 // Few enough that every block can add up all partial results. On an H100 a block takes about ten
@@ -56,7 +56,7 @@ struct Table {
 
   int32_t count, span_tiles, spans;
   int32_t first_span;           // counted in the whole partition
-  Entry entries[kEntries + 1];  // and one that begins where the last ends
+  Entry entries[kEntries + 1];  // one more than kEntries, to mark the end
 
   constexpr int tiles() const { return entries[count].first_tile(); }
 };
@@ -72,7 +72,7 @@ struct Item : Flat {
 class Partition {
  public:
   // With `apart` the items must be sorted by group, and no span crosses from one group to the next:
-  // a hole fills the last span of a group. With more than kMaxSpans groups, spans are as long as
+  // a hole fills up a group's last span. With more than kMaxSpans groups, spans are as long as
   // the largest tensor, up to kMaxSpanTiles tiles.
   Partition(const std::vector<Item>& items, bool apart) {
     int64_t count = 0;

@@ -9,7 +9,7 @@ struct Sum {
   __device__ static double combine(double a, double b) { return a + b; }
 };
 
-struct Max {  // NaN wins
+struct Max {  // NaN if any value is NaN
   template <class T>
   __device__ static T combine(T a, T b) {
     return a > b || a != a ? a : b;

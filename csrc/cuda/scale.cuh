@@ -1,5 +1,4 @@
-// The scale phase and the clamp, in place. A coefficient of 1, or a vector of which no element is
-// beyond the bound, causes no write.
+// The scale phase and the clamp. Both work in place, and do not write vectors that need no change.
 #pragma once
 
 #include "tile.cuh"

@@ -44,7 +44,7 @@ inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters, py
     return std::nullopt;
   const double p = as_number(norm_type);
   if (!(p > 0) || !is_usual(max_norm)) return std::nullopt;
-  const auto grads = read<What::kGrads>(parameters);
+  const auto grads = read<Source::kGrads>(parameters);
   if (!grads || grads->size() == 0) return std::nullopt;
   return clip_norm(*grads, max_norm, p);
 }

@@ -131,8 +131,7 @@ class [[gnu::visibility("hidden")]] Measured {
   }
 
  private:
-  // Backward may have allocated `norm` on another stream. The caching allocator must not reuse the
-  // memory there before the current stream is done with it.
+  // Backward may have allocated `norm` on another stream, which must not reuse it too early.
   static void record_current_stream(const at::Tensor& norm) {
     if (norm.is_cpu()) return;
     const auto device = guard_of(norm);
@@ -183,8 +182,7 @@ class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
     try {
       norms_[number] = norm_of(bucket);
     } catch (const std::exception&) {
-      // An exception would end backward while other ranks wait for this one. The clip measures
-      // the gradients instead.
+      // An exception would end backward while other ranks wait. The clip measures instead.
       return forget();
     }
     for (Seen& seen : seen_)

@@ -28,8 +28,7 @@ bool has_process_groups() {
 
 namespace {
 
-// Python searches the file for this text before it loads it: with another torch, loading would fail
-// on symbols that are not there.
+// Python reads this in the file before it loads it: with another torch, symbols would be missing.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 
 }  // namespace
@@ -46,8 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_kernels", [](bool enabled) { fastclip::kernels_are_on = enabled; });
   m.def("kernels_are_on", [] { return fastclip::kernels_are_on.load(); });
   m.def("has_process_groups", fastclip::has_process_groups);
-  m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
-  m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
+  m.def("read_grads", fastclip::read<fastclip::Source::kGrads>);
+  m.def("take_tensors", fastclip::read<fastclip::Source::kTensors>);
   m.def("clip_grad_norm_", fastclip::clip_grad_norm);
   py::class_<PlainGrads>(m, "PlainGrads")
       .def("__len__", &PlainGrads::size)
@@ -67,8 +66,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,
                     std::vector<py::str>>())
-      .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
-      .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
+      .def("read_grads", &Wrapped::read<fastclip::Source::kGrads>)
+      .def("take_tensors", &Wrapped::read<fastclip::Source::kTensors>);
   using fastclip::Measured;
   py::class_<Measured>(m, "Measured")
       .def_readwrite("is_paused", &Measured::is_paused)

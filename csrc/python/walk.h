@@ -38,7 +38,7 @@ class Addresses {
   int shift_;
 };
 
-enum class What { kGrads, kTensors };
+enum class Source { kGrads, kTensors };  // the items' gradients, or the items themselves
 
 // The items of a batch are read in steps, and each step follows one pointer of every item, so that
 // the cache misses of thousands of scattered objects overlap.
@@ -54,13 +54,13 @@ inline void follow_grads(const at::Tensor** tensors, Py_ssize_t count) {
 // Returns the gradients of a list or tuple of parameters, each parameter's once and without None,
 // or the items of a list or tuple of tensors. Returns nullopt if any of these is not plain, or an
 // item is of a subclass; Python then reads the items one by one.
-template <What what>
+template <Source source>
 std::optional<PlainGrads> read(const py::object& list) {
   PyObject** items = PySequence_Fast_ITEMS(list.ptr());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
   PlainGrads grads;
   grads.reserve(count);
-  Addresses seen(what == What::kGrads ? count : 0);
+  Addresses seen(source == Source::kGrads ? count : 0);
   for (Py_ssize_t begin = 0; begin < count; begin += kTogether) {
     const Py_ssize_t batch = std::min(kTogether, count - begin);
     c10::TensorImpl* impls[kTogether];
@@ -73,12 +73,12 @@ std::optional<PlainGrads> read(const py::object& list) {
       impls[i] = found[i]->unsafeGetTensorImpl();
       prefetch(impls[i], 64);
     }
-    if (what == What::kGrads) follow_grads(found, batch);
+    if (source == Source::kGrads) follow_grads(found, batch);
     for (Py_ssize_t i = 0; i < batch; ++i)
       prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
     for (Py_ssize_t i = 0; i < batch; ++i) {
       if (!found[i]->defined()) continue;
-      if (what == What::kGrads && !seen.insert(impls[i])) continue;
+      if (source == Source::kGrads && !seen.insert(impls[i])) continue;
       if (!grads.add(*found[i])) return std::nullopt;
     }
   }

@@ -29,7 +29,7 @@ class Wrapped {
   // Returns the tensors inside the items' gradients, or inside the items themselves. Returns
   // nullopt if the items do not have the layouts that the constructor was given, or a gradient has
   // a different layout or is not plain inside; Python then reads the items one by one.
-  template <What what>
+  template <Source source>
   std::optional<PlainGrads> read(const py::list& list) const {
     // A copy: comparing layouts runs Python code, so another thread may change the list meanwhile.
     const auto items = py::reinterpret_steal<py::tuple>(PyList_AsTuple(list.ptr()));
@@ -37,16 +37,16 @@ class Wrapped {
     if (count != layouts_.size()) return std::nullopt;
     PlainGrads grads;
     grads.reserve(count);
-    Addresses seen(what == What::kGrads ? count : 0);
+    Addresses seen(source == Source::kGrads ? count : 0);
     for (size_t i = 0; i < count; ++i) {
       const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
       const bool wraps = !layouts_[i].is_none();
       if (!is_tensor(item) || (wraps ? !is_laid_out(item, i) : !is_exact_tensor(item)))
         return std::nullopt;
       const at::Tensor& tensor = unpack(item);
-      const at::Tensor& found = what == What::kGrads ? tensor.grad() : tensor;
+      const at::Tensor& found = source == Source::kGrads ? tensor.grad() : tensor;
       if (!found.defined()) continue;
-      if (what == What::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
+      if (source == Source::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
       if (!wraps) {
         if (!grads.add(found)) return std::nullopt;
       } else {
