@@ -40,7 +40,7 @@ class Model:
         drain(self.device)
 
 
-def sweep(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
+def evict_caches(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
     memory.add_(1)
 
 
@@ -54,7 +54,7 @@ def measured(
 
     def cold(name: str) -> None:
         drain(device)
-        sweep()
+        evict_caches()
 
     warm, cold = medians(calls, rounds, TURN, idle), medians(calls, rounds, 0.0, cold)
     return {

@@ -97,12 +97,12 @@ def first_call(rank: int, folder: str, name: str, count: int) -> float:
 
 def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
     pipe.send(function(*args))
-    # Wait to be killed: an interpreter that exits before the threads of gloo aborts the process
+    # Wait to be killed: threads of gloo that outlive the interpreter abort the process
     # (pytorch#179291).
     pipe.poll(None)
 
 
-def alone(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
+def spawn(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
     """Run the function on `ranks` new processes, and return what it returns on rank 0."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -146,7 +146,7 @@ def bench_dtensors(record_text, quick, count, ranks, dtype):
     shape = tuple(map(int, ranks.split(" x ")))
     work = f"{count} DTensors, {dtype}, mesh of {ranks}"
     record_text(
-        lambda: alone(in_fake_group, count, shape, dtype, rounds),
+        lambda: spawn(in_fake_group, count, shape, dtype, rounds),
         lambda found: host_table([(work, found)]),
     )
 
@@ -155,7 +155,7 @@ def bench_two_processes(record_text, quick):
     count, rounds = (5, 2) if quick else (300, 100)
     work = f"{count} DTensors of {SIZE} on two processes, gloo"
     record_text(
-        lambda: alone(in_gloo_group, count, rounds, ranks=2), lambda found: compared(work, found)
+        lambda: spawn(in_gloo_group, count, rounds, ranks=2), lambda found: compared(work, found)
     )
 
 
@@ -164,7 +164,7 @@ def bench_first_call(record_text, quick):
 
     def measure() -> dict[str, float]:
         times = {
-            name: [alone(first_call, name, count) for _ in range(repeats)] for name in FUNCTIONS
+            name: [spawn(first_call, name, count) for _ in range(repeats)] for name in FUNCTIONS
         }
         return {name: statistics.median(found) for name, found in times.items()}
 

@@ -6,7 +6,7 @@
 //
 //   unseen   its piece has no norm: none was measured yet, or measuring was paused, or the norm was
 //            discarded. The clip measures the gradient.
-//   touched  (buckets only) backward has added to it, and is not over: only then is it seen.
+//   touched  (buckets only) backward has added to it; once backward is over, it is seen.
 //   seen     its piece was measured. The clip uses the norm of the piece if this gradient and all
 //            others of the piece still have the same tensor, memory and version.
 #pragma once
@@ -44,8 +44,8 @@ class [[gnu::visibility("hidden")]] Measured {
 
   bool is_paused = false;
 
-  // Returns all gradients with known norms, and discards the norms: those of pieces that have not
-  // changed since they were measured, and those of all other gradients, measured now. Returns
+  // Returns all gradients with known norms: those of pieces that have not changed since they were
+  // measured, and those of all other gradients, measured now. Then discards the norms. Returns
   // nullopt if any gradient is not plain; Python then reads the gradients one by one.
   std::optional<PlainGrads> take(const py::list& items) {
     const size_t count = seen_.size();
