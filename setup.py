@@ -1,6 +1,7 @@
-"""Builds the extension `fastclip._C`; everything else is in pyproject.toml.
+"""Build the extension `fastclip._C`; everything else is in pyproject.toml.
 
-FASTCLIP_CPU=0 leaves it out. FASTCLIP_CUDA=auto|0|1: CUDA kernels where nvcc is; none; always.
+FASTCLIP_CPU=0 builds no extension. FASTCLIP_CUDA=auto, the default, builds the CUDA kernels if nvcc
+is found; 0 never builds them, and 1 fails without nvcc.
 """
 
 import os
@@ -39,7 +40,7 @@ class BuildWithNvcc(BuildExtension):
         super().build_extension(extension)
 
 
-class WholeTree(sdist):  # what builds, tests and measures, not just what is compiled here
+class WholeTree(sdist):  # adds tests, benchmarks and the sources that this build skips
     def make_release_tree(self, base_dir, files):
         found = [p for d in ("csrc", "tests", "benchmarks") for p in Path(d).rglob("*.*")]
         files = [*files, "CHANGELOG.md", ".ci/run", *(str(p) for p in found if p.suffix != ".pyc")]
@@ -53,7 +54,7 @@ extension = CppExtension("fastclip._C", sources, **flags)
 minor = ".".join(torch.__version__.split(".")[:2])
 setup(
     ext_modules=[extension] if CPU == "1" else [],
-    # Nothing of CUDA's is linked: the extension loads in every build of this version of torch.
+    # No shared CUDA library is linked, so the extension loads with any build of this torch version.
     install_requires=[f"torch=={minor}.*" if CPU == "1" else "torch>=2.11"],
     cmdclass={"build_ext": BuildWithNvcc, "sdist": WholeTree},
 )

@@ -1,4 +1,4 @@
-"""`clip_grad_norm_`, with nothing to clip and with every call clipping."""
+"""Time `clip_grad_norm_` when no call clips and when every call does."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ from fastclip._ops import reference
 
 
 def peers(device):
-    """apex's function, where this Python has an apex that runs on the device."""
-    # An apex that was built for another torch fails in ways of its own.
+    """Return apex's function if apex is installed and runs on the device."""
+    # An apex built for another version of torch may raise any exception.
     with contextlib.suppress(Exception):
         clip = importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
         clip(parameters([(3,)], "fp32", device), 1.0)
@@ -25,7 +25,7 @@ def peers(device):
 
 
 def contestants(made, threshold, device):
-    """Each takes the list of parameters, as a training loop passes it."""
+    """Return the calls to compare. Each passes the list of parameters, as a training loop does."""
     functions = {
         "fastclip": fastclip.clip_grad_norm_,
         "default": lambda made, limit: reference.clip_norm_([p.grad for p in made], limit, 2.0),
@@ -50,8 +50,8 @@ def bench_clip(race, name, shapes, dtype, clips, device):
         calls = itertools.count(1)
 
     def shrinking() -> float:
-        # Every call of a turn finds a norm above its threshold; torch's in bf16, which overshoots
-        # by up to 0.4 %, included.
+        # Each call of a turn has a threshold below the norm that the last call has left, also for
+        # torch's clipping in bf16, which is off by up to 0.4 %.
         return norm * 0.98 ** next(calls)
 
     work = f"{name}, {'clipped' if clips else 'unclipped'}"

@@ -1,5 +1,4 @@
-"""The rest of the family, beside what one would write by hand: clipping by tensor and by unit,
-groups."""
+"""Time clipping by tensor and by unit, compared with handwritten loops, and clipping by groups."""
 
 import itertools
 
@@ -21,7 +20,7 @@ def rows_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def agc_loop(made: list[nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3) -> None:
-    """Brock et al. 2021 as one writes it for one parameter after the other, as timm does."""
+    """Clip as in Brock et al. 2021, in a loop over the parameters, as timm does."""
     for parameter in made:
         shape = [-1] + [1] * (parameter.dim() - 1) if parameter.dim() > 1 else []
         limit = rows_norm(parameter.detach()).clamp_(min=eps).mul_(clip_factor).view(shape)
@@ -31,13 +30,13 @@ def agc_loop(made: list[nn.Parameter], clip_factor: float = 0.01, eps: float = 1
 
 
 def norms_loop(made: list[nn.Parameter], max_norm: float) -> None:
-    """As Keras and optax clip one tensor: divided by max(1, norm / max_norm)."""
+    """Divide each gradient by max(1, norm / max_norm), as Keras and optax do."""
     for parameter in made:
         parameter.grad.div_((parameter.grad.norm() / max_norm).clamp_(min=1))
 
 
 def calls_of(kind: str, made: list[nn.Parameter], strength: float) -> dict[str, Call]:
-    """A function of the family, and the loop that one would write instead."""
+    """Return calls of our function `kind` and of the handwritten loop."""
     ours, loop = {
         "clip_grad_norms_": (fastclip.clip_grad_norms_, norms_loop),
         "clip_grad_agc_": (fastclip.clip_grad_agc_, agc_loop),
@@ -48,7 +47,7 @@ def calls_of(kind: str, made: list[nn.Parameter], strength: float) -> dict[str, 
 @pytest.mark.parametrize("name", ["GPT-2", pytest.param("ResNet-50", marks=pytest.mark.full)])
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("kind", ["clip_grad_norms_", "clip_grad_agc_"])
-def bench_each(tell, quick, name, kind, clips):
+def bench_each(record_text, quick, name, kind, clips):
     made = parameters(QUICK["quick"][0] if quick else MODELS[name], "fp32", "cpu")
     for parameter in made:
         parameter.data.normal_()
@@ -65,17 +64,17 @@ def bench_each(tell, quick, name, kind, clips):
         call()
         results.append([g.clone() for g in grads])
     for ours, theirs in zip(*results, strict=True):
-        # torch's own float32 norm of GPT-2's embedding is off by 1e-3.
+        # torch's float32 norm of GPT-2's embedding, which the loop uses, is off by 1e-3.
         torch.testing.assert_close(ours, theirs, rtol=3e-3, atol=1e-30)
 
     def measure() -> dict[str, float]:
-        # Gradients are restored before every turn. Where a call clips, a turn is one call: a second
-        # one would find nothing to clip.
+        # Gradients are restored before every turn. If calls clip, a turn is one call: a second call
+        # would find nothing to clip.
         found = medians(calls, 3 if quick else 15, 0.0 if clips else TURN, restore)
         return found | medians({"clip": lambda: fastclip.clip_grad_norm_(made, 1e9)}, 3)
 
     reach = "every one clipped" if clips else "nothing clipped"
-    tell(
+    record_text(
         measure,
         lambda us: (
             f"{kind}, {name}, fp32, {reach}: {us['fastclip'] / 1e3:.2f} ms, a loop over the "
@@ -85,7 +84,7 @@ def bench_each(tell, quick, name, kind, clips):
     )
 
 
-def bench_groups(tell, quick):
+def bench_groups(record_text, quick):
     made = parameters(QUICK["quick"][0] if quick else gpt2(), "fp32", "cpu")
     cuts = [len(made) * i // 5 for i in range(6)]
     groups = [
@@ -97,7 +96,7 @@ def bench_groups(tell, quick):
     }
     norms = calls["five"]()
     torch.testing.assert_close(norms.norm(), calls["one"]())
-    tell(
+    record_text(
         lambda: medians(calls, 3 if quick else 40),
         lambda us: (
             f"Five groups of GPT-2's gradients in one pass: {us['five'] / 1e3:.2f} ms, one group "

@@ -1,7 +1,7 @@
-"""The host's time of a call on small gradients, torch's beside it.
+"""Time the host's part of a clip of small gradients, ours and torch's.
 
-It is measured in a loop, right after a backward pass, and with cold caches. A GPU is idle when a
-turn begins, and the time ends as the call returns, before the GPU has done the work.
+Each call is timed in a loop, right after a backward pass, and with cold caches. A GPU is idle when
+a turn begins, and the time ends when the call returns, before the GPU has done the work.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Times = dict[str, dict[str, float]]
 
 
 class Model:
-    """`count` parameters, and the backward pass that a training loop has before a clip."""
+    """A model of `count` parameters, with the backward pass that comes before each clip."""
 
     def __init__(self, count: int, device: str = "cpu") -> None:
         layers = [nn.Linear(8, 8, device=device) for _ in range(count // 2)]
@@ -33,28 +33,28 @@ class Model:
         self.backward("op")
 
     def backward(self, name: str) -> None:
-        """Run the pass; for the op alone, read its gradients, which brings them into the cache."""
+        """Run the pass. For "op", also read the gradients, which brings them into the cache."""
         self.module.zero_grad()
         self.module(self.input).square().sum().backward()
         self.grads = _ops.extension.read_grads(self.made) if name == "op" else None
         drain(self.device)
 
 
-def sweep(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
+def evict_caches(memory: Tensor = torch.zeros(16 << 20)) -> None:  # noqa: B008
     memory.add_(1)
 
 
 def measured(
     calls: dict[str, Call], backward: Callable[[str], None], rounds: int, device: str = "cpu"
 ) -> Times:
-    """Microseconds of each call in a loop, after a backward pass, and with cold caches."""
+    """Return each call's microseconds in a loop, after a backward pass, and with cold caches."""
 
     def idle(name: str) -> None:
         drain(device)
 
     def cold(name: str) -> None:
         drain(device)
-        sweep()
+        evict_caches()
 
     warm, cold = medians(calls, rounds, TURN, idle), medians(calls, rounds, 0.0, cold)
     return {
@@ -65,7 +65,7 @@ def measured(
 
 
 def host_table(works: list[tuple[str, Times]]) -> str:
-    """Our calls by work and when, each beside the op that it makes, if known, and torch's."""
+    """Return a table of our calls, compared with their op alone, if known, and with torch's."""
     rows = [HEADER]
     for work, found in works:
         names = [name for name in found["in a loop"] if name not in ("op", "torch")]
@@ -110,7 +110,7 @@ def accumulator_calls(model: Model) -> dict[str, Call]:
 
 @pytest.mark.skipif(_ops.extension is None, reason="the walk is part of the extension")
 @pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.full)])
-def bench_parameters(tell, quick, device, count):
+def bench_parameters(record_text, quick, device, count):
     def measure() -> list[Times]:
         found = []
         for calls in (calls_of, accumulator_calls):
@@ -121,4 +121,4 @@ def bench_parameters(tell, quick, device, count):
 
     where = ", CUDA" * (device == "cuda")
     work = f"{count} parameters{where}, {{}}"
-    tell(measure, lambda found: host_table([(work, times) for times in found]))
+    record_text(measure, lambda found: host_table([(work, times) for times in found]))

@@ -1,5 +1,5 @@
-"""Host time over DTensors, torch's beside it: with a group that sends nothing, with two real
-processes, and of a first call. The shards are tiny, so that it is all host time."""
+"""Time clips of DTensors, ours and torch's: in a group that sends nothing, on two processes, and in
+the first call of a process. The shards are tiny, so that almost all time is the host's."""
 
 import math
 import multiprocessing
@@ -29,7 +29,7 @@ FUNCTIONS = {"fastclip": fastclip.clip_grad_norm_, "torch": utils.clip_grad_norm
 
 
 def join(backend: str, rank: int, shape: tuple[int, ...], folder: str) -> Any:
-    """A mesh of which this process is one rank; in a fake group it is the only process."""
+    """Return a mesh with this process as one rank; with backend "fake" there are no others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     how = {"store": FakeStore()} if backend == "fake" else {"init_method": f"file://{folder}/ranks"}
@@ -38,7 +38,7 @@ def join(backend: str, rank: int, shape: tuple[int, ...], folder: str) -> Any:
 
 
 def dtensors(count: int, mesh: Any, dtype: str = "fp32") -> list[torch.nn.Parameter]:
-    """Parameters whose gradients have SIZE elements on every rank."""
+    """Return parameters whose gradients have SIZE elements on every rank."""
     from torch.distributed.tensor import DTensor, Shard
 
     made, placements, kind = [], [Shard(0)] * mesh.ndim, dtype_of((SIZE,), dtype, 0)
@@ -51,12 +51,12 @@ def dtensors(count: int, mesh: Any, dtype: str = "fp32") -> list[torch.nn.Parame
 
 
 def calls_of(made: list[torch.nn.Parameter]) -> dict[str, Callable[[], object]]:
-    """Calls that find nothing to clip."""
+    """Return our call and torch's, with a threshold so high that they clip nothing."""
     return {name: lambda clip=clip: clip(made, 1e9) for name, clip in FUNCTIONS.items()}
 
 
 def check(made: list[torch.nn.Parameter], ranks: int) -> None:
-    """Assert that the norm is right, which in a fake group is the norm of the local shards."""
+    """Assert that the norm is right; if nothing is sent, it is the norm of the local shards."""
     squares = torch.stack([p.grad._local_tensor.double().square().sum() for p in made]).sum()
     if ranks > 1:
         dist.all_reduce(squares)
@@ -67,7 +67,7 @@ def check(made: list[torch.nn.Parameter], ranks: int) -> None:
 def in_fake_group(
     rank: int, folder: str, count: int, shape: tuple[int, ...], dtype: str, rounds: int
 ) -> Times:
-    """What a call takes where nothing is sent."""
+    """Return the times of the calls in a group that sends nothing."""
     made, model = dtensors(count, join("fake", rank, shape, folder), dtype), Model(count)
     check(made, 1)
 
@@ -81,29 +81,29 @@ def in_fake_group(
 
 
 def in_gloo_group(rank: int, folder: str, count: int, rounds: int) -> dict[str, float]:
-    """What a call takes on each of two processes that send to each other."""
+    """Return the microseconds of each call on one of two processes that communicate."""
     made = dtensors(count, join("gloo", rank, (2,), folder))
     check(made, 2)
-    # Turns are of one call: longer ones would end by each process's own clock, and a process that
-    # calls once more than the other waits for it forever.
+    # A turn is one call. The calls in longer turns depend on each process's clock, and a process
+    # that makes one call more than the other would wait for it forever.
     return medians(calls_of(made), rounds, 0.0)
 
 
 def first_call(rank: int, folder: str, name: str, count: int) -> float:
-    """What the first call of a process takes, in microseconds."""
+    """Return the microseconds that the first call of a process takes."""
     made = dtensors(count, join("fake", rank, (8,), folder))
     return 1e6 * seconds(lambda: FUNCTIONS[name](made, 1e9))
 
 
 def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
     pipe.send(function(*args))
-    # The process waits until it is killed: threads of gloo that outlive the interpreter abort the
-    # process (pytorch#179291).
+    # Wait to be killed: threads of gloo that outlive the interpreter abort the process
+    # (pytorch#179291).
     pipe.poll(None)
 
 
-def alone(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
-    """What the function returns in a process of its own; of several, the first answer."""
+def spawn(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
+    """Run the function on `ranks` new processes, and return what it returns on rank 0."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -141,29 +141,31 @@ def compared(work: str, us: dict[str, float]) -> str:
         pytest.param(1000, "4 x 2", "fp32", marks=pytest.mark.full),
     ],
 )
-def bench_dtensors(tell, quick, count, ranks, dtype):
+def bench_dtensors(record_text, quick, count, ranks, dtype):
     count, rounds = (5, 2) if quick else (count, 25)
     shape = tuple(map(int, ranks.split(" x ")))
     work = f"{count} DTensors, {dtype}, mesh of {ranks}"
-    tell(
-        lambda: alone(in_fake_group, count, shape, dtype, rounds),
+    record_text(
+        lambda: spawn(in_fake_group, count, shape, dtype, rounds),
         lambda found: host_table([(work, found)]),
     )
 
 
-def bench_two_processes(tell, quick):
+def bench_two_processes(record_text, quick):
     count, rounds = (5, 2) if quick else (300, 100)
     work = f"{count} DTensors of {SIZE} on two processes, gloo"
-    tell(lambda: alone(in_gloo_group, count, rounds, ranks=2), lambda found: compared(work, found))
+    record_text(
+        lambda: spawn(in_gloo_group, count, rounds, ranks=2), lambda found: compared(work, found)
+    )
 
 
-def bench_first_call(tell, quick):
+def bench_first_call(record_text, quick):
     count, repeats = (10, 1) if quick else (1000, 3)
 
     def measure() -> dict[str, float]:
         times = {
-            name: [alone(first_call, name, count) for _ in range(repeats)] for name in FUNCTIONS
+            name: [spawn(first_call, name, count) for _ in range(repeats)] for name in FUNCTIONS
         }
         return {name: statistics.median(found) for name, found in times.items()}
 
-    tell(measure, lambda found: compared(f"First call on {count} DTensors", found))
+    record_text(measure, lambda found: compared(f"First call on {count} DTensors", found))

@@ -1,4 +1,4 @@
-"""Measuring only: `get_total_norm`, also of gradients that are not aligned."""
+"""Time `get_total_norm`, for aligned and misaligned gradients."""
 
 from models import parameters
 from torch.nn import utils
@@ -22,7 +22,7 @@ def bench_norm(race, name, shapes, dtype, device):
 
 
 def bench_misaligned_norm(race, quick, device):
-    """Views that begin at the second element, so that no 16-byte load is aligned."""
+    """Time views that begin at the second element, so that no 16-byte load is aligned."""
     whole = parameters([(1000 if quick else (1 << 26) + 1,)] * 4, "bf16", device)
     grads = [p.grad[1:] for p in whole]
     race("4 x 64 Mi, misaligned, norm", "bf16", grads, contestants(grads))

@@ -1,9 +1,9 @@
-"""A training step, torch's sequence beside ours: unscale, clip, fused AdamW; and NormAccumulator,
-which gathers the norm during backward.
+"""Time a training step (unscaling, clipping, fused AdamW) by torch's functions and by ours, and
+NormAccumulator, which measures the norm during backward.
 
-How much each way moves is counted in N, the bytes of float32 gradients. The optimizer alone moves
-7: it reads parameter, gradient and two moments, and writes three. To divide the gradients it writes
-them too.
+The memory traffic of each way is counted in N, the bytes of the float32 gradients. The optimizer
+alone moves 7 N: it reads parameters, gradients and two moments, and writes all but the gradients.
+If it also divides the gradients, it writes them too.
 """
 
 import itertools
@@ -26,9 +26,9 @@ TORCH = "torch"
 
 
 class Steps:
-    """Ways to take the same step with these parameters, whose gradients are as backward left them.
+    """Several ways to do the same step with these parameters, given the gradients after backward.
 
-    `before` has to be called before each step.
+    Call `before` before each step.
     """
 
     def __init__(self, made: list[nn.Parameter], max_norm: float, scaled: bool) -> None:
@@ -36,10 +36,10 @@ class Steps:
         self.norms = fastclip.NormAccumulator(made)
 
     def before(self, name: str) -> None:
-        """Do what a backward pass does for a way: run the hooks of NormAccumulator, or nothing."""
+        """Run the hooks of NormAccumulator, as backward does, if the way `name` uses it."""
         self.norms.forget()
         for parameter in self.made if name.startswith("NormAccumulator") else ():
-            # Without the extension there are none.
+            # Without the extension, NormAccumulator has no hooks.
             for hook in (parameter._post_accumulate_grad_hooks or {}).values():
                 hook(parameter)
 
@@ -71,7 +71,7 @@ class Steps:
         fastclip.clipped_step(optimizer, self.max_norm, scaler, measured=self.norms)
 
     def call(self, way: Callable[..., None]) -> Call:
-        """A step of one way, with an optimizer and a scaler of its own."""
+        """Return a function that does a step in one way, with its own optimizer and scaler."""
         device = self.made[0].device.type
         optimizer = torch.optim.AdamW(self.made, fused=True)
         scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=self.scaled)
@@ -84,7 +84,7 @@ class Steps:
         return run
 
     def ways(self, clips: bool) -> dict[str, tuple[Call, int]]:
-        """The step in every way, and N for each."""
+        """Return for each way a function that does a step, and its memory traffic in N."""
         written = 2 * (self.scaled or clips)
         passes = {
             TORCH: (self.by_torch, 7 + 3 + 2 * self.scaled),
@@ -105,7 +105,7 @@ def step_table(us: dict[str, float], passes: dict[str, int]) -> list[str]:
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
-def bench_step(tell, quick, device, clips, scaled):
+def bench_step(record_text, quick, device, clips, scaled):
     made = parameters(QUICK["quick"][0] if quick else gpt2(), "fp32", device)
     for parameter in made:
         parameter.data.normal_()
@@ -140,10 +140,10 @@ def bench_step(tell, quick, device, clips, scaled):
         return "\n".join([head, "", *step_table(us, {name: n for name, (_, n) in ways.items()})])
 
     calls = {name: call for name, (call, _) in ways.items()}
-    tell(lambda: medians(calls, 2 if quick else 15, 0.0, before, device), text)
+    record_text(lambda: medians(calls, 2 if quick else 15, 0.0, before, device), text)
 
 
-def bench_accumulator(tell, quick):
+def bench_accumulator(record_text, quick):
     torch.manual_seed(0)
     models = {"plain": CharacterModel(100), "hooked": CharacterModel(100)}
     batch = torch.randint(100, (32, 65))
@@ -159,7 +159,7 @@ def bench_accumulator(tell, quick):
         for _, (name, model) in itertools.product(range(3 if quick else 200), models.items()):
             model.zero_grad()
             backwards[name].append(seconds(model(batch).backward))
-            # The clip finds the caches as backward has left them.
+            # The clip follows at once, so that the caches are as backward has left them.
             times[name].append(seconds(clips[name]))
         return [{n: statistics.median(t) for n, t in some.items()} for some in (backwards, times)]
 
@@ -172,4 +172,4 @@ def bench_accumulator(tell, quick):
             f"it {1e6 * clip['hooked']:.1f} µs, clip_grad_norm_ {1e6 * clip['plain']:.1f} µs."
         )
 
-    tell(measure, text)
+    record_text(measure, text)

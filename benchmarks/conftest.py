@@ -1,8 +1,8 @@
-"""How everything here is measured: contestants in turns, on the same gradients, in one process.
+"""How all benchmarks measure: contestants take turns, on the same gradients, in one process.
 
-A slow second of the machine then slows all contestants. `race` is for calls that return the norm of
-a list, and makes a row of the table; `tell` is for everything else, and makes text. Both are shown
-at the end of the run and kept in its JSON, from which report.py writes RESULTS.md.
+So a slow second of the machine slows all contestants. The fixture `race` compares calls that return
+the norm of a list and makes a row of the table; `record_text` keeps a text of all else. Both are
+shown at the end of the run and kept in its JSON, from which report.py writes RESULTS.md.
 """
 
 import itertools
@@ -21,9 +21,9 @@ T = TypeVar("T")
 Call = Callable[[], object]
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 TEXTS = pytest.StashKey[list[str]]()
-# A turn of tiny work is repeated to this length, warm as in a training loop.
+# A turn repeats a short call for this many seconds, so that the caches are warm.
 TURN = 4e-3
-# A norm that float64 rounds to float32, and a last addition.
+# Allows for rounding a float64 norm to float32, and for one addition in float32.
 TOLERANCE = 2 * torch.finfo(torch.float32).eps
 
 
@@ -37,12 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "headline: is measured first")
     config.addinivalue_line("markers", "full: is measured with --full only")
-    # pytest then writes a line that names the row, and does so before it measures it.
+    # pytest then names each row before it measures it, so that an aborted run shows where it was.
     config.option.verbose = max(1, config.option.verbose)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Ask for a benchmark on every device that there is, and with every list of that device."""
+    """Run each benchmark on all available devices, with all lists that are measured there."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if "shapes" in metafunc.fixturenames:
         found = [row for device in devices for row in rows(device, metafunc.config)]
@@ -56,7 +56,7 @@ def marks(device: str) -> list[pytest.MarkDecorator]:
 
 
 def rows(device: str, config: pytest.Config) -> list[Any]:
-    """The lists that are measured on a device, each in all its dtypes."""
+    """Return the lists that are measured on a device, each in all its dtypes."""
     by_mark = {"headline": HEADLINE, "": CUDA if device == "cuda" else {}, "full": FULL}
     if config.getoption("--quick"):
         by_mark = {"": QUICK}
@@ -66,7 +66,7 @@ def rows(device: str, config: pytest.Config) -> list[Any]:
         for name, (shapes, dtypes) in lists.items():
             for dtype in dtypes:
                 row, key = (device, name, shapes, dtype), f"{device}-{name}-{dtype}"
-                # A list that is measured on every GPU may be one of the full record elsewhere.
+                # A list may be in CUDA and in FULL; the first is kept, so a GPU always runs it.
                 found.setdefault(key, pytest.param(*row, id=key, marks=chosen))
     return list(found.values())
 
@@ -83,13 +83,13 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 def drain(device: str) -> None:
-    """Wait until the device has nothing left to do."""
+    """Wait until the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(call: Call, repeats: int = 1, device: str = "cpu") -> float:
-    """Wall time of one call, over `repeats` of them, the device drained before and after."""
+    """Return the mean wall time of `repeats` calls, with the device drained before and after."""
     drain(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -99,7 +99,7 @@ def seconds(call: Call, repeats: int = 1, device: str = "cpu") -> float:
 
 
 def repeats_of(call: Call, device: str) -> int:
-    """How often a contestant is called in a turn: for some milliseconds, or once."""
+    """Return how many calls fill a turn of TURN seconds: at least 1, at most 200."""
     return min(200, max(1, round(TURN / seconds(call, 1, device))))
 
 
@@ -110,7 +110,7 @@ def medians(
     before: Callable[[str], object] = lambda name: None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Microseconds of each call: the medians of turns of `turn` seconds, or of one call at least.
+    """Return each call's microseconds, the median over turns of `turn` seconds or one call.
 
     A turn begins with `before(name)`, which is not measured.
     """
@@ -127,15 +127,15 @@ def medians(
 
 
 def oracle(tensors: list[torch.Tensor]) -> float:
-    """The 2-norm in float64, summed block by block so that no list is copied whole."""
+    """Return the 2-norm in float64, summed by blocks so that no tensor is copied whole."""
     blocks = (b.double() for t in tensors for b in t.reshape(-1).split(1 << 22))
     return math.sqrt(math.fsum(float(b.dot(b)) for b in blocks))
 
 
 def limit(bytes_: int, device: str, writes: bool) -> Callable[[], float]:
-    """Measures the seconds in which torch moves the bytes that must move.
+    """Return a function that measures how many seconds torch needs to move the same bytes.
 
-    Those are the fastest plain read and, for a clip, a read and write.
+    It adds up the fastest of three reads and, if the contestants write, an in-place multiplication.
     """
     flat = torch.zeros(bytes_ // 4, device=device)
     moves = [flat.sum, flat.amax, flat.view(torch.int32).sum]
@@ -150,7 +150,7 @@ def limit(bytes_: int, device: str, writes: bool) -> Callable[[], float]:
 
 
 def row_of(times: dict[str, list[float]], bytes_: int, writes: bool) -> dict[str, Any]:
-    """A row of the table. Bandwidth counts one read of the bytes, or two and a write."""
+    """Return a row of the table. Its GB/s count one read of the bytes, or two reads and a write."""
     ms = {name: 1e3 * statistics.median(found) for name, found in times.items() if found}
     return {
         "ms": ms,
@@ -162,9 +162,9 @@ def row_of(times: dict[str, list[float]], bytes_: int, writes: bool) -> dict[str
 
 @pytest.fixture
 def race(benchmark, request, device, quick):
-    """Measures one row of the table and asserts that its norm is right.
+    """Return a function that measures a row of the table and asserts that its norm is right.
 
-    `restore` undoes what the calls of a turn have clipped.
+    Its argument `restore` restores the gradients that the calls of a turn have clipped.
     """
 
     def run(
@@ -181,7 +181,7 @@ def race(benchmark, request, device, quick):
             restore()
             error[name] = abs(float(call()) - expected) / expected
             repeats[name] = repeats_of(call, device)
-        # A plain read of next to nothing measures its own call.
+        # For small lists, the time of a plain read would be that of the call alone.
         bound = limit(bytes_, device, writes) if bytes_ > 32 << 20 else None
         times: dict[str, list[float]] = {name: [] for name in [*contestants, "limit"]}
 
@@ -210,8 +210,8 @@ def race(benchmark, request, device, quick):
 
 
 @pytest.fixture
-def tell(benchmark, request):
-    """Measures once, and keeps what `text` makes of it."""
+def record_text(benchmark, request):
+    """Return a function that calls `measure` once and records `text` of what it returns."""
 
     def run(measure: Callable[[], T], text: Callable[[T], str]) -> None:
         benchmark.extra_info["text"] = text(benchmark.pedantic(measure))
@@ -227,7 +227,7 @@ def pytest_benchmark_generate_json(benchmarks: list[Any]) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Add to the JSON of the run what its numbers depend on."""
+    """Add to the JSON of the run the version of torch, the number of threads and the GPU."""
     machine_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
 

@@ -1,13 +1,13 @@
-"""All there is to ask of a GPU, in one command: python benchmarks/gpu.py [--out gpu.json]
+"""Build, test and measure on a GPU in one command: python benchmarks/gpu.py [--out gpu.json]
 
-The command builds the extension for this GPU and has `python -m fastclip check` compare its kernels
-with float64; if one is wrong, nothing is measured. It then runs the benchmarks on the GPU,
-launches.cu, the tests that need a GPU and compute-sanitizer, all within 480 s. The JSON is written
-after each step, so a run that is cut off keeps its numbers, and the output of all steps is in a log
-beside it. At its end the command prints the targets, met or not. `report.py` makes a block of
+The command builds the extension for this GPU and runs `python -m fastclip check`, which compares
+the kernels with float64; if one is wrong, nothing is measured. Then it runs the benchmarks on the
+GPU, launches.cu, the tests that need a GPU and compute-sanitizer, all within 480 s. The JSON is
+written after each step, so a run that is cut off keeps its numbers; the output of all steps is in a
+log beside it. At its end the command prints which targets are met. `report.py` makes a block of
 RESULTS.md from the JSON.
 
-`--rehearse` takes, on the CPU and at tiny sizes, every step that needs no GPU.
+`--rehearse` runs, on the CPU and at tiny sizes, every step that needs no GPU.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SECONDS = 480
 
 
 class Step(NamedTuple):
-    """A command that is begun if `least` seconds are left, and is ended after `most` seconds."""
+    """A command, run only if `least` seconds are left, and stopped after `most` seconds."""
 
     name: str
     command: list[str]
@@ -45,9 +45,9 @@ class Step(NamedTuple):
 
 
 def steps(folder: Path, architecture: str) -> list[Step]:
-    """All steps, in order. A step called norm may write norm.json to `folder`.
+    """Return all steps in order. A step called norm may write norm.json to `folder`.
 
-    `architecture` is nvcc's name of the GPU's, such as sm_90, or "" for the CPU.
+    `architecture` is nvcc's name for the GPU's architecture, such as sm_90, or "" for the CPU.
     """
     test = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors"]
     rows = ["-m", "cuda"] if architecture else ["-m", "not cuda", "--quick"]
@@ -84,18 +84,18 @@ def steps(folder: Path, architecture: str) -> list[Step]:
 
 
 def environment(architecture: str) -> dict[str, str]:
-    """The environment of the steps: PATH finds nvcc, ninja and the sanitizer, and the build makes
-    the kernels of this GPU alone."""
+    """Return the environment of the steps: PATH has nvcc, ninja and compute-sanitizer, and the
+    build compiles for this GPU alone."""
     here = [str(Path(sys.executable).parent), *([f"{CUDA_HOME}/bin"] if CUDA_HOME else [])]
     found = os.environ | {"PATH": os.pathsep.join([*here, os.environ.get("PATH", "")])}
-    # torch calls sm_90 9.0.
+    # TORCH_CUDA_ARCH_LIST expects 9.0 for sm_90.
     version = f"{architecture[3:-1]}.{architecture[-1:]}"
     chosen = {"FASTCLIP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": version}
     return found | (chosen if architecture else {"FASTCLIP_CUDA": "0"})
 
 
-def where(commit: str, env: dict[str, str]) -> Record:
-    """The machine and the versions that the numbers depend on."""
+def describe_machine(commit: str, env: dict[str, str]) -> Record:
+    """Return the machine and the versions that the numbers depend on."""
 
     def ask(*command: str) -> str:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -119,13 +119,13 @@ def where(commit: str, env: dict[str, str]) -> Record:
     }
 
 
-def limited(
+def run_limited(
     command: list[str], seconds: float, log: Path, env: dict[str, str] | None = None
 ) -> tuple[str, str]:
-    """Run a command in the tree; return its state and its output, which is also added to `log`.
+    """Run a command in the repository; return its state and its output, which `log` gets too.
 
-    At its limit the command is interrupted, so that pytest writes the rows it has, and then killed.
-    All processes that it has started are killed with it.
+    After `seconds` the command is interrupted, so that pytest writes the rows it has, and then it
+    is killed. All processes that the command has started are killed when it ends.
     """
     with log.open("a+") as output:
         begin = output.tell()
@@ -152,8 +152,8 @@ def limited(
     return f"failed: exit status {process.returncode}" if process.returncode else "done", said
 
 
-def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Record, str]:
-    """Run a step, or skip it; return its entry of the record, and its output."""
+def run_step(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Record, str]:
+    """Run or skip a step; return its entry in the record, and its output."""
     skipped = ""
     if step.needs_gpu and env["FASTCLIP_CUDA"] == "0":
         skipped = "it needs a GPU"
@@ -164,15 +164,15 @@ def take(step: Step, left: float, log: Path, env: dict[str, str]) -> tuple[Recor
     if skipped:
         return {"state": f"skipped: {skipped}"}, ""
     begin = time.monotonic()
-    state, said = limited(step.command, min(step.most, left), log, env)
-    # pytest names each test as it fails; its summary is missing where it was killed.
+    state, said = run_limited(step.command, min(step.most, left), log, env)
+    # Failures are found in the lines of the tests: a killed pytest writes no summary.
     failures = re.findall(r"^(\S+::.*) (?:FAILED|ERROR)\b", said, re.M)[:20]
     last = (said.strip().splitlines() or [""])[-1].strip("= ")[:200]
     seconds = round(time.monotonic() - begin, 1)
     return {"state": state, "seconds": seconds, "last_line": last, "failures": failures}, said
 
 
-def gather(record: Record, name: str, path: Path, said: str) -> None:
+def add_results(record: Record, name: str, path: Path, said: str) -> None:
     """Add to the record the numbers that a step has printed or written to `path`."""
     if name == "launches":
         lines = [line for line in said.splitlines() if line.startswith("{")]
@@ -180,7 +180,7 @@ def gather(record: Record, name: str, path: Path, said: str) -> None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return  # the step wrote nothing, or was killed as it wrote
+        return  # the step wrote nothing, or was killed while it wrote
     if name == "check":
         record["check"] = found
     else:
@@ -189,7 +189,7 @@ def gather(record: Record, name: str, path: Path, said: str) -> None:
 
 
 def refusal(record: Record) -> str:
-    """Why the run ends here, or "": only kernels that are built, right and in use are measured."""
+    """Return why the run must stop, or "": kernels not built, wrong or not in use are not timed."""
     for name in ("build", "check"):
         step = record["steps"].get(name, {"state": "done"})
         if step["state"] != "done":
@@ -199,24 +199,24 @@ def refusal(record: Record) -> str:
 
 
 def write(record: Record, out: Path) -> None:
-    """Replace the file, so that it is never half written."""
+    """Write the record by replacing the file, so that it is never half written."""
     draft = out.with_suffix(".part")
     draft.write_text(json.dumps(record, indent=1) + "\n")
     draft.replace(out)
 
 
 def run(out: Path, architecture: str, commit: str) -> Record:
-    """Take the steps, one after the other, and return the record of all."""
+    """Run the steps, one after the other, and return the record of all."""
     begin, log, env = time.monotonic(), out.with_suffix(".log"), environment(architecture)
-    record: Record = {"complete": False, "where": where(commit, env), "steps": {}}
+    record: Record = {"complete": False, "where": describe_machine(commit, env), "steps": {}}
     record |= {"rows": [], "texts": [], "launches": []}
     log.write_text("")
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(Path(folder), architecture):
             left = SECONDS - (time.monotonic() - begin)
-            found, said = take(step, left, log, env)
+            found, said = run_step(step, left, log, env)
             record["steps"][step.name] = found
-            gather(record, step.name, Path(folder, f"{step.name}.json"), said)
+            add_results(record, step.name, Path(folder, f"{step.name}.json"), said)
             record |= {"targets": targets(record), "refused": refusal(record)}
             record["where"]["seconds"] = round(time.monotonic() - begin)
             write(record, out)
@@ -231,7 +231,7 @@ def run(out: Path, architecture: str, commit: str) -> Record:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
-    parser.add_argument("--commit", default="", help="of a tree that is here without its git")
+    parser.add_argument("--commit", default="", help="of the code, if it is here without .git")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     args = parser.parse_args(arguments)
     architecture = ""
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: there is nothing to measure")
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    # A step is in a process group of its own: this exit is what ends it with this command.
+    # SIGTERM does not reach a step, which has its own process group; sys.exit unwinds and kills it.
     signal.signal(signal.SIGTERM, lambda *how: sys.exit("terminated"))
     record = run(args.out.absolute(), architecture, args.commit)
     print("\n".join([*gpu_notes(record), "", *targets_table(record["targets"])]))

@@ -1,13 +1,13 @@
-"""The targets of a GPU, as gpu.py compares them with what it has measured."""
+"""The targets for a GPU, with which gpu.py compares its measurements."""
 
 from typing import Any
 
 Record = dict[str, Any]
 
-# Of the speed at which plain calls of torch move the same bytes in the same run.
+# The least share of the speed at which plain calls of torch move the same bytes in the same run.
 OF_LIMIT = 0.95
 BANDWIDTH = {f"{n} x 64 Mi, {call}" for n in (4, 16, 48) for call in ("norm", "clipped")}
-# How many times the speed of torch's foreach, by work and dtype.
+# The least speed relative to torch with `foreach=True`, by work and dtype.
 SPEEDUPS = {
     ("GPT-2, unclipped", "fp32"): 3.0,
     ("GPT-2, clipped", "fp32"): 1.1,
@@ -17,8 +17,8 @@ SPEEDUPS = {
     ("Llama 1B / 4, clipped", "mixed"): 1.0,
     ("1000 x 1024, unclipped", "fp32"): 15.0,
 }
-# The most milliseconds on an H100. There NVIDIA-NeMo/Automodel's pull request 3685 has measured
-# 7.89 and 3.93 for TransformerEngine, and 7.32 and 3.73 for a kernel in Triton.
+# The most milliseconds on an H100. NVIDIA-NeMo/Automodel's pull request 3685 has measured 7.89 and
+# 3.93 for TransformerEngine on an H100, and 7.32 and 3.73 for a kernel in Triton.
 H100_MS = {"6 000 261 x 256, clipped": 3.4, "500 matrices, clipped": 1.2}
 
 
@@ -28,7 +28,7 @@ def target(name: str, value: str | float, is_met: bool) -> Record:
 
 
 def targets(record: Record) -> list[Record]:
-    """Everything that the GPU was to reach, of what is known by now."""
+    """Return all targets that can be judged by the steps, rows and launches recorded so far."""
     found = [
         target(name, step["last_line"], step["state"] == "done")
         for name, step in record["steps"].items()
@@ -48,7 +48,7 @@ def targets(record: Record) -> list[Record]:
 
 
 def launch_targets(launches: list[Record], l2_bytes: int) -> list[Record]:
-    """The targets of launches.cu. A list that fits the L2 cache is clipped in one launch."""
+    """Return the targets for launches.cu. Lists that fit the L2 cache are clipped in one launch."""
     by_size: dict[float, dict[str, float]] = {}
     for launch in launches:
         by_size.setdefault(launch["megabytes"], {})[launch["launch"]] = launch["us"]
@@ -60,7 +60,7 @@ def launch_targets(launches: list[Record], l2_bytes: int) -> list[Record]:
         if is_fused:
             ratio = us["apart, clips"] / us["fused, clips"]
             found.append(target(f"{work}: two launches over one, in time >= 1", ratio, ratio >= 1))
-        # The second read finds in the cache what the first has left there.
+        # The scale phase still finds in the cache part of what the norm phase has read.
         least = 1.1 if 1e6 * megabytes <= l2_bytes * 2 / 3 else OF_LIMIT
         share = (us["norm phase"] + us["copy"]) / us[f"{how}, clips"]
         if megabytes >= 20:

@@ -1,7 +1,7 @@
-// Times the kernels alone, without torch and from a cold L2 cache: the norm phase, both phases in
-// one launch or in two, with small or large kernel parameters, with and without something to clip,
-// beside a copy of the same bytes. Prints one JSON object a line. gpu.py builds and runs this
-// program; it includes the sources, so that it can launch their internals.
+// Times the kernels alone, without torch and with a cold L2 cache: the norm phase; both phases in
+// one launch and in two, with and without something to clip; and large kernel parameters. A copy of
+// the same bytes is timed for comparison. Prints one JSON object per line. gpu.py builds and runs
+// this program. It includes launch.cu, so that it can launch the kernels themselves.
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -12,29 +12,29 @@ using namespace fastclip;
 using namespace fastclip::cuda;
 
 constexpr int kTensors = 64, kRounds = 41;
-// More than any L2 cache holds, and so long to read that the host can enqueue a contestant
-// meanwhile.
+// More bytes than any L2 cache holds, and enough that the host can enqueue a contestant while the
+// GPU reads them.
 constexpr int64_t kStrangeBytes = int64_t{1} << 30;
 
-// Reads memory that no contestant uses, so that the L2 cache holds none of theirs, and no line that
-// is still to be written back. While it runs, the host enqueues the contestant: its own time is
-// then not measured.
+// Reads memory that no contestant uses, so that the L2 cache holds none of their data, and no line
+// that is still to be written back. While it runs, the host enqueues the contestant, so that the
+// host's time is not measured.
 __global__ void flush_kernel(const uint4* strange, int64_t count, uint32_t* never) {
   uint32_t seen = 0;
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
     seen |= strange[i].x;
-  if (seen) *never = seen;  // all are zeros, which the compiler does not know
+  if (seen) *never = seen;  // never true, but it keeps the compiler from removing the reads
 }
 
 struct Turn {
   float ms;
-  bool is_late;  // the GPU began before the host had enqueued all, so the host's time is included
+  bool is_late;  // the GPU began before the host had enqueued all: the host's time is included
 };
 
 struct Bench {
   int64_t bytes;
   char *data, *target;
-  double data_norm;  // as clipped so far
+  double data_norm;  // after all clips so far
   uint4* strange;
   double* partials;
   float* result;
@@ -87,7 +87,7 @@ struct Bench {
     cudaEventRecord(start);
     launches(table, work);
     const bool is_late = cudaEventQuery(start) != cudaErrorNotReady;
-    cudaGetLastError();  // an event that has not happened is not an error
+    cudaGetLastError();  // clears cudaErrorNotReady, which is expected
     cudaEventRecord(stop);
     check(cudaEventSynchronize(stop), "a benchmark", 0);
     float ms = 0;
@@ -124,7 +124,7 @@ struct Bench {
     for (int round = -1; round < kRounds; ++round)
       for (const auto& [name, contestant] : contestants) {
         const auto [ms, is_late] = contestant();
-        if (round < 0) continue;  // CUDA loads a kernel when it is launched first
+        if (round < 0) continue;  // CUDA loads a kernel at its first launch
         times[name].push_back(ms);
         late[name] += is_late;
       }
@@ -133,7 +133,7 @@ struct Bench {
       std::printf("{\"launch\": \"%s\", \"megabytes\": %g, \"us\": %.3f, \"late\": %d}\n", name,
                   bytes / 1e6, 1e3 * ms[kRounds / 2], late[name]);
     }
-    std::fflush(stdout);  // a crash at a larger size leaves these lines
+    std::fflush(stdout);  // keeps these lines if a larger size crashes
   }
 };
 

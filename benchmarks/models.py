@@ -1,5 +1,5 @@
-"""The lists of gradients that are measured, and when: shapes of real models, from their published
-architectures, lists of many tiny tensors, and lists of a few large ones."""
+"""The lists of gradients that are measured, and in which runs: shapes of real models, from their
+published architectures, lists of many tiny tensors, and lists of a few large ones."""
 
 import math
 
@@ -32,7 +32,7 @@ def gpt2() -> list[Shape]:
 
 
 def llama(layers: int = 4, vocabulary: int = 32064) -> list[Shape]:
-    """A quarter of Llama 3.2 1B (16 layers, 128 256 words): 309 M parameters in 38 tensors."""
+    """A quarter of Llama 3.2 1B (16 layers, 128 256 tokens): 309 M parameters in 38 tensors."""
     d, kv, hidden = 2048, 512, 8192
     layer: list[Shape] = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden)]
     layer += [(d,), (d,)]
@@ -67,7 +67,7 @@ HEADLINE: Lists = {
     "GPT-2": (gpt2(), ["fp32", "bf16"]),
     "1000 x 64": ([(64,)] * 1000, ["fp32", "bf16"]),
 }
-# Only with --full, for the record.
+# Measured only with --full.
 FULL: Lists = {
     "ResNet-50": (resnet50(), DTYPES),
     "GPT-2": (gpt2(), ["fp16", "mixed"]),
@@ -75,7 +75,7 @@ FULL: Lists = {
     "150 x 1 Mi": ([(1 << 20,)] * 150, ["fp32", "bf16"]),
     "20000 x 64": ([(64,)] * 20000, ["fp32"]),
 }
-# Only on a GPU. The first three are 0.5 to 13 GB, to compare the kernels with the memory.
+# Measured only on a GPU. The first three, 0.5 to 13 GB, compare kernels and memory bandwidth.
 CUDA: Lists = {
     "4 x 64 Mi": ([(1 << 26,)] * 4, ["fp32", "bf16"]),
     "16 x 64 Mi": ([(1 << 26,)] * 16, ["fp32", "bf16"]),
@@ -86,7 +86,7 @@ CUDA: Lists = {
     "500 matrices": (matrices(), ["in turn"]),
     "1000 x 1024": ([(1024,)] * 1000, ["fp32"]),
 }
-# Every benchmark and its correctness check in seconds.
+# Measured instead of all others with --quick, so that every benchmark takes only seconds.
 QUICK: Lists = {"quick": ([(300, 70), (70,), (3, 3), (), (0,)] * 3, [*DTYPES, "in turn"])}
 
 
@@ -94,10 +94,10 @@ _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_of(shape: Shape, dtype: str, i: int) -> torch.dtype:
-    """The dtype of the gradient at place `i` of a list.
+    """Return the dtype of the gradient at index `i` of a list.
 
-    `mixed` is a list as mixed-precision training makes it, of bf16 matrices and fp32 vectors; in a
-    list called `in turn` every other gradient is fp32.
+    "mixed" gives bf16 matrices and fp32 vectors, as in mixed-precision training; with "in turn",
+    bf16 and fp32 alternate.
     """
     if dtype == "in turn":
         return (torch.bfloat16, torch.float32)[i % 2]
@@ -107,7 +107,7 @@ def dtype_of(shape: Shape, dtype: str, i: int) -> torch.dtype:
 
 
 def parameters(shapes: list[Shape], dtype: str, device: str) -> list[torch.nn.Parameter]:
-    """Parameters whose data is uninitialised, with normal gradients."""
+    """Return parameters with uninitialised data and normally distributed gradients."""
     torch.manual_seed(0)
     made = []
     for i, shape in enumerate(shapes):

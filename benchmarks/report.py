@@ -1,9 +1,9 @@
-"""The tables that a run ends in, and the block that it adds to RESULTS.md.
+"""Make the tables that a run prints at its end, and the block that it adds to RESULTS.md.
 
 pytest benchmarks --benchmark-only --full --benchmark-json=run.json
 python benchmarks/report.py run.json "what changed, in a sentence"
 
-The JSON of gpu.py is taken as well.
+The JSON of gpu.py can be given instead of run.json.
 """
 
 import datetime
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Rows as text. Times are medians; errors are relative to the float64 oracle."""
+    """Return rows as a table. Times are medians; errors are relative to the float64 norm."""
     names = CONTESTANTS + ["apex"] * any("apex" in row["ms"] for row in rows)
     header = ["work", "dtype", *(f"{name} ms" for name in names), "x foreach"]
     header += ["GB/s", "of limit", "error ours", "error torch"]
@@ -40,16 +40,16 @@ def cells(row: Row, names: list[str]) -> list[str]:
 
 
 def targets_table(targets: list[Row]) -> list[str]:
-    """What the GPU was to reach, what it reached, and whether that will do."""
+    """Return a table of the targets, the measured values, and whether the targets are met."""
     words = {True: "met", False: "NOT met"}
     lines = [[t["target"], t["value"], words[t["met"]]] for t in targets]
     return markdown([["target", "seen", ""], *lines])
 
 
 def launches_table(launches: list[Row]) -> list[str]:
-    """Microseconds of each launch of launches.cu, by the megabytes of the gradients.
+    """Return a table of the microseconds of each launch of launches.cu, by size of the gradients.
 
-    A star: in some turns the host was not ahead of the GPU, so that its time may be included.
+    A star means that the host was late in some turns, so that the time may include the host's.
     """
     sizes = list(dict.fromkeys(launch["megabytes"] for launch in launches))
     lines: dict[str, list[str]] = {}
@@ -61,7 +61,7 @@ def launches_table(launches: list[Row]) -> list[str]:
 
 
 def markdown(lines: list[list[str]]) -> list[str]:
-    """A table that is also readable as it stands; its first line is the header."""
+    """Return a Markdown table with aligned columns; its first line is the header."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
@@ -71,13 +71,13 @@ def markdown(lines: list[list[str]]) -> list[str]:
 
 
 def results(run: dict[str, Any]) -> dict[str, list[Any]]:
-    """The rows and texts of the JSON that pytest wrote."""
+    """Return the rows and texts in the JSON that pytest wrote."""
     found = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
     return {f"{kind}s": [one[kind] for one in found if kind in one] for kind in ("row", "text")}
 
 
 def record_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the JSON that pytest wrote."""
+    """Return the part of the JSON that pytest wrote which is to be kept."""
     machine, found = run["machine_info"], results(run)
     device = f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['threads']} threads"
     device += f" and {machine['gpu']}" * bool(machine["gpu"])
@@ -86,7 +86,7 @@ def record_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def gpu_notes(record: dict[str, Any]) -> list[str]:
-    """What gpu.py says beside its tables: versions, and what did not end well."""
+    """Return what gpu.py prints above its table: versions, and steps that did not succeed."""
     where, lines = record["where"], []
     lines.append(f"Driver {where['driver']}, nvcc {where['nvcc']}, Python {where['python']}.")
     for name, step in record["steps"].items():
@@ -97,7 +97,7 @@ def gpu_notes(record: dict[str, Any]) -> list[str]:
 
 
 def blocks(record: dict[str, Any]) -> list[str]:
-    """The paragraphs and tables of a block of RESULTS.md."""
+    """Return the paragraphs and tables of a block of RESULTS.md."""
     found = gpu_notes(record) if "steps" in record else []
     for kind, lines in (("targets", targets_table), ("rows", table), ("launches", launches_table)):
         found += ["\n".join(lines(record[kind]))] if record.get(kind) else []
@@ -113,7 +113,7 @@ def main(path: str, changed: str) -> None:
     with (HERE / "RESULTS.md").open("a") as file:
         file.write("".join(f"\n{block}\n" for block in [heading, changed, *blocks(record)]))
     name, folder = f"{date}-{where['commit']}{'-gpu' * ('steps' in record)}", HERE / "results"
-    # A second run of a commit does not replace the first.
+    # A second run of a commit on the same day does not replace the first.
     before = len(list(folder.glob(f"{name}*.json")))
     target = folder / f"{name}{f'-{before + 1}' * bool(before)}.json"
     target.write_text(json.dumps(record, indent=1) + "\n")

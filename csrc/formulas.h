@@ -1,5 +1,5 @@
-// What both devices speak of and compute: dtypes, norms, the decision. Free of torch, and for
-// device code too.
+// Shared by the CPU and the CUDA kernels: the dtypes, the kinds of norms, and the formula of the
+// clipping coefficient. Includes no torch header and compiles as device code too.
 #pragma once
 
 #include <cmath>
@@ -8,14 +8,14 @@
 
 namespace fastclip {
 
-// The dtypes of the kernels, in the order of their switches. A new one is a case of `element_size`
-// below, of `kernel_dtype` in tensor_list.h, of the switches and integers of cpu/tile.cpp and
-// cuda/tile.cuh, and of `add_sum` in cuda/norm.cuh; REAL of fastclip/_gradients/local.py and
-// DTYPES of fastclip/_check_cases.py and tests/conftest.py list it. An `Entry` of cuda/partition.h
-// has two bits for it, which four dtypes fill, and counts in units of two bytes.
+// The dtypes that the kernels take, in the order of their switches. A new dtype needs a case in
+// `element_size` below, in `kernel_dtype` in tensor_list.h, in the switches and integer types of
+// cpu/tile.cpp and cuda/tile.cuh, and in `add_sum` in cuda/norm.cuh, and a place in the lists REAL
+// of fastclip/_gradients/local.py and DTYPES of fastclip/_check_cases.py and tests/conftest.py.
+// `Entry` of cuda/partition.h has two bits for a dtype, all in use, and counts bytes in pairs.
 enum class Dtype { kFloat, kBFloat16, kHalf, kDouble, kCount };
 
-// A tensor as flat memory: all that is left of it for a kernel.
+// A tensor as the kernels see it: contiguous memory, its length and its dtype.
 struct Flat {
   char* data;
   int64_t numel;
@@ -26,8 +26,8 @@ struct Flat {
   }
 };
 
-// The norms that have kernels: of order 1, 2 and infinity. The default op measures those of any
-// other order.
+// The norms that have kernels: of order 1, 2 and infinity. The plain-PyTorch default of an op
+// handles all other orders.
 enum class Norm { kSum, kSquares, kMax };
 
 inline bool has_kernel(double p) { return p == 1 || p == 2 || (std::isinf(p) && p > 0); }
@@ -36,11 +36,11 @@ inline Norm norm_kind(double p) {
   return p == 1 ? Norm::kSum : p == 2 ? Norm::kSquares : Norm::kMax;
 }
 
-// Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)). An infinite threshold
-// only measures. A NaN or negative threshold, which only a tensor can bring here, gives NaN: loud,
-// where a negative multiplier would silently turn descent into ascent. Whoever scales writes
-// nothing at 1, and takes -0.0, which this never gives, to mean zeros, which no multiplication
-// makes of a NaN. Python has the same formula in fastclip/_ops/coef.py.
+// Note [coef]: the multiplier is min(1, max_norm / (total_norm + 1e-6)), or 1 if the threshold is
+// infinite, whatever the norm. A NaN or negative threshold, which only a tensor can hold (numbers
+// are checked), gives NaN: a negative multiplier would silently turn descent into ascent. Code that
+// scales writes nothing if the multiplier is 1, and fills with zeros if it is -0.0, because a NaN
+// times 0 stays NaN; this formula never gives -0.0. fastclip/_ops/coef.py has it in Python.
 template <class acc_t>
 constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
   if (max_norm == std::numeric_limits<acc_t>::infinity()) return 1;
@@ -49,7 +49,7 @@ constexpr acc_t clip_coef(acc_t total_norm, acc_t max_norm) {
   return coef >= 1 ? 1 : coef + 0;
 }
 
-// The decision in the precision of the result, but in float64 where float32 does not hold the norm.
+// `clip_coef` in the precision of the result, but in float64 if the norm overflows float32.
 constexpr double clip_coef_as(bool wide, double total_norm, double max_norm) {
   const bool fits = static_cast<float>(total_norm) <= std::numeric_limits<float>::max();
   return wide || !fits ? clip_coef(total_norm, max_norm)

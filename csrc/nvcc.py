@@ -1,7 +1,7 @@
-"""nvcc: where it is, what it compiles for, and the kernels compiled by it. For setup.py.
+"""Finds nvcc and compiles the CUDA kernels with it, for setup.py.
 
-torch's own build of .cu files asks for a CUDA torch, and here is none to ask for: kernels include
-nothing of torch's. So nvcc is called by hand, and its object and libraries go to the linker.
+torch's own build of .cu files requires a torch built with CUDA. The kernels include no torch header
+and need none, so nvcc is called directly, and its object file and libraries go to the linker.
 """
 
 import os
@@ -17,7 +17,7 @@ FLAGS = "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC,-
 
 
 def find() -> str | None:
-    """In CUDA_HOME, on PATH, or among the running Python's packages, where pip installs it."""
+    """Look for nvcc in CUDA_HOME, on PATH, and where pip installs it for the running Python."""
     packages = [p for d in sys.path for p in sorted(Path(d).glob("nvidia/cu*/bin"), reverse=True)]
     folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
     return shutil.which("nvcc", path=":".join(map(str, [*folders, os.environ["PATH"], *packages])))
@@ -28,21 +28,21 @@ def ask(nvcc: str, *options: str) -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Machine code for each, and the PTX of the newest for all that are newer still.
+    """Return the flags for machine code of all architectures, and PTX of the newest for later GPUs.
 
-    TORCH_CUDA_ARCH_LIST ("9.0 12.0") chooses others than the default.
+    TORCH_CUDA_ARCH_LIST ("9.0 12.0") replaces the default architectures.
     """
     known = ask(nvcc, "--list-gpu-code")
     default = [a for a in ("80", "90", "100", "120") if f"sm_{a}" in known]
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(default)
-    # Without the suffix of 9.0a or 10.0f: such code runs on no other architecture.
+    # The suffix of 9.0a or 10.0f is dropped: code built with it runs on no later architecture.
     numbers = sorted({int(number) for number in re.findall(r"\d+", chosen.replace(".", ""))})
     codes = [(n, f"sm_{n}") for n in numbers] + [(numbers[-1], f"compute_{numbers[-1]}")]
     return [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
 
 
 def command(nvcc: str, built: str) -> list[str]:
-    """What compiles the kernels to the object `built`, every architecture at the same time."""
+    """Return the command that compiles the kernels to `built`, all architectures in parallel."""
     Path(built).parent.mkdir(parents=True, exist_ok=True)
     return [nvcc, *FLAGS.split(), "-t0", *architectures(nvcc), "-c", KERNELS, "-o", built]
 
@@ -50,7 +50,7 @@ def command(nvcc: str, built: str) -> list[str]:
 def add(nvcc: str, kernels: str, extension: Any) -> None:
     """Link the compiled kernels, and the CUDA runtime with them, into the extension."""
     folders = re.findall('"-L([^"]+)"', ask(nvcc, "--dryrun", KERNELS))
-    # nvcc names lib64 even where pip installed it, and the libraries lie in lib.
+    # nvcc always names lib64, but if pip has installed it, the libraries are in lib.
     folders += [str(Path(folder).parent / "lib") for folder in folders]
     extension.extra_objects.append(kernels)
     extension.library_dirs += folders

@@ -1,10 +1,10 @@
-// What only Python knows of the process that a kernel runs in.
+// Facts about the process that the kernels can only get from Python.
 #pragma once
 
 namespace fastclip {
 
-// Whether torch.distributed has its default process group, as it has where it has others. Their
-// collectives may hold multiprocessors of a GPU until another rank comes along.
+// Whether torch.distributed is initialized: only then can there be process groups, whose
+// collectives may occupy multiprocessors of a GPU until another rank joins in.
 bool has_process_groups();
 
 }  // namespace fastclip

@@ -1,7 +1,7 @@
-// A tensor list as every device sees it: whether the kernels can take it as flat memory, what dtype
-// the answer has, and what every host function owes its caller besides the kernel. A host function
-// calls `try_flatten` first, and hands a list or an argument that it cannot take to the default op,
-// which raises the errors too.
+// What the host functions of all devices share: whether the kernels can take a tensor list as flat
+// memory, the dtype of the result, the types of the ops, and the version counters. A host function
+// calls `try_flatten` first. A list or an argument that it cannot take goes to the default op, the
+// implementation of the op in plain PyTorch, which also raises the errors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,14 +33,14 @@ inline std::optional<Dtype> kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-// True if `tensor` can be walked as numel() consecutive elements, in whatever order.
+// Whether the elements of `tensor` fill numel() consecutive places in memory, in any order.
 inline bool is_flat(const at::Tensor& tensor) {
   return tensor.layout() == at::kStrided && kernel_dtype(tensor.scalar_type()) &&
          tensor.is_non_overlapping_and_dense();
 }
 
-// Note [prefetch]: thousands of tensors are thousands of objects anywhere in memory, and the
-// processor foresees none of them. Loops over tensors ask for what lies kAhead tensors on.
+// Note [prefetch]: thousands of tensors are thousands of objects scattered in memory, which the
+// hardware prefetcher cannot predict. Loops over tensors prefetch the tensor kAhead places ahead.
 constexpr size_t kAhead = 16;
 
 inline void prefetch(const void* begin, size_t bytes) {
@@ -48,26 +48,25 @@ inline void prefetch(const void* begin, size_t bytes) {
     __builtin_prefetch(static_cast<const char*>(begin) + line);
 }
 
-// The current stream and the like of a tensor's device, whatever kind of device it is.
+// Gives access to the current stream of a tensor's device, whatever type of device it is.
 inline c10::impl::VirtualGuardImpl guard_of(const at::Tensor& tensor) {
   return c10::impl::VirtualGuardImpl(tensor.device().type());
 }
 
-// Whether a list may be written. Memory that tensors share until one of them is written stays
-// shared by those that are only read.
+// Whether a list is to be written. Copy-on-write storage stays shared if tensors are only read.
 enum class Access { kRead, kWrite };
 
-// Whether kernels serve at all; where they do not, every list is for the default ops. It is what
-// `fastclip.use_kernels` says.
+// Whether the kernels are in use; if not, every list goes to the default ops. Set by
+// `fastclip.use_kernels`.
 inline std::atomic<bool> kernels_are_on{true};
 
-// A list the kernels can take: flat tensors of one device, or their rows. Each tensor is looked at
-// once, for its object is more memory than a small tensor's data.
+// A list that the kernels can take: flat tensors of one device, or their rows. Each TensorImpl is
+// read once only: it is larger than the data of a small tensor.
 class FlatList {
  public:
-  // The items are the tensors, or with `rows` their slices along the first dimension, of those that
-  // have two or more. Nothing if the kernels are off, or any tensor is not flat or elsewhere: that
-  // list is for the default op.
+  // The items are the tensors; with `rows`, a tensor of two or more dimensions is replaced by its
+  // slices along the first. Returns nullopt, and the list then goes to the default op, if the
+  // kernels are off, or if any tensor is not flat or not on the device of the first.
   static std::optional<FlatList> try_flatten(at::TensorList tensors, bool rows = false,
                                              Access access = Access::kRead) {
     if (!kernels_are_on) return std::nullopt;
@@ -93,7 +92,7 @@ class FlatList {
   const Flat& operator[](size_t i) const { return items_[i]; }
   int64_t elements() const { return elements_; }
 
-  // float64 if any tensor is, else float32.
+  // float64 if any tensor is float64, else float32.
   at::ScalarType result_dtype() const { return wide_ ? at::kDouble : at::kFloat; }
 
  private:
@@ -101,7 +100,7 @@ class FlatList {
 
   int64_t count_items(const at::Tensor& t) const { return rows_ && t.dim() > 1 ? t.size(0) : 1; }
 
-  // The tensor, or its rows if each is one run of memory; else false.
+  // Adds the tensor, or its rows. Returns false if the rows are not contiguous.
   bool add(const at::Tensor& t, const char* data) {
     Flat flat{const_cast<char*>(data), t.numel(), *kernel_dtype(t.scalar_type())};
     const int64_t count = count_items(t);
@@ -126,7 +125,8 @@ class FlatList {
   bool wide_ = false;
 };
 
-// What `clip_norm_` scales, and what it measures: the same, or norms that are known already.
+// The tensors that `clip_norm_` scales. It measures the same tensors, or if given `known`: norms
+// that were measured before and whose norm is the total norm.
 struct ClipLists {
   FlatList scaled;
   std::optional<FlatList> known;
@@ -144,7 +144,7 @@ struct ClipLists {
   const FlatList& measured() const { return known ? *known : scaled; }
 };
 
-// The ops, as their schemas read in C++.
+// The C++ types of the ops, as their schemas define them.
 using NormOp = at::Tensor(at::TensorList, double, bool);
 using NormsOp = at::Tensor(at::TensorList, double, at::OptionalIntArrayRef, bool, bool);
 using ScaleOp = void(at::TensorList, const at::Tensor&, at::OptionalIntArrayRef, bool);
@@ -157,15 +157,15 @@ auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
-// Calls the plain-PyTorch default of an op from inside a kernel of the same op: an empty key set
-// reaches it, whichever device has kernels.
+// Calls the plain-PyTorch default of an op from inside a kernel of the same op: with an empty key
+// set the dispatcher selects the default, whichever devices have kernels.
 template <class Op, class... Args>
 auto call_default(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
   return op.redispatch(c10::DispatchKeySet(), std::forward<Args>(args)...);
 }
 
-// How many groups `norms` and `scale_` speak of; without `group` each item is one. Nothing if
-// `group` does not fit the list: the default op says why.
+// The number of groups in a call of `norms` or `scale_`; without `group` each item is a group.
+// Returns nullopt if `group` does not fit the list: the default op then raises the error.
 inline std::optional<int64_t> count_groups(const FlatList& list, at::OptionalIntArrayRef group) {
   const auto count = static_cast<int64_t>(list.size());
   if (!group) return count;
@@ -175,14 +175,14 @@ inline std::optional<int64_t> count_groups(const FlatList& list, at::OptionalInt
   return count == 0 ? 0 : std::ranges::max(*group) + 1;
 }
 
-// Whether `coef` is one number, or has one for each group; the default op says why it does not.
+// Whether `coef` is one number or has one for each group; if not, the default op raises the error.
 inline bool fits(const at::Tensor& coef, std::optional<int64_t> groups) {
   return groups && (coef.dim() == 0 || (coef.dim() == 1 && coef.numel() >= *groups));
 }
 
-// The in-place ops promise this for every tensor they are given, written or not. The counters of a
-// batch are read before the first is bumped: plain loads overlap their cache misses, atomics wait
-// for each.
+// The in-place ops bump the version counters of all their tensors, even if nothing is written. The
+// counters of a batch are read before the first is bumped: the cache misses of plain loads overlap,
+// while an atomic increment waits for each.
 inline void bump_versions(at::TensorList tensors) {
   constexpr size_t kBatch = 64;
   for (; !tensors.empty(); tensors = tensors.slice(std::min(kBatch, tensors.size()))) {

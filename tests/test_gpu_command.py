@@ -111,7 +111,7 @@ def test_nothing_is_measured_but_the_kernels(gpu, monkeypatch, tmp_path, stand_i
 def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
     taken = []
 
-    def limited(command, seconds, log, env):
+    def run_limited(command, seconds, log, env):
         taken.append((command, env))
         for argument in command:
             if "check.json" in argument:
@@ -129,7 +129,7 @@ def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
         "get_device_properties": properties,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
-    monkeypatch.setattr(gpu, "limited", limited)
+    monkeypatch.setattr(gpu, "run_limited", run_limited)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path: name)
     gpu.main(["--out", str(tmp_path / "gpu.json")])
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -154,7 +154,7 @@ def test_a_step_that_cannot_be_taken_says_why(gpu, tmp_path):
         (gpu.Step("a", ["no-such-program"], 0, 60), "there is no no-such-program"),
         (gpu.Step("a", [sys.executable], 0, 60, needs_gpu=True), "it needs a GPU"),
     ):
-        found, said = gpu.take(step, 10, tmp_path / "log", env)
+        found, said = gpu.run_step(step, 10, tmp_path / "log", env)
         assert (found, said) == ({"state": f"skipped: {why}"}, "")
 
 
@@ -171,13 +171,13 @@ def test_a_command_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
     # What it has started does not hear of the interrupt.
     child = ["sh", "-c", "trap '' INT; while :; do sleep 1; done"]
     code = f"import subprocess; p = subprocess.Popen({child}); print(p.pid, flush=True)"
-    state, said = gpu.limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
+    state, said = gpu.run_limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
     assert state == "failed: no end after 2 s"
     assert is_gone(int(said.split()[0]))
-    well = gpu.limited([sys.executable, "-c", "print('well')"], 30, tmp_path / "log")
+    well = gpu.run_limited([sys.executable, "-c", "print('well')"], 30, tmp_path / "log")
     assert well == ("done", "well\n")
     assert (tmp_path / "log").read_text().endswith("well\n")
-    died = gpu.limited([sys.executable, "-c", "exit(7)"], 30, tmp_path / "log")
+    died = gpu.run_limited([sys.executable, "-c", "exit(7)"], 30, tmp_path / "log")
     assert died == ("failed: exit status 7", "")
 
 
@@ -193,10 +193,10 @@ def test_benchmarks_that_are_interrupted_keep_their_rows(gpu, tmp_path):
     command += ["-p", "conftest", "-p", "no:cacheprovider"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(ROOT)])}
     written = f"--benchmark-json={tmp_path}/some.json"
-    state, said = gpu.limited([*command, written], 60, tmp_path / "log", env)
+    state, said = gpu.run_limited([*command, written], 60, tmp_path / "log", env)
     assert state == "failed: exit status 2", said
     found = record()
-    gpu.gather(found, "some", tmp_path / "some.json", said)
+    gpu.add_results(found, "some", tmp_path / "some.json", said)
     assert found["rows"] == ["a row"]
 
 

@@ -1,5 +1,5 @@
-// clip_norm_ on the CPU: measure, decide, scale in one call over one cut of the list.
-// Where the norms of its parts are known, they are what is measured.
+// clip_norm_ on the CPU: one call measures the norm, computes the coefficient and scales. If the
+// caller passes `norms`, the total norm is the norm of these, and the tensors are not measured.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 

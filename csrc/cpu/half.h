@@ -1,5 +1,5 @@
-// Sums and products of a run of float16 elements, by F16C where the processor has it, by NEON on
-// ARM. Exact to float64, and the products rounded once, to nearest even.
+// Sums and products of float16 elements, by F16C where the processor has it, and by NEON on ARM.
+// Sums are accumulated in float64; products are rounded once, to nearest even.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -19,8 +19,8 @@ namespace fastclip::cpu {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// The sum of squares or magnitudes in float64 of as many elements as fill vectors; adds their count
-// to `done`.
+// The sum of squares or magnitudes, in float64, of the elements up to the last multiple of 32; adds
+// the number of these elements to `done`.
 template <bool kSquares>
 [[gnu::target("avx,fma,f16c")]] inline double sum_f16c(const c10::Half* x, int64_t n,
                                                        int64_t& done) {
@@ -55,7 +55,7 @@ template <bool kSquares>
   return i;
 }
 #elif defined(__aarch64__)
-// The compiler vectorises the sums, but no conversion to float16.
+// The compiler vectorises the sums by itself, but not the conversion to float16.
 inline int64_t multiply_neon(c10::Half* x, float coef, int64_t n) {
   auto* bits = reinterpret_cast<uint16_t*>(x);
   int64_t i = 0;
@@ -69,7 +69,7 @@ inline int64_t multiply_neon(c10::Half* x, float coef, int64_t n) {
 }
 #endif
 
-// The sum of squares or magnitudes in float64, of the first elements; says of how many.
+// The sum of squares or magnitudes, in float64, of the first `done` elements; sets `done`.
 template <bool kSquares>
 inline double sum_first([[maybe_unused]] const c10::Half* x, [[maybe_unused]] int64_t n,
                         int64_t& done) {

@@ -1,4 +1,4 @@
-// The two halves of a clip, shared by the ops that measure, scale or do both.
+// The two phases of a clip, measuring and scaling, for the ops that do one of them or both.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -12,7 +12,7 @@
 
 namespace fastclip::cpu {
 
-// Puts partial results together: of tiles to a span's, of spans to a group's.
+// Combines the partial results of tiles into that of a span, and those of spans into a group's.
 class Accumulator {
  public:
   explicit Accumulator(Norm kind) : kind_(kind) {}
@@ -48,21 +48,21 @@ inline std::vector<double> norm_phase(const FlatList& tensors, const Spans& span
   return partials;
 }
 
-// The norm of all tensors, from one group of spans.
+// The norm of all tensors together.
 inline double total_norm(const FlatList& tensors, const Spans& spans, Norm kind) {
   Accumulator total(kind);
   for (const double partial : norm_phase(tensors, spans, kind)) total.add(partial);
   return total.norm();
 }
 
-// Whether squares of float64 elements may have overflowed; the default op then measures again,
-// relative to the largest.
+// Whether squares of float64 elements may have overflowed. The default op then measures again and
+// divides by the largest magnitude first.
 inline bool may_have_overflowed(const FlatList& tensors, Norm kind, double norm) {
   return kind == Norm::kSquares && tensors.result_dtype() == at::kDouble && std::isinf(norm);
 }
 
-// Multiplies tensor i by coef(i) in place unless that is 1. Spans go from last to first:
-// what the norm phase read last is still in the cache.
+// Multiplies tensor i by coef(i) in place, unless coef(i) is 1. Spans are taken from last to first,
+// since the data that the norm phase has read last is still in the cache.
 template <class Coef>
 void scale_phase(const FlatList& tensors, const Spans& spans, Coef&& coef) {
   spans.parallel([&](int64_t first, int64_t last) {

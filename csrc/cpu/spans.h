@@ -1,9 +1,9 @@
-// How a tensor list is cut for the threads.
+// How a tensor list is divided among the threads.
 //
-// Note [partition]: a tile is 16 Ki elements from the start of a tensor, a span is a run of
-// consecutive tiles with one float64 for its result. The cut depends on sizes, groups and list
-// order alone, and results are added in order: neither the thread count nor the alignment changes
-// a bit.
+// Note [partition]: a tile is 16 Ki consecutive elements of one tensor, counted from its first; the
+// last tile may be shorter. A span is a run of consecutive tiles, with one float64 for its result.
+// The partition depends only on the sizes, the groups and the order of the list, and results are
+// added in order, so a norm has the same bits with any number of threads and any alignment.
 #pragma once
 
 #include <unistd.h>
@@ -17,21 +17,21 @@
 namespace fastclip::cpu {
 
 constexpr int64_t kTile = 16384;
-// 2 048 spans bound the results and the cut itself to 48 KiB, beyond one span per group.
+// Apart from one span for each group, the results and the partition then take 48 KiB at most.
 constexpr int64_t kMaxSpans = 2048;
-// A thread is woken for no less than this many elements.
+// No thread is woken for fewer elements than this.
 constexpr int64_t kGrain = 65536;
-// The process that loaded this.
+// The process that loaded the extension, to recognize a forked child by.
 inline const pid_t kLoadedBy = getpid();
-// Of a tensor to come, see Note [prefetch]; its further bytes the processor foresees.
+// Bytes to prefetch of a later tensor (see Note [prefetch]); the hardware prefetches the rest.
 constexpr size_t kPrefetch = 512;
 
 class Spans {
  public:
-  // All tensors as one group.
+  // All tensors form one group.
   explicit Spans(const FlatList& tensors) : Spans(tensors, [](size_t) { return false; }) {}
 
-  // A span ends at its group's border; without groups each tensor is its own.
+  // No span crosses from one group to the next; without `group` each tensor is a group.
   static Spans by_group(const FlatList& tensors, at::OptionalIntArrayRef group) {
     return Spans(tensors, [=](size_t i) { return !group || (*group)[i] != (*group)[i - 1]; });
   }
@@ -58,8 +58,8 @@ class Spans {
     }
   }
 
-  // Calls work(first span, last span) on as many threads as the data deserves. One in a forked
-  // child: the parent's threads are gone, and OpenMP would wait for them.
+  // Calls work(first span, end) on as many threads as the amount of data is worth. A forked child
+  // uses one thread: it has none of its parent's threads, and OpenMP would wait for them.
   template <class Work>
   void parallel(const Work& work) const {
     const int64_t grain = 1 + size() * kGrain / std::max<int64_t>(1, tensors_.elements());
@@ -73,7 +73,7 @@ class Spans {
     int64_t element;
   };
 
-  // border(i): whether a new group begins with tensor i > 0.
+  // border(i) says whether a new group begins with tensor i > 0.
   template <class Border>
   Spans(const FlatList& tensors, Border&& border) : tensors_(tensors) {
     int64_t tiles = 0;

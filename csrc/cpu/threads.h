@@ -1,6 +1,6 @@
-// Work on torch's own threads, whatever the compiler. at::parallel_for is a template with OpenMP's
-// pragmas: clang would make calls of LLVM's OpenMP of them, a second runtime, which would fight
-// with torch's for the cores. What g++ makes of them is called here by its name.
+// Runs work on torch's own threads, whatever the compiler. at::parallel_for is a template with
+// OpenMP pragmas. clang would compile them to calls of LLVM's OpenMP, a second runtime that would
+// compete with torch's for the cores. So the function that g++ would call is called here by name.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,8 +18,8 @@ int omp_get_thread_num();
 
 namespace fastclip::cpu {
 
-// Calls work(first, last), which does not throw, for shares of [0, size), each on its own thread.
-// As many threads share as find `grain` to do.
+// Divides [0, size) among torch's threads, at most ceil(size / grain) of them, and calls
+// work(first, last) on each thread for its range. `work` must not throw.
 template <class Work>
 void parallel(int64_t size, int64_t grain, const Work& work) {
 #if defined(__linux__) && AT_PARALLEL_OPENMP
@@ -29,7 +29,7 @@ void parallel(int64_t size, int64_t grain, const Work& work) {
     const int64_t length = at::divup(size, threads), first = omp_get_thread_num() * length;
     if (first < size) work(first, std::min(size, first + length));
   };
-  // 0: all threads. Another number than the last call's makes the runtime start threads anew.
+  // 0: all threads. If this number changed from call to call, the runtime would start new threads.
   GOMP_parallel([](void* data) { (*static_cast<decltype(share)*>(data))(); }, &share, 0, 0);
 #else
   at::parallel_for(0, size, grain, work);

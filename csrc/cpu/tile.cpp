@@ -1,6 +1,6 @@
-// The loops over one tile, written so that the compiler vectorises them, and cloned for three
-// generations of x86-64. They are called from other files only: g++ 12 cannot clone a function
-// that is also used where it is defined.
+// The loops over one tile, written so that the compiler vectorises them, and compiled for three
+// generations of x86-64. Only other files call them: g++ 12 rejects `target_clones` on a function
+// that is called in the file that defines it.
 #include "tile.h"
 
 #include <c10/util/BFloat16.h>
@@ -38,7 +38,7 @@ template <Norm kind, class acc_t>
   return kind == Norm::kSquares ? x * x : std::abs(x);
 }
 
-// The sum of the lanes, as a tree: a chain of additions would outlast a small tensor.
+// The sum of the lanes, as a tree: a chain of additions would take longer than a small tensor.
 [[gnu::always_inline]] inline double sum_lanes(const double (&acc)[kLanes]) {
   double x[8];
   for (int64_t j = 0; j < 8; ++j) x[j] = (acc[j] + acc[j + 8]) + (acc[j + 16] + acc[j + 24]);
@@ -56,8 +56,8 @@ template <Norm kind, class scalar_t>
   return total;
 }
 
-// Two elements at a time: either half of a word is a float32 once the other is out of the way, and
-// no shuffle takes them apart.
+// Reads two elements as one 32-bit word: shifting or masking out one half of the word leaves the
+// other as a float32, so that no shuffle is needed.
 template <Norm kind>
 [[gnu::always_inline]] inline double sum_bfloat16(const c10::BFloat16* x, int64_t n) {
   double low[kLanes] = {}, high[kLanes] = {};
@@ -90,8 +90,8 @@ template <Norm kind, class scalar_t>
     return sum_wide<kind>(x, n);
 }
 
-// Without its sign bit a float orders as an integer, NaN above infinity: the integer maximum is
-// the norm, NaN kept, for every dtype.
+// Without their sign bits, the bits of floats compare as integers, with NaN above infinity. So for
+// every dtype the integer maximum is the norm, and NaN if there is one.
 template <class scalar_t>
 [[gnu::always_inline]] inline double maximum(const scalar_t* x, int64_t n) {
   using bits_t = std::conditional_t<sizeof(scalar_t) == 8, int64_t,
@@ -105,7 +105,7 @@ template <class scalar_t>
     for (int64_t j = 0; j < kWide; ++j)
       most[j] = std::max<bits_t>(most[j], bits[i + j] & kMagnitude);
   for (; i < n; ++i) most[0] = std::max<bits_t>(most[0], bits[i] & kMagnitude);
-  // By halves: a chain over the lanes would outlast a small tensor.
+  // By halves: a chain over the lanes would take longer than a small tensor.
   for (int64_t half = kWide / 2; half > 0; half /= 2)
     for (int64_t j = 0; j < half; ++j) most[j] = std::max(most[j], most[j + half]);
   return widen(std::bit_cast<scalar_t>(most[0]));
@@ -144,7 +144,7 @@ template <class scalar_t>
   auto* x = static_cast<scalar_t*>(data);
   const auto high = static_cast<scalar_t>(bound);
   const auto limit = widen(high);
-  // A NaN hides a tile's maximum, so such a tile is always written.
+  // With a NaN the maximum is NaN and the comparison false: such a tile is always written.
   if (maximum(x, n) <= limit) return;
   for (int64_t i = 0; i < n; ++i) {
     const auto value = widen(x[i]);
@@ -152,7 +152,7 @@ template <class scalar_t>
   }
 }
 
-// Calls `visit` for the type of the stored numbers. A new dtype is a case here.
+// Calls `visit` with a zero of the element type. A new dtype needs a case here.
 template <class Visit>
 [[gnu::always_inline]] inline auto with_scalar(Dtype dtype, const Visit& visit) {
   switch (dtype) {

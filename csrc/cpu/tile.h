@@ -5,16 +5,16 @@
 
 namespace fastclip::cpu {
 
-// The partial result of n elements: their sum, sum of squares or maximum (NaN wins). Finite for
-// finite elements, but for squares of float64 ones, see may_have_overflowed.
+// The sum or maximum of n magnitudes, or the sum of n squares; NaN if any element is NaN. Finite
+// elements give a finite result, unless squares of float64 overflow (see may_have_overflowed).
 double measure(const void* data, Dtype dtype, int64_t n, Norm kind);
 
-// data *= coef, in float32 with one rounding (float64 elements in float64); data = 0 where the
-// coefficient is -0.0 (see Note [coef]), and only there.
+// data *= coef, in float32 with one rounding (float64 elements in float64). If the coefficient is
+// -0.0 (see Note [coef]), all elements become 0, even NaN.
 void scale(void* data, Dtype dtype, int64_t n, double coef);
 
-// data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays. Writes nothing
-// if no element is outside.
+// data = min(max(data, -bound), bound) with the bound rounded to dtype; NaN stays NaN. Writes
+// nothing if no element is beyond the bound.
 void clamp(void* data, Dtype dtype, int64_t n, double bound);
 
 }  // namespace fastclip::cpu

@@ -1,5 +1,5 @@
-// The kernels and their launches. All are made of the same device functions: what is fused and
-// what is not differs in speed alone.
+// The kernels and their launches. All kernels consist of the same device functions, so that fused
+// and separate launches differ in speed alone.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -13,19 +13,19 @@
 namespace fastclip::cuda {
 namespace {
 
-// Tables fill the parameters of a kernel: 4 KiB, or 32 764 bytes from CUDA and driver 12.1 on.
+// All kernel parameters may have 4 KiB, or 32 764 bytes if CUDA and driver are 12.1 or later.
 constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
 
-// Where the spans of some groups begin, and those of the last end.
+// For a range of groups: the first span of each group, and the end of the last group's spans.
 struct Groups {
   static constexpr int kGroups = 1000;
   int count, first;
   uint32_t begins[kGroups + 1];
 };
 
-// max_norm, or the coef of a group, or the bound.
+// The number that a kernel is given: max_norm, the coef of a group, or the bound of a clamp.
 __device__ double number(const Work& work, int group) {
   if (!work.given.data) return work.number;
   const int i = work.groups > 1 ? group : 0;
@@ -40,8 +40,8 @@ __device__ void store(Numbers numbers, int i, double value) {
     static_cast<float*>(numbers.data)[i] = static_cast<float>(value);
 }
 
-// How many blocks share a multiprocessor: three hold 96 KiB of loads in flight, in 40 registers a
-// thread.
+// How many blocks share a multiprocessor. Three have 96 KiB of loads in flight together, and leave
+// 40 registers for each thread.
 constexpr int kResident = 3;
 
 // kBoth needs all blocks of the grid resident at once.
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (phases == Phases::kNorm) return;
     cooperative_groups::this_grid().sync();
   }
-  // Every block adds up the same partial results: a barrier less than one block telling the others.
+  // Every block adds up all partial results: sharing one block's sum would take a second barrier.
   const double norm = finish<kind>(work.partials, work.spans);
   if (blockIdx.x == 0 && threadIdx.x == 0) store(work.norms, 0, norm);
   const double coef = clip_coef_as(work.norms.is_double, norm, number(work, 0));
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 void check(cudaError_t status, const char* what, int device) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // an error told here is not to be told again elsewhere
+  cudaGetLastError();  // clears the error: it is reported here, and only here
   throw std::runtime_error("fastclip: " + std::string(what) + " on device " +
                            std::to_string(device) + " failed: " + cudaGetErrorString(status) +
                            " (or an earlier kernel did: CUDA_LAUNCH_BLOCKING=1 tells which). To do "
@@ -107,8 +107,8 @@ void for_norm(Norm kind, auto&& visit) {
   pick<Norm::kSum, Norm::kSquares, Norm::kMax>(kind, visit);
 }
 
-// Launches as many blocks as are resident at once, or as there are tasks for. With `together` all
-// of them must be, for a grid barrier; false if the device cannot.
+// Launches as many blocks as can be resident at once, but no more than there are tasks. `together`
+// asks for a cooperative launch, for a grid barrier; returns false if the device has no room.
 template <class Parameters>
 bool launch(const char* what, void (*kernel)(Parameters, Work), int tasks,
             const Parameters& parameters, const Work& work, Stream stream, bool together = false) {
@@ -122,14 +122,14 @@ bool launch(const char* what, void (*kernel)(Parameters, Work), int tasks,
   const cudaError_t status =
       run(kernel, dim3(std::clamp(tasks, 1, std::max(1, most))), dim3(kThreads), arguments, 0,
           static_cast<cudaStream_t>(stream.handle));
-  // Part of the device may be another process's, or another context's.
+  // Another process or context may hold part of the device.
   if (together && status == cudaErrorCooperativeLaunchTooLarge) return cudaGetLastError(), false;
   check(status, what, stream.device);
   return true;
 }
 
-// Calls visit(table) for the tables that hold the partition, one after the other; for one empty
-// table if there is nothing. The host copies all of a table, so it is as small as the list allows.
+// Calls visit(table) for the tables that hold the partition, one after the other; even an empty
+// partition has a table. A launch copies a whole table, so small tables are used if they suffice.
 void for_each_table(const Partition& partition, auto&& visit) {
   const auto visit_all = [&]<class Table>(std::type_identity<Table>) {
     Table table;
@@ -157,10 +157,10 @@ bool launch_phases(const char* what, const Partition& partition, const Work& wor
   return done;
 }
 
-// Whether both phases are to be one launch. Beyond the L2 cache that saves a thousandth of the
-// time. And a grid that must be resident all at once waits behind whatever holds a multiprocessor:
-// a collective, say, that waits for a rank where a clip came first. That ends in a deadlock, so no
-// process that has process groups fuses them: clip_norm_cuda asks.
+// Whether both phases are to be one launch. For gradients larger than the L2 cache, fusing would
+// save only a thousandth of the time. The caller must also rule out deadlocks: a cooperative launch
+// waits until all its blocks can be resident, so it waits for a running collective, which may wait
+// for a rank whose clip came first. So clip_norm_cuda fuses only where has_process_groups is false.
 bool is_fused(const Partition& partition, int device) {
   const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
   return partition.entries() <= entries && partition.tiles() <= kMaxTableTiles &&
@@ -178,7 +178,7 @@ const char* refusal(int device) {
       std::max(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (status != cudaSuccess) return cudaGetLastError(), cudaGetErrorString(status);
-  // Machine code runs on later minors of its major, the PTX of the newest on all that is later.
+  // Machine code runs on later minors of its major version, and the newest PTX on all later GPUs.
   const std::vector<int> built = architectures();
   const bool runs = std::ranges::any_of(built, [&](int one) {
     return one <= 100 * major + 10 * minor && (one / 100 == major || one == built.back());

@@ -1,5 +1,5 @@
-// Launches of the kernels, on the given stream of the current device, whose memory all pointers are
-// to. Nothing waits. A launch that fails raises std::runtime_error with the name of its kernel.
+// Launches of the kernels on a stream of the current device, with pointers to its memory. They do
+// not wait for the GPU. A launch that fails throws std::runtime_error with the kernel's name.
 #pragma once
 
 #include <vector>
@@ -11,8 +11,8 @@ namespace fastclip::cuda {
 // The architectures compiled in, as 100 * major + 10 * minor.
 std::vector<int> architectures();
 
-// Why the kernels do not run on a device: kNoCode, or in CUDA's words, of a driver that is too old
-// for instance; null where they run.
+// Why the kernels cannot run on a device: kNoCode, or CUDA's own message, for instance about a
+// driver that is too old; null if they can run.
 constexpr const char* kNoCode = "no code for its architecture";
 const char* refusal(int device);
 
@@ -21,32 +21,32 @@ struct Stream {
   void* handle;  // cudaStream_t
 };
 
-// Float32 or float64, on the device.
+// An array of float32 or float64 on the device.
 struct Numbers {
   void* data = nullptr;
   bool is_double = false;
 };
 
-// What a kernel works with besides its tensors; each launch names what it uses.
+// The arguments of a kernel besides its tensors. Each kernel uses only some of them.
 struct Work {
   Norm kind = Norm::kSquares;
   double number = 0;           // max_norm or bound
-  Numbers given = {};          // max_norm or coef; without data it is `number`
+  Numbers given = {};          // max_norm or coef; if null, `number` is used instead
   Numbers norms = {};          // the result
-  double* partials = nullptr;  // one for each span
-  int spans = 0;               // their number. 0: none are kept, a span's norm is its group's
+  double* partials = nullptr;  // one partial result for each span
+  int spans = 0;               // length of `partials`; 0: each group is one span, stored in `norms`
   int groups = 1;
 };
 
-// The norm of each group; for several groups the partition is apart and sorted.
+// Computes the norm of each group. Several groups need a partition made with `apart`.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
-// The norm of what is measured, and the rest scaled to max_norm: one launch, if it `may_fuse` them,
-// or two, the same bits.
+// Computes the norm of `measured` and scales `scaled` by the coefficient that follows from it and
+// max_norm: in one launch, if `may_fuse` allows it, or in two, with the same bits.
 void launch_clip(const Partition& measured, const Partition& scaled, bool may_fuse, const Work&,
                  Stream);
 
-// The tensors scaled by the coef of their group, or the only one; or clamped to the bound.
+// Scales the tensors by the coef of their group, or by the only one, or clamps them to the bound.
 enum class Change { kScale, kClamp };
 void launch_change(const Partition& partition, Change change, const Work& work, Stream stream);
 

@@ -1,8 +1,9 @@
-// The norm phase and the finish: from elements to one float64 per span, and from those to a norm.
+// The norm phase reduces elements to one float64 for each span; `finish` reduces these to a norm.
 //
-// Note [accuracy]: what a thread takes of a tile it adds in float32, in one tree: the elements of a
-// vector, then the vectors. Above is float64. So at most five roundings of 2^-24 lie on an
-// element's way to the sum, that of its square included, and half of them in a norm of order 2.
+// Note [accuracy]: a thread adds its elements of a tile in float32, as one tree: first within each
+// vector, then across vectors. All further additions are in float64. So each element goes through
+// at most five roundings of relative size 2^-24, including that of its square; the square root of
+// a norm of order 2 halves their effect.
 #pragma once
 
 #include "../formulas.h"
@@ -11,8 +12,8 @@
 
 namespace fastclip::cuda {
 
-// What a thread takes of a tile, of |x| or x^2, with fma only where it says so. `bits` stays 0 if
-// all elements are +0.
+// The sum of |x| or x^2 over a thread's elements of a tile. The compiler contracts nothing to fma
+// (--fmad=false); only the explicit calls are fused. `bits` stays 0 if all elements are +0.
 template <Norm kind, Dtype dtype, class acc_t, class Vectors>
 __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
   static_assert(kVectors == 4);
@@ -37,7 +38,7 @@ __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
   return sum;
 }
 
-// What one thread has measured so far.
+// The partial result of one thread.
 template <Norm kind>
 class Accumulator {
  public:
@@ -50,7 +51,7 @@ class Accumulator {
     });
   }
 
-  // A partial result: a sum, or a maximum.
+  // Adds another partial result, which is a sum or a maximum.
   __device__ void add(double partial) { total_ = Op::combine(total_, partial); }
 
   // The partial result of all threads of the block, valid in all of them.
@@ -59,15 +60,15 @@ class Accumulator {
  private:
   using Op = std::conditional_t<kind == Norm::kMax, Max, Sum>;
 
-  // Where float32 squares leave the range of normal numbers, or a sum of magnitudes float32's, the
-  // elements are read and added again in float64.
+  // If squares leave the range of normal float32 numbers, or a sum of magnitudes overflows float32,
+  // the elements are read again and added in float64.
   template <Dtype dtype, class Vectors>
   __device__ void add_sum(const Vectors& vectors) {
     using acc_t = acc_type<dtype>;
     uint32_t bits = 0;
     const acc_t sum = sum_tile<kind, dtype, acc_t>(vectors, bits);
     if constexpr (std::is_same_v<acc_t, float> && dtype != Dtype::kHalf) {
-      // Below, what 32 subnormal squares lose could be 2^-24 of the sum.
+      // Below kTiny, the rounding errors of 32 subnormal squares could reach 2^-24 of the sum.
       constexpr float kTiny = kind == Norm::kSquares ? 0x1p-118f : -1;
       const bool in_range = sum > kTiny && sum <= std::numeric_limits<float>::max();
       if (!in_range && bits != 0) {
@@ -98,7 +99,7 @@ __device__ double norm_of(double partial) {
   return kind == Norm::kSquares ? sqrt(partial) : partial;
 }
 
-// Calls result(span, partial), in one thread, for every span of the table. By all blocks of a grid.
+// Calls result(span, partial), in one thread, for each span of the table. All blocks call this.
 template <Norm kind, class Table, class Result>
 __device__ void norm_phase(const Table& table, Result&& result) {
   for (int span = blockIdx.x; span < table.spans; span += gridDim.x) {
@@ -109,7 +110,7 @@ __device__ void norm_phase(const Table& table, Result&& result) {
   }
 }
 
-// The norm of `count` spans. By all threads of a block; the result is valid in all of them.
+// The norm of `count` spans. To be called by all threads of a block; all get the result.
 template <Norm kind>
 __device__ double finish(const double* partials, int count) {
   Accumulator<kind> accumulator;

@@ -1,5 +1,5 @@
-// The ops on CUDA: the host functions, with what only they need of torch. Nothing here names CUDA
-// but the last lines, so that the same code compiles against any build of torch.
+// The host functions of the ops on CUDA. They reach devices, streams and memory through torch's
+// device-independent interfaces, so that they compile against any build of torch, CPU-only or not.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -15,7 +15,7 @@
 namespace fastclip {
 namespace {
 
-// Nothing where the list, or its device, is for the default op.
+// Returns nullopt if the kernels cannot take the list or cannot run on its device.
 template <class List = FlatList, class... How>
 std::optional<List> try_flatten(at::TensorList tensors, How... how) {
   if (tensors.empty() || tensors[0].is_cpu() || cuda::refusal(tensors[0].get_device()))
@@ -23,7 +23,7 @@ std::optional<List> try_flatten(at::TensorList tensors, How... how) {
   return List::try_flatten(tensors, how...);
 }
 
-// Of several groups a tensor's is group[i], or i where each is its own.
+// The items. If there are several groups, item i is in group[i], or in group i without `group`.
 std::vector<cuda::Item> items_of(const FlatList& list, int64_t groups = 1,
                                  at::OptionalIntArrayRef group = std::nullopt) {
   std::vector<cuda::Item> items(list.size());
@@ -36,7 +36,7 @@ cuda::Numbers numbers_of(const at::Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.scalar_type() == at::kDouble};
 }
 
-// What `numbers_of` takes.
+// Converts a tensor to one that `numbers_of` accepts: contiguous, float32 or float64.
 at::Tensor as_numbers(const at::Tensor& tensor) {
   return tensor.to(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
 }
@@ -45,7 +45,7 @@ cuda::Stream stream_of(const at::Tensor& tensor) {
   return {tensor.get_device(), guard_of(tensor).getStream(tensor.device()).native_handle()};
 }
 
-// Runs what measures, with memory for `spans` partial results and the norms, which it returns.
+// Allocates memory for `spans` partial results and the norms, calls `launch`, returns the norms.
 at::Tensor measure(const at::Tensor& first, int64_t spans, at::IntArrayRef shape,
                    at::ScalarType dtype, cuda::Work work, auto&& launch) {
   const c10::DeviceGuard guard(first.device());

@@ -1,10 +1,11 @@
-// How a tensor list is cut for a GPU, and the table in which a launch finds its part of it. Host
-// code and plain structs; free of torch. kThreads and kTileBytes say how much a thread loads at
-// once.
+// How a tensor list is divided for a GPU, and the table that passes a part of the list to a launch.
+// Host code and plain structs, without torch headers. kThreads and kTileBytes determine how much a
+// thread loads at once.
 //
-// Note [partition]: a tile is 32 KiB from the start of a tensor, a span is a run of consecutive
-// tiles with one float64 for its result. The cut depends on sizes, groups and list order
-// alone: neither the grid nor the number of launches nor the alignment changes a bit.
+// Note [partition]: a tile is 32 KiB of one tensor, counted from its first element; the last tile
+// may be shorter. A span is a run of consecutive tiles, with one float64 for its result. The
+// partition depends only on the sizes, the groups and the order of the list, so a norm has the same
+// bits with any grid, any number of launches and any alignment.
 #pragma once
 
 #include <algorithm>
@@ -15,31 +16,31 @@
 
 namespace fastclip::cuda {
 
-// A thread loads kTileBytes / kThreads / 16 vectors of 16 bytes at once: kVectors of tile.cuh, for
-// which sum_tile of norm.cuh is written. kResident of launch.cu counts on these loads too.
+// A thread loads kTileBytes / kThreads / 16 vectors of 16 bytes at once. This number is kVectors of
+// tile.cuh; sum_tile of norm.cuh and kResident of launch.cu depend on its present value.
 constexpr int kThreads = 512;
 constexpr int kTileBytes = 32768;
-// Few enough for every block to add up all partial results again. They are ten for each block of an
-// H100: the last ones to be taken should leave few blocks idle.
+// Few enough that every block can add up all partial results. On an H100 a block takes about ten
+// spans, so that few blocks are idle while the last spans are read.
 constexpr int64_t kMaxSpans = 4096;
-// No more tiles than the smallest table has entries, so that any table holds a whole span. Beyond
-// 30 GiB there are more spans instead.
+// A span has no more tiles than the smallest table has entries, so that any table holds a whole
+// span. Lists of more than 30 GiB have more than kMaxSpans spans instead.
 constexpr int64_t kMaxSpanTiles = 240;
 constexpr int64_t kMaxGroups = 1 << 24;
 constexpr int64_t kMaxTableTiles = (1 << 24) - 1;
 
-// A tensor, or the run of its tiles that one launch handles. 16 bytes: about 2 000 fit a launch.
-// The host packs the second half by hand: with bit-fields that took it several times as long.
+// A tensor, or the run of its tiles that one launch handles. It has 16 bytes, so that one launch
+// can take about 2 000. `packed` is packed by hand: with bit-fields it took several times as long.
 struct Entry {
   static constexpr uint64_t kLastWhole = uint64_t{kTileBytes / 2 - 1} << 48;
   char* data;
   uint64_t packed;
 
-  // Nothing lies there, up to where the next entry begins.
+  // A hole holds no data: its tiles, up to the first of the next entry, are skipped.
   constexpr bool is_hole() const { return data == nullptr; }
   constexpr int first_tile() const { return static_cast<int>(packed & 0xffffff); }
   constexpr int group() const { return static_cast<int>(packed >> 24 & 0xffffff); }
-  // Of its last tile. Even: the narrowest dtypes have two.
+  // The bytes of the last tile. They are even, since the narrowest dtypes have two bytes.
   constexpr int last_bytes() const { return 2 * (static_cast<int>(packed >> 48 & 0x3fff) + 1); }
   constexpr Dtype dtype() const { return static_cast<Dtype>(packed >> 62); }
 };
@@ -47,20 +48,20 @@ static_assert(sizeof(Entry) == 16);
 static_assert(static_cast<int>(Dtype::kCount) <= 1 << 2, "the dtype has two bits");
 static_assert(kTileBytes / 2 <= 1 << 14, "half the bytes of a last tile have 14 bits");
 
-// What a launch reads from its parameters: whole spans of the partition.
+// The part of the partition, in whole spans, that a launch gets as its kernel parameter.
 template <size_t kBytes>
 struct Table {
   static constexpr int kEntries = (kBytes - 16) / sizeof(Entry) - 1;
   static_assert(kEntries >= kMaxSpanTiles);
 
   int32_t count, span_tiles, spans;
-  int32_t first_span;           // of the whole partition
-  Entry entries[kEntries + 1];  // one more begins where the last ends
+  int32_t first_span;           // counted in the whole partition
+  Entry entries[kEntries + 1];  // one more than kEntries, to mark the end
 
   constexpr int tiles() const { return entries[count].first_tile(); }
 };
 
-// A tensor and its group, for a norm or a coefficient.
+// A tensor and its group, which has a norm or a coefficient of its own.
 struct Item : Flat {
   int64_t group;
 
@@ -70,8 +71,9 @@ struct Item : Flat {
 
 class Partition {
  public:
-  // With `apart` items come by ascending group, and a span ends where the group changes, if need be
-  // with a hole. Many groups are a span each, up to 240 tiles.
+  // With `apart` the items must be sorted by group, and no span crosses from one group to the next:
+  // a hole fills up a group's last span. With more than kMaxSpans groups, spans are as long as
+  // the largest tensor, up to kMaxSpanTiles tiles.
   Partition(const std::vector<Item>& items, bool apart) {
     int64_t count = 0;
     for (const Item& item : items) count += item.tiles();
@@ -99,7 +101,7 @@ class Partition {
   int64_t spans() const { return (tiles() + span_tiles_ - 1) / span_tiles_; }
   int64_t bytes() const { return bytes_; }
 
-  // Where the spans of each group begin, and those of the last end, if they are apart.
+  // The first span of each group, and the end of the last group's. Needs `apart`.
   std::vector<uint32_t> begins(size_t groups) const {
     std::vector<uint32_t> begins;
     for (size_t i = 0; i < entries_.size(); ++i)
@@ -110,7 +112,7 @@ class Partition {
     return begins;
   }
 
-  // Whether each group is one span, the one of its number, if they are apart.
+  // Whether group i is exactly span i, for all groups. Needs `apart`.
   bool spans_are_groups(int64_t groups) const {
     bool all = spans() == groups;
     for (size_t i = 0; all && i < entries_.size(); ++i) {
@@ -120,7 +122,7 @@ class Partition {
     return all;
   }
 
-  // Fills a table from tile `begin`, the first of a span; returns the first tile it does not hold.
+  // Fills a table from tile `begin`, where a span begins, and returns the tile after its last.
   template <size_t kBytes>
   int64_t fill(Table<kBytes>& table, int64_t begin) const {
     size_t i = std::ranges::upper_bound(first_tiles_, begin) - first_tiles_.begin() - 1;
@@ -147,8 +149,8 @@ class Partition {
     first_tiles_.push_back(first_tiles_.back() + tiles);
   }
 
-  std::vector<Entry> entries_;              // whose first tile is none of the table's yet
-  std::vector<int64_t> first_tiles_ = {0};  // and where the last ends
+  std::vector<Entry> entries_;              // without first tiles: these depend on the table
+  std::vector<int64_t> first_tiles_ = {0};  // of each entry, and the end of the last
   int64_t bytes_ = 0, span_tiles_ = 1;
 };
 

@@ -1,4 +1,4 @@
-// From a value of each thread to one for the block, in a fixed tree: warp by warp, then the warps.
+// Reduces a value of each thread to one for the block, in a fixed tree: within, then across warps.
 #pragma once
 
 #include "partition.h"
@@ -9,7 +9,7 @@ struct Sum {
   __device__ static double combine(double a, double b) { return a + b; }
 };
 
-struct Max {  // NaN wins
+struct Max {  // NaN if any value is NaN
   template <class T>
   __device__ static T combine(T a, T b) {
     return a > b || a != a ? a : b;
@@ -23,13 +23,13 @@ __device__ double reduce_lanes(double value) {
   return value;
 }
 
-// By all threads of a block; the result is valid in all of them.
+// To be called by all threads of a block; all get the result.
 template <class Op>
 __device__ double reduce_block(double value) {
   constexpr int kWarps = kThreads / 32;
   __shared__ double warps[kWarps];
   value = reduce_lanes<Op, 32>(value);
-  __syncthreads();  // an earlier call may still be read
+  __syncthreads();  // a thread may still be reading the result of an earlier call
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   return reduce_lanes<Op, kWarps>(warps[threadIdx.x % kWarps]);

@@ -1,12 +1,12 @@
-// The scale phase, and the clamp: tensors in place, and no write that changes nothing.
+// The scale phase and the clamp. Both work in place, and do not write vectors that need no change.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fastclip::cuda {
 
-// A change says which number leaves all as it is, and of an element whether it was changed.
-// A coefficient may stand for zeros, see Note [coef].
+// A change has `is_idle`, which says whether a number leaves all elements as they are, and `apply`,
+// which returns whether it changed the element. For a coefficient of -0.0 see Note [coef].
 struct Multiply {
   __device__ static bool is_idle(double coef) { return coef == 1; }
 
@@ -17,7 +17,7 @@ struct Multiply {
   }
 };
 
-// NaN stays. The bound is rounded to the dtype together with the elements that take it.
+// NaN stays NaN. An element that becomes the bound is rounded to its dtype when it is stored.
 struct Clamp {
   __device__ static bool is_idle(double bound) { return std::isinf(bound); }
 
@@ -29,8 +29,8 @@ struct Clamp {
   }
 };
 
-// Applies a change with number(group) to every tile. Spans go from last to first: what the norm
-// phase read last is still in the L2 cache. By all blocks of a grid.
+// Applies a change with number(group) to every tile, from the last span to the first: the data that
+// the norm phase has read last is still in the L2 cache. All blocks of the grid must call this.
 template <class Change, class Table, class Number>
 __device__ void change_phase(const Table& table, Number&& number) {
   for (int span = table.spans - 1 - static_cast<int>(blockIdx.x); span >= 0; span -= gridDim.x) {

@@ -1,6 +1,6 @@
-// A block's way over the tiles of a span, and a tile's way into registers and back: 512 threads
-// take four 16-byte vectors each, so that 32 KiB are in flight before the first is used. The two
-// numbers follow from kThreads and kTileBytes of partition.h.
+// How a block visits the tiles of a span, and loads and stores the vectors of a tile: each of 512
+// threads loads four 16-byte vectors before it uses the first, so that a block has 32 KiB of loads
+// in flight. These numbers follow from kThreads and kTileBytes of partition.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,14 +24,14 @@ struct Tile {
   Dtype dtype;
   int group;
 
-  // Where vector j of this thread begins, and what is left from there.
+  // Where vector j of this thread begins, and how many bytes of the tile are left from there.
   __device__ int offset(int j) const { return (j * kThreads + threadIdx.x) * kVector; }
   __device__ int left(int j) const { return bytes - offset(j); }
   __device__ uint4* at(int j) const { return reinterpret_cast<uint4*>(data + offset(j)); }
   __device__ bool aligned() const { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
 };
 
-// Calls visit(Tile) for every tile of a span, by all threads of a block.
+// Calls visit(Tile) for every tile of a span. To be called by all threads of a block.
 template <bool kDescending, class Table, class Visit>
 __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
   constexpr int kStep = kDescending ? -1 : 1;
@@ -47,15 +47,15 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
     while (kDescending && tile < table.entries[i].first_tile()) --i;
     while (!kDescending && tile >= table.entries[i + 1].first_tile()) ++i;
     const Entry& entry = table.entries[i];
-    if (entry.is_hole()) return;  // in ascending order, the end of what the span holds
+    if (entry.is_hole()) return;  // ascending: a hole is at the end of its span
     const bool last = tile + 1 == table.entries[i + 1].first_tile();
     visit(Tile{entry.data + static_cast<int64_t>(tile - entry.first_tile()) * kTileBytes,
                last ? entry.last_bytes() : kTileBytes, entry.dtype(), entry.group()});
   }
 }
 
-// This thread's vector j as far as it lies in the tile, to memory or from there, with zeros beyond.
-// A function of its own: inlined, this rare way takes registers from the common one.
+// Stores or loads the part of this thread's vector j that lies in the tile; loads give zeros beyond
+// its end. Not inlined: this rare path would take registers from the common one.
 template <bool kStore>
 __device__ __attribute__((noinline)) Vector copy_vector(const Tile tile, int j, Vector vector) {
   const int left = tile.left(j);
@@ -82,7 +82,7 @@ __device__ __attribute__((noinline)) Vector copy_vector(const Tile tile, int j, 
   return vector;
 }
 
-// What lies in memory, and what it is computed with.
+// The type of an element in memory, and the type that it is computed in.
 template <Dtype dtype>
 using stored_type = std::tuple_element_t<static_cast<size_t>(dtype),
                                          std::tuple<float, __nv_bfloat16, __half, double>>;
@@ -95,7 +95,7 @@ using Values = std::array<acc_type<dtype>, kElements<dtype>>;
 
 template <Dtype dtype>
 __device__ void decode(const Vector& vector, Values<dtype>& values) {
-  if constexpr (dtype == Dtype::kBFloat16) {  // an instruction each, where a conversion takes two
+  if constexpr (dtype == Dtype::kBFloat16) {  // one instruction each; a conversion takes two
     for (int k = 0; k < kElements<dtype>; ++k)
       values[k] = std::bit_cast<float>(k % 2 ? vector[k / 2] & 0xffff0000 : vector[k / 2] << 16);
   } else {
@@ -112,14 +112,14 @@ __device__ Vector encode(const Values<dtype>& values) {
   return std::bit_cast<Vector>(stored);
 }
 
-// Calls visit.template operator()<option>() for the option that `which` is.
+// Calls visit.template operator()<option>() for the option that equals `which`.
 template <auto... options, class Which, class Visit>
 __host__ __device__ void pick(Which which, Visit&& visit) {
   ((which == options && (visit.template operator()<options>(), true)) || ...);
 }
 
-// This thread's vectors of a tile of whole aligned vectors, all requested before the first is used;
-// zeros beyond the end.
+// This thread's vectors of an aligned tile that consists of whole vectors. All are loaded before
+// the first is used; vectors beyond the end of the tile are zeros.
 struct AtOnce {
   static constexpr int kUnroll = kVectors;
   Tile tile;
@@ -136,7 +136,7 @@ struct AtOnce {
   }
 };
 
-// Those of any other tile, and of any tile again, one at a time.
+// This thread's vectors of any tile, loaded one at a time: where AtOnce is unfit or already used.
 struct OneByOne {
   static constexpr int kUnroll = 1;
   Tile tile;
@@ -145,8 +145,8 @@ struct OneByOne {
   __device__ void store(int j, const Vector& vector) const { copy_vector<true>(tile, j, vector); }
 };
 
-// Calls visit.template operator()<dtype>(vectors), of AtOnce or OneByOne. Which elements are a
-// thread's, and in which order, does not depend on the alignment, see Note [partition].
+// Calls visit.template operator()<dtype>(vectors), where `vectors` is an AtOnce or a OneByOne. Both
+// give a thread the same elements in the same order, whatever the alignment (Note [partition]).
 __device__ void with_vectors(const Tile& tile, auto&& visit) {
   const auto visit_as_dtype = [&](const auto& vectors) {
     pick<Dtype::kFloat, Dtype::kBFloat16, Dtype::kHalf, Dtype::kDouble>(

@@ -1,5 +1,5 @@
-// `clip_grad_norm_` as it is called most, in one call of C++: after backward all of Python is cold.
-// What is unusual or wrong is left to Python, whose rules are not repeated here.
+// `clip_grad_norm_` for its usual arguments, in one call of C++: right after backward, Python code
+// is no longer in the caches. Unusual or wrong arguments are left to Python, which checks them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 
 namespace fastclip {
 
-// NaN for what is no number, or too large for one.
+// The value of a float or int; NaN for any other object, and for an int too large for a double.
 inline double as_number(py::handle value) {
   const bool is_number = PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr());
   const double found = is_number ? PyFloat_AsDouble(value.ptr()) : NAN;
@@ -22,7 +22,7 @@ inline double as_number(py::handle value) {
   return NAN;
 }
 
-// Whether Python need not look at a threshold: it is a number >= 0, or a 0-d tensor.
+// Whether a threshold needs no check in Python: it is a number >= 0, or a 0-d tensor.
 inline bool is_usual(py::handle max_norm) {
   if (!is_tensor(max_norm)) return as_number(max_norm) >= 0;
   const at::Tensor& tensor = unpack(max_norm);
@@ -30,21 +30,21 @@ inline bool is_usual(py::handle max_norm) {
          !tensor.is_meta();
 }
 
-// `max_norm` is a number, of which the CPU holds the tensor, or a tensor.
+// `max_norm` is a tensor, or a number, which becomes a tensor on the CPU.
 inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p) {
   if (is_tensor(max_norm)) return grads.clip_norm_(unpack(max_norm), p);
   return grads.clip_norm_(at::scalar_tensor(max_norm.cast<double>(), at::kDouble), p);
 }
 
-// `clip_norm_` of the gradients of a list or tuple of parameters, by a number or a 0-d tensor.
-// Nothing, and nothing is done, if anything is unusual.
+// Clips the gradients of a list or tuple of parameters, by a number or a 0-d tensor. Changes
+// nothing and returns nullopt if any argument is unusual.
 inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters, py::handle max_norm,
                                                 py::handle norm_type) {
   if (!PyList_CheckExact(parameters.ptr()) && !PyTuple_CheckExact(parameters.ptr()))
     return std::nullopt;
   const double p = as_number(norm_type);
   if (!(p > 0) || !is_usual(max_norm)) return std::nullopt;
-  const auto grads = read<What::kGrads>(parameters);
+  const auto grads = read<Source::kGrads>(parameters);
   if (!grads || grads->size() == 0) return std::nullopt;
   return clip_norm(*grads, max_norm, p);
 }

@@ -1,5 +1,5 @@
-// Local gradients, read once, with the verbs that Python calls: each is one call of an op through
-// the dispatcher, so that profilers and modes see it.
+// Local gradients and the methods that Python calls on them. Each method is one op call through the
+// dispatcher, so that profilers and dispatch modes see it.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -14,17 +14,19 @@
 
 namespace fastclip {
 
+// Whether `tensor` is plain: the kernels can take it, it has neither Python dispatch nor a negative
+// bit, and it is on the device of `others`.
 inline bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
          !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
 }
 
-// Plain gradients of one device, or the plain tensors inside gradients that wrap one. The ops run
-// below autograd: nothing here is differentiated, and the kernels themselves bump the version
-// counters, but for those of the wrappers.
+// Plain gradients of one device, or the plain tensors inside gradients that are wrappers, such as
+// DTensors. The ops run below autograd: nothing here is differentiated, and the kernels themselves
+// bump the version counters of the plain tensors, but not those of the wrappers.
 class PlainGrads {
  private:
-  // The verbs keep the handles of their ops: finding one is a look at a locked table, and cold.
+  // The methods keep their op handles in statics: a lookup takes a lock and misses the caches.
   template <class Op, class... Args>
   static auto call(const c10::TypedOperatorHandle<Op>& op, Args&&... args) {
     py::gil_scoped_release release;
@@ -35,13 +37,13 @@ class PlainGrads {
   std::vector<at::Tensor> tensors_, wrappers_;
   std::vector<int64_t> groups_;
   std::optional<std::vector<at::Tensor>> known_;
-  // A bit for each that there is.
+  // Bit i is set if any tensor has ScalarType i.
   uint64_t dtypes_ = 0;
 
  public:
   void reserve(size_t count) { tensors_.reserve(count); }
 
-  // Whether `tensor` is plain and where the others are, and so is among them now.
+  // Adds `tensor`, or returns false if it is not plain or not on the device of the others.
   bool add(const at::Tensor& tensor) {
     if (!is_plain(tensor, tensors_)) return false;
     tensors_.push_back(tensor);
@@ -49,11 +51,11 @@ class PlainGrads {
     return true;
   }
 
-  void note(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
-  void note(int64_t group) { groups_.push_back(group); }
+  void add_wrapper(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
+  void add_group(int64_t group) { groups_.push_back(group); }
 
-  // What was measured before: norms, of one element each, whose norm is that of the tensors.
-  void know(std::vector<at::Tensor> norms) { known_ = std::move(norms); }
+  // Sets norms that were measured before, of one element each. Their norm is that of all tensors.
+  void set_known(std::vector<at::Tensor> norms) { known_ = std::move(norms); }
 
   size_t size() const { return tensors_.size(); }
 
@@ -66,7 +68,7 @@ class PlainGrads {
     return {tensors_[0].device()};
   }
 
-  // Norms are float64; what is returned of them is as precise as the gradients.
+  // Converts norms, which are float64, to `dtype`, or else to the precision of the gradients.
   at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {
     return norms.to(dtype.value_or(is_wide() ? at::kDouble : at::kFloat));
   }
@@ -76,7 +78,7 @@ class PlainGrads {
     return call(op, known_ ? *known_ : tensors_, p, true);
   }
 
-  // All gradients are of the first group where none was noted.
+  // The group of each gradient, which is 0 for all if no group was added.
   std::vector<int64_t> groups() const {
     return groups_.empty() ? std::vector<int64_t>(tensors_.size()) : groups_;
   }
@@ -94,7 +96,7 @@ class PlainGrads {
     return call(op, tensors_, p, std::nullopt, true, rows);
   }
 
-  // By one coefficient, or one for each group.
+  // Multiplies by one coefficient, or by one for each group.
   void scale_(const at::Tensor& coef) const {
     static const auto op = find_op<ScaleOp>("fastclip::scale_");
     const std::vector<int64_t> of = coef.dim() ? groups() : std::vector<int64_t>();
@@ -102,7 +104,7 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // By one coefficient for each gradient, or for each row.
+  // Multiplies by one coefficient for each gradient, or for each row.
   void scale_each_(const at::Tensor& coefs, bool rows) const {
     static const auto op = find_op<ScaleOp>("fastclip::scale_");
     call(op, tensors_, coefs, std::nullopt, rows);
@@ -115,7 +117,7 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // By their norm, which is measured if it is not known.
+  // Clips by the norm of all gradients, which is measured unless known norms were set.
   at::Tensor clip_norm_(const at::Tensor& max_norm, double p) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
     return call(op, tensors_, max_norm, p, known_ ? Norms(*known_) : std::nullopt);

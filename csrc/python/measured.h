@@ -1,14 +1,14 @@
-// Norms that hooks measure while backward runs. Each counts as long as its gradients are the same
-// tensors, unchanged, as far as their version counters tell.
+// Norms that hooks measure while backward runs. A norm is used only if its gradients are still the
+// same tensors at the clip, and unchanged as far as their version counters show.
 //
-// A piece is what is measured in one go: a gradient, or a bucket in which DistributedDataParallel
-// averages several. Each gradient is in one of three states:
+// A piece is the unit that has one norm: a gradient, or a bucket in which DistributedDataParallel
+// averages several gradients. Each gradient is in one of three states:
 //
-//   unseen   at first, and whenever the norm of its piece is forgotten, or was not measured in a
-//            pause: the clip measures it
-//   touched  backward has added to it, but its bucket counts only once backward is over (buckets)
-//   seen     as it was when its piece was measured: it counts by the norm of that, if at the clip
-//            it and all others of the piece are the same tensors, memory and versions
+//   unseen   its piece has no norm: none was measured yet, or measuring was paused, or the norm was
+//            discarded. The clip measures the gradient.
+//   touched  (buckets only) backward has added to it; once backward is over, it is seen.
+//   seen     its piece was measured. The clip uses the norm of the piece if this gradient and all
+//            others of the piece still have the same tensor, memory and version.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,9 +27,9 @@
 
 namespace fastclip {
 
-// Neither parameters nor gradients are kept: a parameter holds its hook, and so this, and nobody
-// would see the cycle; and a gradient that is set to None is to be freed. What takes `items` takes
-// the list that this was made with.
+// Holds no reference to a parameter or gradient. A parameter holds its hook and so this object, and
+// the GC could not find such a cycle; a gradient that is set to None must be freed. Methods that
+// take `items` expect the list passed to the constructor.
 class [[gnu::visibility("hidden")]] Measured {
  public:
   Measured(const py::list& items, double p)
@@ -44,20 +44,21 @@ class [[gnu::visibility("hidden")]] Measured {
 
   bool is_paused = false;
 
-  // All gradients; what is known of those that are as they were seen goes with them, and the others
-  // are measured now. Nothing if any of them is not plain and Python has to look.
+  // Returns all gradients with known norms: those of pieces that have not changed since they were
+  // measured, and those of all other gradients, measured now. Then discards the norms. Returns
+  // nullopt if any gradient is not plain; Python then reads the gradients one by one.
   std::optional<PlainGrads> take(const py::list& items) {
     const size_t count = seen_.size();
     if (items.size() != count) return std::nullopt;
     std::vector<const at::Tensor*> found(count);
     std::vector<bool> is_live(count), is_stale(count);
     for (size_t i = 0; i < count; ++i) {
-      // A parameter may have been given another tensor, as torch.utils.swap_tensors does.
+      // torch.utils.swap_tensors, for one, replaces the TensorImpl of a parameter.
       if (parameter(items, i).unsafeGetTensorImpl() != addresses_[i]) return std::nullopt;
       found[i] = &parameter(items, i).grad();
       if (seen_[i].piece == kNone) continue;
       is_live[seen_[i].piece] = true;
-      if (!seen_[i].is(*found[i])) is_stale[seen_[i].piece] = true;
+      if (!seen_[i].is_unchanged(*found[i])) is_stale[seen_[i].piece] = true;
     }
     const auto is_known = [&](size_t piece) {
       return piece != kNone && norms_[piece].defined() && is_live[piece] && !is_stale[piece];
@@ -72,9 +73,9 @@ class [[gnu::visibility("hidden")]] Measured {
     std::vector<at::Tensor> norms;
     for (size_t piece = 0; piece < count; ++piece)
       if (is_known(piece)) norms.push_back(std::move(norms_[piece]));
-    for (const at::Tensor& norm : norms) keep_for_this_stream(norm);
+    for (const at::Tensor& norm : norms) record_current_stream(norm);
     if (rest.size() > 0) norms.push_back(rest.each_norms(p_, false));
-    grads.know(std::move(norms));
+    grads.set_known(std::move(norms));
     forget();
     return grads;
   }
@@ -84,8 +85,8 @@ class [[gnu::visibility("hidden")]] Measured {
  protected:
   static constexpr size_t kNone = -1;
 
-  // A gradient as it was when it was measured as a piece, alone or in a bucket. Its memory is told
-  // by more than its tensor: `grad.data = other` and Module.to() keep that, and its version.
+  // A gradient at the time when its piece was measured. The storage is compared as well as the
+  // tensor: `grad.data = other` and Module.to() replace it, but keep the tensor and its version.
   struct Seen {
     std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> grad;
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
@@ -93,7 +94,7 @@ class [[gnu::visibility("hidden")]] Measured {
     uint32_t version = 0;
     size_t piece = kNone;
 
-    void look(const at::Tensor& now) {
+    void record(const at::Tensor& now) {
       grad.reset();
       if (!now.defined() || !now.has_storage() || now.is_inference()) return;
       grad.emplace(now.getIntrusivePtr());
@@ -103,8 +104,8 @@ class [[gnu::visibility("hidden")]] Measured {
       version = now._version();
     }
 
-    // Whether `now` is this very gradient, and unchanged.
-    bool is(const at::Tensor& now) const {
+    // Whether `now` is the recorded gradient, unchanged.
+    bool is_unchanged(const at::Tensor& now) const {
       return grad && now.defined() && now.has_storage() &&
              grad->_unsafe_get_target() == now.unsafeGetTensorImpl() &&
              storage->_unsafe_get_target() == now.storage().unsafeGetStorageImpl() &&
@@ -116,13 +117,13 @@ class [[gnu::visibility("hidden")]] Measured {
     return unpack(PyList_GET_ITEM(items.ptr(), i));
   }
 
-  // kNone if it is another tensor now: hooks go with parameters, also where those are swapped.
+  // kNone if the parameter has a new TensorImpl: hooks stay in use after torch.utils.swap_tensors.
   size_t index_of(const at::Tensor& parameter) const {
     const auto found = index_.find(parameter.unsafeGetTensorImpl());
     return found == index_.end() ? kNone : found->second;
   }
 
-  // A float64 of one element; undefined if there is nothing to measure, or Python has to.
+  // A float64 of one element; undefined in a pause, and if `grad` is undefined or not plain.
   at::Tensor norm_of(const at::Tensor& grad) const {
     PlainGrads one;
     const bool can = !is_paused && grad.defined() && one.add(grad);
@@ -130,8 +131,8 @@ class [[gnu::visibility("hidden")]] Measured {
   }
 
  private:
-  // Backward may have run on another stream, which must not have this memory back before its time.
-  static void keep_for_this_stream(const at::Tensor& norm) {
+  // Backward may have allocated `norm` on another stream, which must not reuse it too early.
+  static void record_current_stream(const at::Tensor& norm) {
     if (norm.is_cpu()) return;
     const auto device = guard_of(norm);
     device.recordDataPtrOnStream(norm.storage().data_ptr(), device.getStream(norm.device()));
@@ -148,40 +149,40 @@ class [[gnu::visibility("hidden")]] Measured {
   double p_;
 };
 
-// Every gradient is a piece.
+// For hooks of single parameters: every gradient is a piece.
 class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
  public:
   using Measured::Measured;
 
-  // A hook: backward has made, or added to, the gradient of this parameter.
+  // A hook, called when backward has made or added to the gradient of this parameter.
   void see(const at::Tensor& parameter) {
     const size_t i = index_of(parameter);
     if (i == kNone) return;
     norms_[i] = norm_of(parameter.grad());
     seen_[i].piece = i;
-    seen_[i].look(parameter.grad());
+    seen_[i].record(parameter.grad());
   }
 };
 
-// Pieces are buckets.
+// For DistributedDataParallel: every bucket is a piece.
 class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
  public:
   MeasuredBuckets(const py::list& items, double p)
       : Measured(items, p), is_touched_(items.size()) {}
 
-  // A hook: backward has added to the gradient of this parameter, in its bucket.
+  // A hook, called when backward has added to the gradient of this parameter, in its bucket.
   void touch(const at::Tensor& parameter) {
     if (const size_t i = index_of(parameter); i != kNone) is_touched_[i] = true;
   }
 
-  // The averaged gradients of these parameters, and of no others, are in this bucket.
+  // Measures a bucket, which holds the averaged gradients of exactly these parameters.
   void see_bucket(size_t number, const std::vector<at::Tensor>& parameters,
                   const at::Tensor& bucket) {
     if (number >= norms_.size()) return forget();
     try {
       norms_[number] = norm_of(bucket);
     } catch (const std::exception&) {
-      // Thrown here it would end backward, while other ranks wait. The clip measures again.
+      // An exception would end backward while other ranks wait. The clip measures instead.
       return forget();
     }
     for (Seen& seen : seen_)
@@ -190,11 +191,11 @@ class [[gnu::visibility("hidden")]] MeasuredBuckets : public Measured {
       if (const size_t i = index_of(parameter); i != kNone) seen_[i].piece = number;
   }
 
-  // Backward is over: what it touched is now as its bucket was when that was measured.
+  // Called when backward is over: the touched gradients now have the values of their buckets.
   void settle(const py::list& items) {
     if (items.size() != seen_.size()) return forget();
     for (size_t i = 0; i < seen_.size(); ++i) {
-      seen_[i].look(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
+      seen_[i].record(is_touched_[i] ? parameter(items, i).grad() : at::Tensor());
       is_touched_[i] = false;
     }
   }

@@ -1,4 +1,4 @@
-// What Python sees of the extension: facts about the build, the walk, and the gradients it reads.
+// The Python module `_C`: facts about the build, the functions and classes that read gradients.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -14,7 +14,7 @@
 namespace fastclip {
 
 namespace cuda {
-// Null in a build without the CUDA kernels.
+// Both are null in a build without the CUDA kernels.
 [[gnu::weak]] std::vector<int> architectures();
 [[gnu::weak]] const char* refusal(int device);
 }  // namespace cuda
@@ -28,7 +28,7 @@ bool has_process_groups() {
 
 namespace {
 
-// Read from the file before it is loaded: another torch's symbols would not resolve.
+// Python reads this in the file before it loads it: with another torch, symbols would be missing.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 
 }  // namespace
@@ -45,8 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_kernels", [](bool enabled) { fastclip::kernels_are_on = enabled; });
   m.def("kernels_are_on", [] { return fastclip::kernels_are_on.load(); });
   m.def("has_process_groups", fastclip::has_process_groups);
-  m.def("read_grads", fastclip::read<fastclip::What::kGrads>);
-  m.def("take_tensors", fastclip::read<fastclip::What::kTensors>);
+  m.def("read_grads", fastclip::read<fastclip::Source::kGrads>);
+  m.def("take_tensors", fastclip::read<fastclip::Source::kTensors>);
   m.def("clip_grad_norm_", fastclip::clip_grad_norm);
   py::class_<PlainGrads>(m, "PlainGrads")
       .def("__len__", &PlainGrads::size)
@@ -66,8 +66,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,
                     std::vector<py::str>>())
-      .def("read_grads", &Wrapped::read<fastclip::What::kGrads>)
-      .def("take_tensors", &Wrapped::read<fastclip::What::kTensors>);
+      .def("read_grads", &Wrapped::read<fastclip::Source::kGrads>)
+      .def("take_tensors", &Wrapped::read<fastclip::Source::kTensors>);
   using fastclip::Measured;
   py::class_<Measured>(m, "Measured")
       .def_readwrite("is_paused", &Measured::is_paused)

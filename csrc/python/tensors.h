@@ -1,5 +1,5 @@
-// Python objects that are tensors. What torch's C++ has for that may change with any version of
-// torch; nothing but this file uses it.
+// Conversions between Python objects and tensors. torch's C++ functions for these may change with
+// any version of torch; only this file uses them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,15 +9,15 @@
 
 namespace fastclip {
 
-// As isinstance, but for classes that only claim to be.
+// By the actual type of the object, where isinstance would also believe its `__class__`.
 inline bool is_tensor(py::handle object) {
   return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
-// Whether it is a tensor or parameter of torch's own class.
+// Whether the object is a torch.Tensor or torch.nn.Parameter, and not of a subclass.
 inline bool is_exact_tensor(py::handle object) { return THPVariable_CheckExact(object.ptr()); }
 
-// What a tensor in Python holds, which lives as long as that.
+// The C++ tensor inside a Python tensor; the reference is valid as long as the Python object.
 inline const at::Tensor& unpack(py::handle tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
 inline py::object wrap(const at::Tensor& tensor) {

@@ -1,4 +1,4 @@
-// What torch does to gradients behind the back of their version counters, told to those.
+// Makes `GradScaler.unscale_` bump the version counters of gradients.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -10,8 +10,8 @@
 
 namespace fastclip {
 
-// `GradScaler.unscale_` divides gradients by an op that changes them in place and, alone among such
-// (torch 2.13), leaves their versions as they were. From now on it bumps them as the others do.
+// The op with which `GradScaler.unscale_` divides gradients in place does not bump their versions,
+// unlike all other in-place ops (torch 2.13). From the first call of this function on, it does.
 inline void have_unscale_bump_versions() {
   static constexpr const char kOp[] = "aten::_amp_foreach_non_finite_check_and_unscale_";
   using Unscale = void(at::TensorList, at::Tensor&, const at::Tensor&);

@@ -1,4 +1,4 @@
-// The walk over tensors that wrap others, as DTensors do: what they wrap is read.
+// The walk over tensors that wrap other tensors, such as DTensors: it reads the tensors inside.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,10 +12,10 @@
 
 namespace fastclip {
 
-// How the tensors of a list wrap others. Of each item that wraps one, `layouts` holds what its
-// attribute `layout` is, of a plain item None, and `groups` the norm to which its gradient counts.
-// Whoever made this answers for the layouts being alive. A gradient may have a layout of its own,
-// of equal `fields`.
+// How the items of a list wrap tensors. For each item, `layouts` has the value of its attribute
+// `layout`, or None if it is no wrapper, and `groups` the number of its group. The references to
+// layouts are borrowed: the caller keeps them alive. A gradient may have a layout object of its
+// own, if all its attributes `fields` are equal. The attribute `inner` is the tensor inside.
 class Wrapped {
  public:
   Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> groups, py::str layout,
@@ -26,26 +26,27 @@ class Wrapped {
         inner_(std::move(inner)),
         fields_(std::move(fields)) {}
 
-  // What the gradients of the items, or the items themselves, wrap; nothing if the list is another,
-  // a gradient is not laid out as its parameter, or not plain inside: Python has to look.
-  template <What what>
+  // Returns the tensors inside the items' gradients, or inside the items themselves. Returns
+  // nullopt if the items do not have the layouts that the constructor was given, or a gradient has
+  // a different layout or is not plain inside; Python then reads the items one by one.
+  template <Source source>
   std::optional<PlainGrads> read(const py::list& list) const {
-    // Python compares layouts, and meanwhile another thread may change the list.
+    // A copy: comparing layouts runs Python code, so another thread may change the list meanwhile.
     const auto items = py::reinterpret_steal<py::tuple>(PyList_AsTuple(list.ptr()));
     const size_t count = items.size();
     if (count != layouts_.size()) return std::nullopt;
     PlainGrads grads;
     grads.reserve(count);
-    Addresses seen(what == What::kGrads ? count : 0);
+    Addresses seen(source == Source::kGrads ? count : 0);
     for (size_t i = 0; i < count; ++i) {
       const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
       const bool wraps = !layouts_[i].is_none();
       if (!is_tensor(item) || (wraps ? !is_laid_out(item, i) : !is_exact_tensor(item)))
         return std::nullopt;
       const at::Tensor& tensor = unpack(item);
-      const at::Tensor& found = what == What::kGrads ? tensor.grad() : tensor;
+      const at::Tensor& found = source == Source::kGrads ? tensor.grad() : tensor;
       if (!found.defined()) continue;
-      if (what == What::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
+      if (source == Source::kGrads && !seen.insert(tensor.unsafeGetTensorImpl())) continue;
       if (!wraps) {
         if (!grads.add(found)) return std::nullopt;
       } else {
@@ -53,15 +54,15 @@ class Wrapped {
         if (!inner || !is_exact_tensor(inner)) return std::nullopt;
         if (!is_laid_out(wrapper, i) && !is_equal(wrapper, i)) return std::nullopt;
         if (!grads.add(unpack(inner))) return std::nullopt;
-        grads.note(found);
+        grads.add_wrapper(found);
       }
-      grads.note(groups_[i]);
+      grads.add_group(groups_[i]);
     }
     return grads;
   }
 
  private:
-  // Null if there is none.
+  // Null if the object has no such attribute.
   static py::object attribute(py::handle object, const py::str& name) {
     PyObject* value = PyObject_GetAttr(object.ptr(), name.ptr());
     if (value == nullptr) PyErr_Clear();
