@@ -163,7 +163,7 @@ def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
 
     monkeypatch.setattr(_ops.loading, "extension", Extension())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    default = _ops.schemas._announced(lambda tensors: len(tensors))
+    default = _ops.schemas._with_warning(lambda tensors: len(tensors))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert default([Cuda()]) == 1

@@ -1,7 +1,7 @@
-"""From parameters to gradients that have verbs: measure, scale, clamp, clip.
+"""From parameters to `Gradients`: objects with methods that measure, scale, clamp and clip.
 
-`read` and `take` return `Gradients`: plain ones, whose list the extension has read in C++; local
-ones, read here; or those that are spread over ranks. Imports `_ranks`, `_ops`,
+`read` and `take` return `PlainGrads`, which the extension has read in C++; `LocalGrads`, read in
+Python; or `SpreadGrads`, which are measured together with other ranks. Imports `_ranks`, `_ops`,
 `_arguments`, `_private` and `_warnings`.
 """
 

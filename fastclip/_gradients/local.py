@@ -1,8 +1,8 @@
-"""Gradients of this rank that the extension does not read, with the verbs of those that it reads.
+"""Gradients of this rank that the extension does not read, with the methods of `PlainGrads`.
 
-They have any layout and any mix of devices: sparse, jagged, complex, with gaps, lazily negated, or
-inside wrappers. An opaque tensor, which only its class can read, is clipped by the calls that torch
-makes. If all tensors are plain, no verb looks at them one by one.
+They have any layout and any mix of devices: sparse, jagged, complex, lazily negated, with gaps in
+memory, or inside wrapper subclasses. For an opaque tensor (see `is_opaque`) torch's own functions
+are called. If `are_plain` is true, methods pass the whole list to an op without a loop over it.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LocalGrads:
-    """Gradients of any layout and any mix of devices, with the verbs of those read in C++.
+    """Gradients of any layout and any mix of devices, with the methods of `PlainGrads` in C++.
 
-    Norms are float64; `result` makes of them what is returned, as precise as the gradients.
+    Norms are float64; `result` casts them to the dtype that users get.
     """
 
     def __init__(self, tensors: list[Tensor], groups: list[int], wrappers: list[Tensor]) -> None:
@@ -46,7 +46,7 @@ class LocalGrads:
 
     def norm(self, p: float) -> Tensor:
         with torch.set_grad_enabled(is_differentiated()):
-            if _are_apart(self.tensors) and p > 0:
+            if _are_on_several_devices(self.tensors) and p > 0:
                 return self.norms(p)[0]
             return _ops.norm(self._measured(p), p, True)
 
@@ -60,20 +60,20 @@ class LocalGrads:
         return norms.to(dtype or result_dtype(self.tensors))
 
     def norms(self, p: float) -> Tensor:
-        """The norm of each group, up to the last group that holds a gradient."""
+        """Return the norm of each group, up to the last group that holds a gradient."""
         with torch.set_grad_enabled(is_differentiated()):
             tensors = self._measured(p)
-            if _are_apart(tensors):
+            if _are_on_several_devices(tensors):
                 tensors = list(self.each_norms(p).unbind())
             return _ops.norms(tensors, p, self.groups_, True)
 
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
-        """The norm of each gradient, or of each row: 0 where a sparse one has none."""
+        """Return the norm of each gradient, or of each row; 0 for a row a sparse one lacks."""
         with torch.set_grad_enabled(is_differentiated()):
             grads = [t.coalesce() if t.is_sparse else t for t in self.tensors]
             tensors = self.tensors if self.are_plain else [as_measured(t, p, rows) for t in grads]
-            gaps = _gaps(grads, rows)
-            if not gaps and not _are_apart(tensors):
+            gaps = _sparse_positions(grads, rows)
+            if not gaps and not _are_on_several_devices(tensors):
                 return _ops.norms(tensors, p, None, True, rows)
             each = list(tensors)
             for positions in _by_device(tensors).values():
@@ -87,7 +87,7 @@ class LocalGrads:
             return torch.cat(each)
 
     def scale_(self, coef: Tensor) -> None:
-        """By one coefficient, or one for each group."""
+        """Multiply by one coefficient, or by one for each group."""
         with torch.set_grad_enabled(is_differentiated()):
             scaled = self._scaled()
             for device, positions in _by_device(scaled).items():
@@ -96,10 +96,10 @@ class LocalGrads:
             self._bump_versions()
 
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
-        """By one coefficient for each gradient, or for each row."""
+        """Multiply by one coefficient for each gradient, or for each row."""
         with torch.set_grad_enabled(is_differentiated()):
             scaled = self._scaled(rows)
-            devices, gaps = _by_device(scaled), _gaps(self.tensors, rows)
+            devices, gaps = _by_device(scaled), _sparse_positions(self.tensors, rows)
             several = len(devices) > 1 or gaps
             each = list(coefs.split(_sizes(self.tensors, rows))) if several else []
             for i in gaps:
@@ -120,7 +120,9 @@ class LocalGrads:
             self._bump_versions()
 
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        if self.are_plain or not (_are_apart(self.tensors) or any(map(_is_odd, self.tensors))):
+        if self.are_plain or not (
+            _are_on_several_devices(self.tensors) or any(map(_needs_conversion, self.tensors))
+        ):
             with torch.set_grad_enabled(is_differentiated()):
                 return _ops.clip_norm_(self.tensors, max_norm, p)
         total_norm = self.norm(p)
@@ -131,7 +133,7 @@ class LocalGrads:
         return self.tensors if self.are_plain else [as_measured(t, p) for t in self.tensors]
 
     def _scaled(self, rows: bool = False) -> list[Tensor]:
-        # Scaling is linear: uncoalesced values can be scaled one by one.
+        # Scaling is linear, so the values of a sparse tensor need not be coalesced first.
         return self.tensors if self.are_plain else [as_real(held(t), rows) for t in self.tensors]
 
     def _scale_(
@@ -152,30 +154,30 @@ class LocalGrads:
                 _ops.scale_([tensor], value, None, rows)
 
     def _bump_versions(self) -> None:
-        """Bump the counters of wrappers: the ops bump only those of the tensors inside."""
+        """Bump the version counters of wrappers; the ops bump those of the tensors inside."""
         if self.wrappers:
             torch.autograd.graph.increment_version(self.wrappers)
 
 
 def _are_plain(tensors: list[Tensor]) -> bool:
-    """Whether the ops can take all tensors as they are, in one list."""
+    """Return whether the ops can take all tensors as they are, in one list."""
     return (
         not (torch.compiler.is_compiling() or is_transformed())
         and {*map(type, tensors)} <= {Tensor, torch.nn.Parameter}
         and {t.dtype for t in tensors} <= set(REAL)
         and {t.layout for t in tensors} <= {torch.strided}
-        and not _are_apart(tensors)
+        and not _are_on_several_devices(tensors)
         and not any(map(Tensor.is_neg, tensors))
     )
 
 
-def _are_apart(tensors: list[Tensor]) -> bool:
-    """Whether the tensors are on several devices."""
+def _are_on_several_devices(tensors: list[Tensor]) -> bool:
+    """Return whether the tensors are on several devices."""
     return len({t.device for t in tensors}) > 1
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Of each device the positions of its tensors."""
+    """Return the positions of the tensors on each device."""
     devices: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         devices.setdefault(tensor.device, []).append(i)
@@ -186,20 +188,20 @@ def _sizes(tensors: Sequence[Tensor], rows: bool) -> list[int]:
     return [count_rows(t) if rows else 1 for t in tensors]
 
 
-def _gaps(tensors: Sequence[Tensor], rows: bool) -> list[int]:
-    """Which of them may lack rows."""
+def _sparse_positions(tensors: Sequence[Tensor], rows: bool) -> list[int]:
+    """Return the positions of sparse tensors, which may lack rows; none without `rows`."""
     return [i for i, t in enumerate(tensors) if rows and t.is_sparse and t.dim() > 1]
 
 
-def _is_odd(tensor: Tensor) -> bool:
-    """Whether its elements are not real numbers that an op can read from it."""
+def _needs_conversion(tensor: Tensor) -> bool:
+    """Return whether an op cannot take this tensor as it is."""
     is_stored = tensor.layout == torch.strided and as_real(tensor) is tensor
     return not is_stored or is_opaque(tensor)
 
 
 def _multiply_(tensor: Tensor, coef: Tensor) -> None:
-    """An opaque tensor. Where the host does not know the coefficient, torch's call is all there is:
-    zeros are asked for by a product, which leaves a NaN."""
+    """Multiply an opaque tensor. If the host cannot read the coefficient, -0.0 is used as a factor,
+    which keeps a NaN instead of writing zeros."""
     if is_host_readable(coef) and bool((coef == 1).all()):
         return
     if is_host_readable(coef) and bool(means_zeros(coef).all()):

@@ -1,11 +1,11 @@
-"""Tensors that C++ does not read are looked at here, with every check that Python knows."""
+"""Read tensors that C++ does not read, with every check and conversion."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .._ranks import Plan, placed
+from .._ranks import Plan, place_as
 from .local import REAL, LocalGrads
 from .stored import held
 
@@ -19,8 +19,8 @@ def look(
     plan: Plan | None,
     name_of: Callable[[int], str] | None = None,
 ) -> LocalGrads:
-    """Read the gradients, or the tensors themselves, and check each of them."""
-    # By parameter: a compiled graph may depend on these, not on gradients made anew every step.
+    """Read the gradients if `write`, else the items themselves, and check each."""
+    # Keyed by parameter: a compiled graph can guard on its id, but a gradient is new in each step.
     found: dict[int, tuple[Tensor, int]] = {}
     wrappers: list[Tensor] = []
     errors = []
@@ -33,14 +33,14 @@ def look(
         name = f"the gradient of {name}" if write else name_of(position) if name_of else name
         try:
             if plan is None:
-                tensor = placed(tensor, None, name)
+                tensor = place_as(tensor, None, name)
             else:
                 wrapper, tensor = plan.local(item, tensor, name, write)
                 wrappers += [wrapper] * (wrapper is not tensor)
                 slot = plan.reduction.slot_of[position]
             check_supported(tensor, name, write)
         except Exception as error:
-            # The next ones may have to be placed, together with other ranks.
+            # Go on: other ranks may wait for this one to redistribute the next tensors.
             errors.append(error)
         found.setdefault(id(item) if write else position, (tensor, slot))
     if errors:
@@ -50,9 +50,9 @@ def look(
 
 
 def look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
-    """Read gradients, or tensors, if all are plain: thousands of them in a short time.
+    """Read gradients, or the items themselves, without a check of each, if all are plain.
 
-    Returns None if any is not plain, or cannot be clipped; `look` then reads them and says why.
+    Return None if any is not plain or cannot be clipped; `look` then reads them or raises.
     """
     if torch.compiler.is_compiling() or not {*map(type, items)} <= {Tensor, torch.nn.Parameter}:
         return None
@@ -78,7 +78,7 @@ def describe(value: object) -> str:
 def _check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected a tensor, got {describe(value)}; of a module pass "
+            f"{name}: expected a tensor, got {describe(value)}; for a module pass "
             "module.parameters()"
         )
 
@@ -106,10 +106,10 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether torch refuses to write to it in place, because elements share memory.
+    """Return whether torch refuses in-place writes because elements share memory.
 
-    torch looks for dimensions that repeat the same memory. It does not find every overlap of a view
-    that `as_strided` has made, and neither does this.
+    As torch does, look for dimensions of stride 0; this does not find every overlap in a view made
+    by `as_strided`.
     """
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return bool(tensor.numel()) and any(size > 1 and stride == 0 for size, stride in dims)

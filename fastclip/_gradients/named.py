@@ -1,4 +1,4 @@
-"""Parameters with their names, from whatever holds them: modules, optimizers, lists, pairs."""
+"""Parameters with their names, from modules, optimizers, lists or (name, tensor) pairs."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from .._private import attribute
 
 
 def named(source: Any) -> list[tuple[str, Tensor]]:
-    """Names and parameters, in order; those of several modules or optimizers with their numbers.
+    """Return (name, parameter) pairs in order; in a list of modules, their indices prefix names.
 
     Raises:
-        TypeError: something that holds no parameters.
+        TypeError: `source` or one of its items is of a type that holds no parameters.
     """
     if isinstance(source, nn.Module):
         return list(source.named_parameters())
@@ -53,7 +53,7 @@ def _names(g: int, group: dict[str, Any]) -> list[str]:
 
 
 class NamedParameters:
-    """The named parameters of a source, looked up again only when they are others."""
+    """The named parameters of a source, looked up again only when they have changed."""
 
     def __init__(self, source: Any) -> None:
         lasting = isinstance(source, nn.Module | Optimizer | Tensor | list | tuple)
@@ -61,15 +61,15 @@ class NamedParameters:
         self._held: list[Any] | None = None
 
     def is_unchanged(self) -> bool:
-        """Whether `named` would return what it did at the last `find`; False if none can tell."""
-        # The compiler looks at everything.
+        """Return whether `named` would return the same as in the last `find`; False if unknown."""
+        # In a graph `find` keeps nothing to compare with.
         if torch.compiler.is_compiling() or self._held is None:
             return False
         now = self._contents()
         return len(now) == len(self._held) and all(map(operator.is_, now, self._held))
 
     def forget(self) -> None:
-        """Have `find` look again."""
+        """Make `is_unchanged` return False until the next `find`."""
         self._held = None
 
     def find(self) -> list[tuple[str, Tensor]]:
@@ -82,18 +82,18 @@ class NamedParameters:
             kinds = "_parameters", "_modules"
             dicts = [attribute(module, kind) for module in modules for kind in kinds]
             self._containers = own + dicts
-            # Those of a scripted module are no dicts, and cannot be looked into.
+            # A scripted module's containers are not dicts, and their contents cannot be compared.
             can_look = all(isinstance(c, list | dict) for c in self._containers)
             self._held = self._contents() if can_look else None
         return named(self.source)
 
     def _contents(self) -> list[Any]:
-        """What lists and dicts hold that say which parameters there are, each after another."""
+        """Return the contents of all lists and dicts that determine the parameters, in one list."""
         groups = [optimizer.param_groups for optimizer in self._optimizers]
         lists = groups + [group["params"] for some in groups for group in some]
         found: list[Any] = []
         for container in self._containers + lists:
-            # None ends each: an item that moves from one to the next is seen.
+            # None ends each container, so that an item that moves to the next one is noticed.
             found += container.values() if isinstance(container, dict) else container
             found.append(None)
         return found
@@ -102,12 +102,12 @@ class NamedParameters:
 def found_in_groups(
     sources: Sequence[NamedParameters], names: Sequence[str] | None
 ) -> tuple[list[Tensor], list[int], list[str]]:
-    """Find the parameters of all sources, each once, the source of each by number, and their names.
+    """Return the parameters of all sources, each once, the index of its source, and its name.
 
-    `names`, if given, are those of the sources, and begin the names of their parameters.
+    If `names` of the sources are given, they prefix the names of their parameters.
 
     Raises:
-        ValueError: a parameter in two sources.
+        ValueError: a parameter is in two sources.
     """
     owners: dict[int, tuple[str, int]] = {}
     items, group_of, found = [], [], []
@@ -119,7 +119,7 @@ def found_in_groups(
                 for each in sources:
                     each.forget()
                 raise ValueError(
-                    f"groups: {other} and {name} are one parameter; leave it out of one group"
+                    f"groups: {other} and {name} are one parameter; remove it from one group"
                 )
             if other == name:
                 items.append(parameter)

@@ -1,4 +1,4 @@
-"""What gradients can do, whoever has read them."""
+"""The interface of all classes of gradients."""
 
 from typing import Protocol
 
@@ -7,52 +7,52 @@ from torch import Tensor
 
 
 class Gradients(Protocol):
-    """Gradients, or other tensors, of one call: n of them on this rank, in m groups.
+    """The gradients, or other tensors, of one call: n on this rank, in m groups of one norm each.
 
-    Norms and coefficients are float64, on the device of the first tensor, and no verb waits for it.
-    Of `PlainGrads` (csrc/python/grads.h), `LocalGrads` and `SpreadGrads` the last are those of all
-    ranks together, each of which calls the same verbs.
+    Norms and coefficients are float64, on the device of the first tensor, and no method waits for
+    it. `PlainGrads` (csrc/python/grads.h) and `LocalGrads` hold this rank's gradients. The norms of
+    `SpreadGrads` are those of all ranks, which must call the same methods in the same order.
     """
 
     def __len__(self) -> int:
-        """n, on this rank."""
+        """Return n, the number of tensors on this rank."""
 
     def is_wide(self) -> bool:
-        """Whether any is float64 or complex128."""
+        """Return whether any tensor is float64 or complex128."""
 
     def has(self, dtype: torch.dtype) -> bool:
-        """Whether any on this rank is of this dtype."""
+        """Return whether any tensor on this rank has this dtype."""
 
     def norm(self, p: float) -> Tensor:
-        """The norm of all, of groups that of the first; 0-d."""
+        """Return the norm of all tensors, or of the first group if there are several; 0-d."""
 
     def norms(self, p: float) -> Tensor:
-        """The norm of each group, 1-d of m."""
+        """Return the norm of each group, of shape [m]."""
 
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
-        """The norm of each gradient, or of each of its slices along dimension 0; 1-d."""
+        """Return the norm of each tensor, or of each of its slices along dimension 0; 1-d."""
 
     def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Norms as they are returned to users: of `dtype`, else float32, float64 if `is_wide`."""
+        """Return norms for users: in `dtype`, by default float64 if `is_wide`, else float32."""
 
     def scale_(self, coef: Tensor) -> None:
-        """Multiply by a coefficient, 0-d, or one for each group; 1 writes nothing, -0.0 zeros."""
+        """Multiply by a 0-d coefficient or one for each group; 1 writes nothing, -0.0 zeros."""
 
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
-        """Multiply each gradient, or each slice, by its own, in the order of `each_norms`."""
+        """Multiply each tensor, or each slice, by its coefficient, ordered as `each_norms`."""
 
     def clamp_(self, bound: float) -> None:
         """Clamp each element to [-bound, bound]."""
 
     def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        """`norm`, coefficient and `scale_` in one: return the norm before as `result` does."""
+        """Scale to a norm of at most `max_norm`; return `result` of the norm before."""
 
 
 class GradientsHere(Gradients, Protocol):
-    """Those on this rank, of which spread ones are made."""
+    """The gradients of this rank alone, from which `SpreadGrads` are made."""
 
     def groups(self) -> list[int]:
-        """The number of the group of each, n of them."""
+        """Return the index of the group of each tensor: a list of n."""
 
     def devices(self) -> list[torch.device]:
-        """Where they are, each device once."""
+        """Return the devices of the tensors, each once."""

@@ -1,8 +1,8 @@
 """From parameters to `Gradients`.
 
-The extension reads a list of plain gradients in C++. Where it returns None, as some are sparse,
-complex, on several devices, with gaps, of a subclass or wrong, look.py reads them one by one.
-Gradients over ranks, or in groups, are read in the same two ways, by a plan of the parameters.
+The extension reads a list of plain gradients in C++. It returns None if any is sparse, complex,
+of a subclass, on a second device, invalid or has gaps in memory; look.py then reads each.
+Gradients over ranks or in groups are read in the same two ways, by a `Plan` of the parameters.
 """
 
 import types
@@ -43,19 +43,19 @@ def read(
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
 ) -> Gradients:
-    """Read the gradients of `parameters` to change them, without None, of each parameter once.
+    """Read the gradients of `parameters` to change them. Skip None and repeated parameters.
 
-    With `agree`, a norm over ranks that is not finite on one rank is so on all.
+    With `agree`, a norm over ranks that is not finite on one rank is not finite on any.
 
     Raises:
-        TypeError: no tensors, or a gradient's dtype or layout that cannot be clipped.
-        ValueError: two groups of `process_group` share more than this rank.
+        TypeError: an item is not a tensor, or a gradient's dtype or layout cannot be clipped.
+        ValueError: two groups of `process_group` have more than this rank in common.
         RuntimeError: elements of a gradient share memory; or `foreach` is True on a device for
             which torch has no foreach kernels.
     """
     items = as_list(parameters, "parameters")
     grads = _read(items, foreach, _asked(process_group), True, kind, agree)
-    # Parameters without gradients are no mistake: a mesh or a stage may have none this time.
+    # Warn only if no parameter can have a gradient; one step or pipeline stage may lack them all.
     is_empty = getattr(grads, "failure", None) is None and not len(grads)
     if is_empty and items and not any(map(_may_have_grad, items)):
         warn(
@@ -66,9 +66,9 @@ def read(
 
 
 def clip_at_once_(parameters: list[Tensor], max_norm: Any, norm_type: Any) -> Tensor | None:
-    """Do as `clip_grad_norm_` does, in one call of C++: after backward all of Python is cold.
+    """Do all of `clip_grad_norm_` in one call of C++, as Python is out of cache after backward.
 
-    None, and nothing is done, where anything has to be looked at.
+    Return None, with nothing done, if any tensor or argument has to be checked in Python.
     """
     extension = _extension()
     if extension is None:
@@ -84,15 +84,15 @@ def take(
     kind: Kind = Kind.TOTAL,
     agree: bool = False,
 ) -> Gradients:
-    """Take the tensors themselves, to measure them, with the checks of `read`."""
+    """Read the tensors themselves, not their gradients, to measure them; checks as in `read`."""
     items = as_list(tensors, "tensors")
     return _read(items, foreach, _asked(process_group), False, kind, agree)
 
 
 def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
-    """Take the parameters themselves, as `take` does: those that `read` finds gradients of."""
-    # Over ranks all weights are measured, as any may have a gradient on another rank; else only
-    # those that have one here.
+    """Read the parameters themselves, as `take` does: those whose gradients `read` finds."""
+    # Over ranks all weights are measured, as each may have a gradient on another rank; otherwise
+    # only those that have a gradient here.
     positions = present(parameters if is_spread(parameters) else (), parameters)
     weights = [parameters[i] for i in positions]
     return _read(
@@ -109,7 +109,7 @@ def read_by(
     p: float,
     agree: bool,
 ) -> SpreadGrads:
-    """As `read`, by the group of each parameter, and by the plan of the last time if it fits."""
+    """Read gradients as `read` does, in the groups of `group_of`; reuse `plan` if it still fits."""
     plan, grads = follow(plan, parameters, asked, True, Kind.of_order(p), group_of)
     return _spread(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
@@ -165,7 +165,7 @@ def _spread(
     agree: bool,
     read_all: Callable[[], LocalGrads],
 ) -> SpreadGrads:
-    """Make SpreadGrads; keep an error in them, if other ranks wait for the sums of this one."""
+    """Make `SpreadGrads`; if other ranks wait for this rank's sums, keep an error in them."""
     try:
         if plan.reduction.crossing is not None:
             raise ValueError(plan.reduction.crossing)
@@ -187,7 +187,7 @@ def _asked(process_group: Any) -> Asked:
 
 
 def present(norms: Sequence[Any] | Tensor, parameters: list[Tensor]) -> list[int]:
-    """The positions of the parameters whose norms these are: all, or those with a gradient."""
+    """Return the indices of the parameters that `norms` are of: all, or those with gradients."""
     if len(norms) == len(parameters):
         return list(range(len(parameters)))
     found = {id(item): i for i, item in reversed(list(enumerate(parameters)))}
@@ -195,7 +195,7 @@ def present(norms: Sequence[Any] | Tensor, parameters: list[Tensor]) -> list[int
 
 
 def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
-    """A norm for each parameter: 0 for one without a gradient, or one that is there before."""
+    """Return a norm for each parameter: 0 if it has no gradient or repeats an earlier one."""
     if len(norms) == len(parameters):
         return norms
     found = [norms.new_zeros(())] * len(parameters)
@@ -205,7 +205,7 @@ def aligned(norms: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def _extension() -> Any:
-    """The extension, unless the compiler looks at everything."""
+    """Return the extension; None in a graph of torch.compile, which cannot trace it."""
     return None if torch.compiler.is_compiling() else _ops.extension
 
 
@@ -227,9 +227,9 @@ def as_list(tensors: Tensors, name: str) -> list[Tensor]:
     except TypeError:
         raise TypeError(
             f"{name}: expected a tensor or an iterable of tensors, got {describe(tensors)}; "
-            "of a module pass module.parameters()"
+            "for a module pass module.parameters()"
         ) from None
-    # A list of gradients may be empty; no parameters are a mistake.
+    # An empty list may be meant; an empty generator was most likely used up before.
     if not items and name == "parameters" and isinstance(tensors, types.GeneratorType):
         warn("`parameters` is an empty generator, no gradient clipping will occur.")
     return items

@@ -1,4 +1,4 @@
-"""Gradients that are measured by a plan: over ranks, in groups, or both."""
+"""Gradients that are measured by a `Plan`: over ranks, in groups, or both."""
 
 import functools
 import zlib
@@ -13,32 +13,33 @@ from .._ops import clip_coef, empty_norm, is_host_readable
 from .._ranks import NUMBERS, Failure, raise_if_failed
 from .protocol import Gradients, GradientsHere
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _outside_of_graphs(verb: Verb) -> Verb:
-    """Have torch.compile call a verb as it is, unless the gradients were read in its graph."""
-    called: Any = torch.compiler.disable(verb)
+def _outside_of_graphs(method: Method) -> Method:
+    """Have torch.compile call a method untraced, unless the gradients were read in its graph."""
+    untraced: Any = torch.compiler.disable(method)
 
-    @functools.wraps(verb)
+    @functools.wraps(method)
     def call(self: "SpreadGrads", *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and not self.is_in_graph:
-            return called(self, *args, **kwargs)
-        return verb(self, *args, **kwargs)
+            return untraced(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 class SpreadGrads:
-    """The gradients of all ranks. `norms` has one for each group, `norm` is that of the first.
+    """Gradients whose norms are those of all ranks together.
 
-    They are plain tensors; `result` may make a DTensor of one. If the ranks `agree`, a norm that is
-    not finite on one is so on all. `error` is why this rank cannot take part: it announces that in
-    the sums that the others wait for, and then raises it. What is sent depends on the plan alone.
+    Norms are plain tensors; `result` may return a DTensor. With `agree`, a norm that is not finite
+    on one rank is not finite on any. If this rank cannot take part, `error` is the reason: `norms`
+    announces it in the sums that other ranks wait for, then raises it. The collectives depend on
+    the plan alone.
 
-    Read in a graph of torch.compile, the verbs are part of the graph, and send what they send
-    without one, so that ranks may run compiled or not, each as it likes. There nobody can be told
-    that another rank failed: the norm is NaN.
+    If gradients are read in a graph of torch.compile, these methods are traced into it. They send
+    the same as outside of graphs, so some ranks may run compiled and others not. A graph cannot
+    raise because another rank failed: the norm is NaN.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SpreadGrads:
 
     @_outside_of_graphs
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
-        """Of every item, or of its rows, by a plan for them; 0 where there is no gradient."""
+        """Return the norm of each item (plan of kind EACH) or row (ROWS); 0 if without gradient."""
         return self.norms(p)
 
     @_outside_of_graphs
@@ -100,7 +101,7 @@ class SpreadGrads:
             of = reduction
             norms, numbers = _ranks.combine_slots(parts, of.members, of.beside, order)
         if reduction.group_steps:
-            # For all to return the same dtype.
+            # All ranks return float64 if any of them does.
             wide = norms.new_full((1,), self.wide)
             parts = torch.cat([norms, numbers, wide])
             for step in reduction.group_steps:
@@ -115,7 +116,7 @@ class SpreadGrads:
 
     @_outside_of_graphs
     def scale_(self, coef: Tensor) -> None:
-        """By one coefficient, or one for each group."""
+        """Multiply by one coefficient, or by one for each group."""
         groups = self.reduction.group_of
         if coef.dim() and groups and not self.reduction.kind.is_each:
             each = coef.unbind()
@@ -143,13 +144,13 @@ class SpreadGrads:
         return self.result(norm)
 
     def find_differing(self, texts: list[str]) -> int | None:
-        """The first of the texts that is another on some rank; waits for the device."""
+        """Return the index of the first text that differs between ranks; wait for the device."""
         numbers = [zlib.crc32(text.encode()) for text in texts]
         steps = [*self.reduction.mesh_steps, *self.reduction.group_steps]
         return _ranks.find_differing(numbers, steps)
 
     def _parts(self, p: float) -> Tensor:
-        """What is added up, of all slots, and what goes beside it."""
+        """Return the parts of all slots, then the flags and numbers that are sent with them."""
         reduction = self.reduction
         if self.failure is None:
             try:
@@ -163,10 +164,10 @@ class SpreadGrads:
         return self.failure.parts(count + reduction.beside - NUMBERS, self.plan.device)
 
     def _local_norms(self, p: float) -> Tensor:
-        """The norms of all slots; what adds nothing for those that hold nothing here."""
+        """Return the norms of all slots, with `empty_norm` for slots without a gradient here."""
         plan, reduction, count = self.plan, self.reduction, len(self.reduction.group_of)
         rows = plan.sizes is not None
-        # Slots of order 0 count tensors, and here are the elements of each.
+        # At order 0 `norms` would count nonzero tensors, but EACH counts the elements of each.
         if rows or (p == 0 and reduction.kind.is_each):
             norms = self.local.each_norms(p, rows)
             if len(self.local) == count:
@@ -177,27 +178,27 @@ class SpreadGrads:
             present = norms.split([sizes[slot] for slot in slots])
             for slot, some in zip(slots, present, strict=True):
                 each[slot] = some
-            return self._here(torch.cat(each) if each else norms)
+            return self._to_plan_device(torch.cat(each) if each else norms)
         norms = self.local.norms(p)
         if missing := count - norms.numel():
-            norms = self._here(norms)
+            norms = self._to_plan_device(norms)
             norms = torch.cat([norms, norms.new_full((missing,), empty_norm(p))])
         return norms
 
-    def _here(self, norms: Tensor) -> Tensor:
+    def _to_plan_device(self, norms: Tensor) -> Tensor:
         here = len(self.local) or self.plan.device is None
         return norms if here else norms.to(self.plan.device)
 
 
 def fail(grads: Gradients, error: Exception) -> None:
-    """Raise an error; of gradients over ranks once those are measured, which announces it."""
+    """Raise the error; if other ranks wait for sums, keep it for the next `norms` to announce."""
     if not isinstance(grads, SpreadGrads) or not grads.reduction.sends:
         raise error
     grads.failure = grads.failure or Failure(error)
 
 
 def each_norms_of(some: Iterable[Gradients], p: float, rows: bool) -> list[Tensor]:
-    """`each_norms` of each of them. Ranks wait for all, also where some cannot be measured."""
+    """Return `each_norms` of all; call them all even if one raises, as other ranks wait."""
     found, errors = [], []
     for grads in some:
         try:

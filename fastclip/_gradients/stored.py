@@ -1,4 +1,4 @@
-"""One tensor of any layout: where its elements are stored, and in which form the ops take them."""
+"""Views of one tensor of any layout, in the form that the ops take."""
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ def indices_of(tensor: Tensor) -> Tensor:
 
 
 def as_measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
-    """Return the tensor that an op measures; of an opaque tensor its norms.
+    """Return the tensor that an op measures; for an opaque tensor (see `is_opaque`), its norms.
 
     Raises:
-        TypeError: the tensor is not stored by `rows`.
+        TypeError: `rows` is true and the tensor is not stored row by row.
     """
     _check_rows(tensor, rows)
     tensor = held(tensor.coalesce() if tensor.is_sparse else tensor)
@@ -40,7 +40,7 @@ def as_measured(tensor: Tensor, p: float, rows: bool = False) -> Tensor:
         return norms.reshape(-1, 1)
     if not tensor.is_complex() or p == 2:
         return as_real(tensor, rows)
-    # Half numbers hold the parts of an element that has a magnitude beyond them.
+    # The magnitude of a complex32 may overflow float16, even if both of its parts fit.
     return (tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor).abs()
 
 
@@ -52,7 +52,7 @@ def as_clamped(tensor: Tensor) -> Tensor:
     """
     if tensor.is_complex():
         raise TypeError(
-            "parameters: a complex gradient has no order to clip by value in; clip by norm"
+            "parameters: complex numbers have no order to clip gradients by value; clip by norm"
         )
     if tensor.is_sparse and not tensor.is_coalesced():
         tensor.copy_(tensor.coalesce())
@@ -62,7 +62,7 @@ def as_clamped(tensor: Tensor) -> Tensor:
 def as_real(tensor: Tensor, rows: bool = False) -> Tensor:
     """Return a view of the stored real numbers.
 
-    A lazy conjugate or negative has other signs than its memory, but the same magnitudes.
+    The view of a lazy conjugate or negative has the signs in memory: magnitudes are the same.
     """
     if tensor.is_complex():
         real = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
@@ -77,13 +77,13 @@ def _check_rows(tensor: Tensor, rows: bool) -> None:
     if rows and tensor.layout != torch.strided and not by_row:
         raise TypeError(
             f"parameters: a gradient of layout {tensor.layout} and shape {tuple(tensor.shape)} is "
-            "not stored by rows; make it dense, or leave its parameter to clip_grad_norms_"
+            "not stored by rows; make it dense, or clip its parameter with clip_grad_norms_"
         )
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Whether only the tensor's class can read it. Stand-ins for plain tensors in a graph are not
-    opaque."""
+    """Return whether only the tensor's own `__torch_dispatch__` can read its elements. Fake tensors
+    in a graph are not opaque."""
     if torch.compiler.is_compiling():
         return bool(_is_traceable(tensor))
     if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -92,5 +92,5 @@ def is_opaque(tensor: Tensor) -> bool:
 
 
 def _is_negated(tensor: Tensor) -> bool:
-    """Whether the signs are lazily flipped, which the compiler need not and cannot ask."""
+    """Return whether the signs are lazily flipped; False in a graph, which need not ask."""
     return not torch.compiler.is_compiling() and tensor.is_neg()

@@ -11,7 +11,8 @@ from .spread import SpreadGrads
 
 
 def read_in_graph(items: list[Tensor], write: bool) -> Any:
-    """None if a graph cannot hold them, or if one is such that all ranks are to be told."""
+    """Return `SpreadGrads`; None if a graph cannot hold them, or if a check fails: the caller then
+    reads them outside of the graph, where a failure can be announced to all ranks."""
     plan = _ranks.plan_of_graph(items, write)
     if plan is None:
         return None

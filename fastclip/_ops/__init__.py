@@ -1,8 +1,8 @@
 """The ops of `torch.ops.fastclip`, and the extension that has kernels for them.
 
-Each exists on every device with nothing built, as its default in plain PyTorch; the extension adds
-kernels device by device, and the dispatcher is the only switch between them. Nothing but this room
-says `torch.ops` or `_C`, and it imports `_private` alone.
+Each op has a default in plain PyTorch, which runs on every device without the extension. The
+extension registers CPU and CUDA kernels, and the dispatcher alone chooses. No other package of
+fastclip uses `torch.ops` or `_C`. This one imports only `_private`.
 """
 
 from .coef import EPSILON, ZEROS, clip_coef, means_zeros

@@ -13,12 +13,12 @@ EPSILON = 1e-6
 
 
 def as_limit(max_norm: float | Tensor, device: torch.device) -> Tensor:
-    """A threshold as a tensor: a number's is on the CPU, where every device reads it at no cost."""
+    """Return a threshold as a tensor: for a number one on the CPU, which ops of any device take."""
     if isinstance(max_norm, Tensor):
         return max_norm
     if torch.compiler.is_compiling() or is_transformed():
-        # A constant would be compiled anew whenever it changes, and a transform hides that it is on
-        # the CPU.
+        # A constant in a graph would cause a recompilation whenever it changes, and inside a
+        # transform one cannot tell that a tensor is on the CPU.
         return torch.ones((), dtype=widest(device), device=device) * max_norm
     return torch.full((), max_norm, dtype=torch.float64, device="cpu")
 
@@ -32,27 +32,27 @@ def one_number(max_norm: float | Tensor) -> float | Tensor:
 
 
 def clip_coef(total_norm: Tensor, max_norm: float | Tensor, wide: bool = True) -> Tensor:
-    """Return min(1, max_norm / (total_norm + 1e-6)), of the norm's shape and dtype.
+    """Return min(1, max_norm / (total_norm + 1e-6)), in the shape and dtype of `total_norm`.
 
-    An infinite threshold gives 1 for any norm; a NaN or negative one gives NaN. Not `wide`, it is
-    computed in float32.
+    An infinite threshold gives 1 for any norm; a NaN or negative one gives NaN. If not `wide`, the
+    coefficient is computed in float32.
     """
     dtype = total_norm.dtype if wide else torch.float32
     return clip_coef_in(dtype, total_norm, max_norm).to(total_norm.dtype)
 
 
 def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """As `clip_coef`, computed in `dtype`, which is that of the result."""
+    """Return `clip_coef` computed in `dtype`, which is also the dtype of the result."""
     limit, unit = as_limit(max_norm, total_norm.device), 1.0
     number = float(limit.detach()) if limit.dim() == 0 and is_host_readable(limit) else None
     is_number = number is not None
     if number is not None and not 0 <= number < math.inf:
         return torch.full_like(total_norm, 1 if number > 0 else math.nan, dtype=dtype)
-    # A power of two brings norms beyond float32 into its range, and rounds nothing; but thresholds
-    # so small that the coefficient of such norms is 0.
+    # A factor of a power of two brings norms beyond float32 into its range without rounding. Tiny
+    # thresholds would be rounded; without the factor, their coefficient for such norms is 0.
     if dtype != total_norm.dtype and (number is None or number > 2.0**-60):
         unit = 2.0**-48
-    # A number stays on the CPU: a device divides it without a launch that would bring it there.
+    # A 0-d CPU tensor stays there: a device's division takes it as a scalar, without a copy.
     limit = limit.to(total_norm.dtype) if is_number else limit.to(total_norm)
     near = (limit * unit).clamp(max=torch.finfo(dtype).max).to(dtype)
     norm = (total_norm if unit == 1 else total_norm * unit).to(dtype)
@@ -62,10 +62,10 @@ def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tenso
     return coef.where(limit >= 0, math.nan).masked_fill(limit == math.inf, 1)
 
 
-# A multiplier that means zeros, which no product makes of a NaN. No clip comes to it.
+# The coefficient that means "write zeros", as 0 * NaN is NaN. `clip_coef` never returns it.
 ZEROS = -0.0
 
 
 def means_zeros(coef: Tensor) -> Tensor:
-    """Where a multiplier is ZEROS."""
+    """Return a mask of the coefficients that are ZEROS."""
     return (coef == 0) & coef.signbit()

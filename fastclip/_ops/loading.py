@@ -1,7 +1,7 @@
-"""The extension: found beside the package, if it is built for this torch; and why it may not serve.
+"""Load the extension from the package's directory, or say why its kernels are not in use.
 
-Built for another torch it would not load, which is seen before it is tried. Nor is it where
-FASTCLIP_KERNELS=0 is in the environment; kernels.py has the switch of a process that loaded it.
+It is not loaded if it was built for another minor version of torch, or with FASTCLIP_KERNELS=0 in
+the environment. Once loaded, kernels.py can turn the kernels off and on.
 """
 
 import importlib
@@ -18,24 +18,24 @@ import torch
 
 REBUILD = "pip install --no-build-isolation -e ."
 NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"'
-# What the environment said when this was imported.
+# The value when this module was imported; later changes have no effect.
 _ASKED = os.environ.get("FASTCLIP_KERNELS", "1")
 
 
 def _built_for(path: str) -> str:
-    """The torch version an extension file was built for, read without loading it."""
+    """Return the torch version an extension file was built for, without loading the file."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = re.search(rb"fastclip built for torch ([\w.+]+)", data)
         return found[1].decode() if found else "unknown"
 
 
 def _load() -> ModuleType | None:
-    """`_C`; None if it is not built, built for another minor version of torch, or does not load."""
+    """Return `_C`; None if turned off, not built, built for another torch, or not loadable."""
     if _ASKED not in ("0", "1"):
-        raise ValueError(f"FASTCLIP_KERNELS={_ASKED}: expected 0, for the plain-PyTorch ops, or 1")
+        raise ValueError(f"FASTCLIP_KERNELS={_ASKED}: expected 0, for plain-PyTorch ops, or 1")
     if _ASKED == "0":
         return None
-    # In this package and nowhere else: an editable install of another checkout would be found.
+    # Search only this package: a plain import could find an editable install of another checkout.
     package = str(Path(__file__).parent.parent)
     spec = importlib.machinery.PathFinder.find_spec("fastclip._C", [package])
     if spec is None or spec.origin is None:
@@ -45,7 +45,7 @@ def _load() -> ModuleType | None:
         try:
             return importlib.import_module("fastclip._C")
         except ImportError as error:
-            # As of a nightly build, which may differ from another of the same version.
+            # For example, nightly builds of one version may differ in their ABI.
             why = f" ({error})"
     warnings.warn(
         f"fastclip was built for torch {built_for} and this is torch {torch.__version__}: its "
@@ -59,7 +59,7 @@ extension: Any = _load()
 
 
 def turned_off() -> str | None:
-    """What has turned the kernels off; None if nothing has."""
+    """Return what has turned the kernels off; None if nothing has."""
     if _ASKED == "0":
         return "FASTCLIP_KERNELS=0 was set"
     if extension is not None and not extension.kernels_are_on():
@@ -68,7 +68,7 @@ def turned_off() -> str | None:
 
 
 def refusal(device: torch.device) -> str | None:
-    """Why the kernels do not serve a CUDA device, and the way out; None if they do."""
+    """Return why the kernels do not run on a CUDA device and what to do; None if they run."""
     if why := turned_off():
         return why
     reason = extension.cuda_refusal(device.index) if extension else "not built"
@@ -85,7 +85,7 @@ def refusal(device: torch.device) -> str | None:
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether compiled kernels serve a device type, 'cpu' or 'cuda'."""
+    """Return whether there are compiled kernels for a device type, 'cpu' or 'cuda'."""
     if extension is None or turned_off():
         return False
     return device_type == "cpu" or (device_type == "cuda" and bool(extension.cuda_architectures))

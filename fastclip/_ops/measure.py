@@ -1,9 +1,8 @@
 """Norms in plain PyTorch, on any device.
 
-A long tensor is cut into rows of a few elements. The norms of the rows take the tensor's place, and
-are measured in the same way. On the CPU a row is summed in float32, which is exact enough for so
-few elements, and everything else in float64. A GPU sums in float64 from the first element on. A
-device without float64 has float32 alone.
+A long tensor is cut into rows of a few elements. The norms of the rows then replace the tensor, and
+are measured in the same way. On the CPU rows are summed in float32, which is exact enough for so
+few elements, and their norms in float64. A GPU sums in float64, a device without it in float32.
 """
 
 import functools
@@ -26,14 +25,14 @@ ROW = 256
 SHORT = 1 << 13
 # The number of elements that are copied at once, to another dtype or out of memory with gaps.
 BLOCK = 1 << 20
-# A norm below this may be that of elements whose squares are too small for float32.
+# If a norm is below this, the squares of its elements may underflow in float32.
 TINY = 1e-9
 
 
 @functools.cache
 def _widest(device_type: str) -> torch.dtype:
     try:
-        # Fake tensors would say yes for any device.
+        # Under FakeTensorMode this would succeed for any device.
         with without_modes():
             torch.zeros(1, dtype=torch.float64, device=device_type).add_(1)
     except (RuntimeError, TypeError):
@@ -47,7 +46,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def empty_norm(p: float) -> float:
-    """Return the norm of no elements, which changes nothing when it is added to other norms."""
+    """Return the norm of an empty tensor, which changes no norm that it is combined with."""
     return math.inf if p < 0 else 0.0
 
 
@@ -71,7 +70,7 @@ def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the norm of each slice along the first of two or more dimensions, and of each tensor
     that has fewer; 1-d, on the first tensor's device."""
     device = tensors[0].device
-    found = [each([t], p) if t.dim() < 2 else norms_of_slices(_kept(t), p) for t in tensors]
+    found = [each([t], p) if t.dim() < 2 else norms_of_slices(_keep_values(t), p) for t in tensors]
     return torch.cat([norms.to(device, widest(device)) for norms in found])
 
 
@@ -93,45 +92,45 @@ def norms_of_slices(tensor: Tensor, p: float) -> Tensor:
 
 
 def _each_at_once(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norms of tensors of one device, in one call after each long tensor was measured alone."""
+    """Return the norms of tensors on one device, in one call after long ones were shortened."""
     dtype = widest(tensors[0].device)
-    short = [t if 0 < t.numel() <= SHORT else _shortened(t, p, dtype) for t in tensors]
+    short = [t if 0 < t.numel() <= SHORT else _shorten(t, p, dtype) for t in tensors]
     norms = torch.stack(foreach_norm(short, p, dtype=dtype))
     if is_host_readable(norms) and bool(norms.isinf().any()):
-        # The squares of a float64 may be beyond float64.
+        # The squares of float64 elements may overflow, although their norm would not.
         for i in norms.isinf().nonzero().flatten().tolist():
             if short[i].dtype == torch.float64:
                 norms[i] = norm_of(short[i].reshape(-1), p)
     return norms
 
 
-def _shortened(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """A tensor of the same norm that one call may measure."""
+def _shorten(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the same norm that one call may measure."""
     if not tensor.numel():
         return tensor.new_zeros(1)
-    # For the largest element nothing is added. A GPU adds in float64, and for any size alike.
+    # Order inf adds nothing. A GPU sums in float64, with bits that do not depend on threads.
     may_add = p == math.inf or not (tensor.is_cpu or dtype == torch.float32)
     return tensor if may_add else _each_alone([tensor], p)
 
 
 def _each_alone(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """The norms of tensors of one device, one after the other."""
-    norms = [norms_of_slices(_as_slices(_kept(t)), p) for t in tensors]
+    """Return the norms of tensors on one device, one after the other."""
+    norms = [norms_of_slices(_as_slices(_keep_values(t)), p) for t in tensors]
     return torch.stack([n[0] if len(n) == 1 else norm_of(n, p or 1) for n in norms])
 
 
 def _most_terms(dtype: torch.dtype) -> int:
-    """The number of elements that one sum in this dtype may have."""
+    """Return the number of elements that one sum in this dtype may have."""
     return ROW if dtype == torch.float32 else SHORT
 
 
-def _kept(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if a derivative needs its elements after it was changed in place."""
+def _keep_values(tensor: Tensor) -> Tensor:
+    """Return the tensor; if autograd will need its elements after an in-place change, a copy."""
     return tensor.to(widest(tensor.device), copy=True) if is_differentiated() else tensor
 
 
 def _as_slices(tensor: Tensor) -> Tensor:
-    """A view that has one slice, in the order of memory, or several slices if memory has gaps."""
+    """Return a view as one slice, in memory order; as several slices if memory has gaps."""
     if tensor.is_contiguous():
         return tensor.view(1, -1)
     dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).squeeze()
@@ -139,7 +138,7 @@ def _as_slices(tensor: Tensor) -> Tensor:
 
 
 def _norms_of_pieces(tensor: Tensor, p: float) -> Tensor:
-    """The norms of the pieces of each slice: a matrix with a row for each slice."""
+    """Return the norms of the pieces of each slice: a matrix with a row for each slice."""
     if is_host_readable(tensor) and tensor.dtype != torch.float64 and p in (1, 2):
         norms = _norms_of_pieces_in(torch.float32, tensor, p)
         most = norms.amax(1)
@@ -149,7 +148,7 @@ def _norms_of_pieces(tensor: Tensor, p: float) -> Tensor:
 
 
 def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
-    """As `_norms_of_pieces`, in `dtype`: no more than BLOCK elements are copied at once."""
+    """Do as `_norms_of_pieces`, in `dtype`; at most BLOCK elements are copied at once."""
     size, found = _most_terms(dtype), []
     is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
     at_once = BLOCK if is_copied else tensor.numel()
@@ -172,9 +171,9 @@ def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
 
 
 def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
-    """The norms along the last dimension, relative to the largest element if a power overflows."""
+    """Return norms along the last dimension; divide by the largest element if a power overflows."""
     if p in (1, 2) or math.isinf(p) or p <= 0:
-        # `vector_norm` of order 1 adds one element after the other, which is less exact.
+        # `vector_norm` of order 1 adds sequentially, which is less exact than `sum`.
         norms: Tensor = rows.abs().sum(-1) if p == 1 else torch.linalg.vector_norm(rows, p, dim=-1)
         if rows.dtype == torch.float32 or not (
             is_host_readable(norms) and bool(norms.isinf().any())

@@ -1,4 +1,4 @@
-"""What there is once in a process, however often this package is imported or reloaded in it."""
+"""Objects that exist once in a process, however often this package is imported or reloaded."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,8 +9,8 @@ T = TypeVar("T")
 
 
 def once(name: str, make: Callable[[], T]) -> T:
-    """What `make` returned when the first import asked for `name`."""
-    # Notebooks and tests drop modules and import them anew; torch stays.
+    """Return the result of `make()` from the first call for `name` in this process."""
+    # Kept on a module of torch: notebooks and tests import this package again, but not torch.
     kept: dict[str, T] = vars(torch.ops.fastclip).setdefault("_kept", {})
     if name not in kept:
         kept[name] = make()

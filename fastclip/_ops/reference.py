@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the default on any device, and what the kernels are tested against."""
+"""The ops in plain PyTorch: defaults on any device, and the reference in tests of kernels."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ def norms(
         members: list[list[int]] = [[] for _ in range(max(group, default=-1) + 1)]
         for index, g in enumerate(group):
             members[g].append(index)
-        # Picked without a copy of indices to the device.
+        # Indexed by Python, without copying indices to the device.
         every, empty = values.unbind(), values.new_full((), empty_norm(p))
         found = [norm_of(torch.stack([every[i] for i in m]), p) if m else empty for m in members]
         values = torch.stack(found) if found else values
@@ -85,7 +85,7 @@ def scale_(
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     _note_writes(tensors)
-    for some in _alike(tensors):
+    for some in _by_dtype_and_device(tensors):
         # torch refuses a bound that overflows the dtype.
         limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(some[0].dtype))
         if some[0].is_cpu or is_transformed():
@@ -119,7 +119,7 @@ def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def count_rows(tensor: Tensor) -> int:
-    """Slices along the first dimension of two or more; else the tensor is one."""
+    """Return the number of slices along dimension 0; 1 for a tensor of fewer than 2 dimensions."""
     return tensor.size(0) if tensor.dim() > 1 else 1
 
 
@@ -127,7 +127,7 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
     if group is None:
         return
     if rows:
-        raise ValueError("group: expected none with rows=True, a row is its own")
+        raise ValueError("group: expected None with rows=True, where each row is a group")
     if len(group) != count:
         raise ValueError(f"group: expected one index per tensor, {count}, got {len(group)}")
     if min(group, default=0) < 0:
@@ -135,8 +135,8 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
 
 
 def _note_writes(tensors: Sequence[Tensor]) -> None:
-    """Bump every version counter, and refuse before any tensor is written: torch would find out
-    while it writes."""
+    """Bump every version counter. Raise before any tensor is written, where torch would raise only
+    after it has written some."""
     if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
         raise RuntimeError(
             "a tensor made in inference mode cannot be changed in place outside of it; clone it"
@@ -145,8 +145,8 @@ def _note_writes(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Lists of tensors that have one dtype and device."""
+def _by_dtype_and_device(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Return lists of tensors of the same dtype and device."""
     found = defaultdict(list)
     for tensor in tensors:
         found[tensor.dtype, tensor.device].append(tensor)
@@ -154,8 +154,8 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> None:
-    """Multiply by one coefficient, in the precision of each tensor, float32 for halves."""
-    # A device multiplies by 1 rather than wait.
+    """Multiply by one coefficient, in the precision of each tensor but at least float32."""
+    # A coefficient on a device is not read: multiplying by 1 is better than to wait.
     if is_host_readable(coef):
         if bool(coef == 1):
             return
@@ -163,8 +163,8 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
             foreach_zero_(tensors)
             return
         may_zero = False
-    # The tensors that were measured last are in the cache yet.
-    for some in _alike(tensors[::-1]):
+    # In reverse: the tensors that were measured last are still in the cache.
+    for some in _by_dtype_and_device(tensors[::-1]):
         value = coef.to(some[0].device, _wide(some[0]))
         _multiply(some, value)
         if may_zero and is_transformed():
@@ -176,26 +176,26 @@ def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> No
 
 def _multiply(tensors: list[Tensor], coef: Tensor) -> None:
     """Multiply tensors of one dtype by a float32 or float64, and round each product once."""
-    # On the CPU a product with a 0-d float32 is taken in float32, also of halves.
+    # On the CPU a product with a 0-d float32 is computed in float32, also for half precision.
     if not is_transformed() and (tensors[0].dtype == coef.dtype or tensors[0].is_cpu):
         foreach_mul_(tensors, coef)
         return
     try:
         if is_transformed():
             raise NotImplementedError
-        # A GPU has one launch for all halves.
+        # On a GPU this is one launch for all tensors of half precision.
         foreach_unscale_(tensors, torch.zeros_like(coef).reshape(1), coef)
     except NotImplementedError:
         for tensor in tensors:
-            # With as many dimensions as the tensor, a float32 counts as one.
+            # A coefficient of as many dimensions as the tensor promotes the product to its dtype.
             tensor.mul_(coef.reshape([1] * tensor.dim()))
 
 
 def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Write zeros if `coef` is -0.0: the bits are multiplied by 0, since a NaN times 0 is NaN."""
+    """Write zeros if `coef` is -0.0, by multiplying integer views by 0, since 0 * NaN is NaN."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
-    # The bits of -0.0 are those of the least whole number.
+    # The bits of -0.0 are those of the least integer.
     is_kept = coef.reshape(1).view(own) != torch.iinfo(own).min
     foreach_mul_([t.view(theirs) for t in tensors], is_kept.to(theirs)[0])
 
@@ -205,7 +205,7 @@ def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
     if is_host_readable(coefs) and bool((coefs == 1).all()):
         return
     coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
-    # On the CPU torch copies halves to multiply them by float32: a few rows at once.
+    # A few rows at once, as torch on the CPU copies half precision to multiply it by float32.
     count = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
     for i in range(0, len(tensor), count):
         tensor[i : i + count].mul_(coefs[i : i + count])

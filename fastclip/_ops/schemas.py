@@ -1,7 +1,7 @@
-"""What every op is: its schema, its fake and its default.
+"""The definition of every op: its schema, fake implementation and default.
 
-A new op is one call of `define`, with a default in reference.py and a name in `__init__.py`; its
-kernels are registered in csrc/cpu and csrc/cuda, and its type is in csrc/tensor_list.h.
+To add an op, call `define`, write its default in reference.py, export it in `__init__.py`, register
+kernels in csrc/cpu and csrc/cuda, and declare its signature in csrc/tensor_list.h.
 """
 
 import warnings
@@ -26,7 +26,7 @@ def define(
     default: Callable[..., Any],
 ) -> None:
     libraries: dict[str, torch.library.Library] = once("libraries", dict)
-    # One that an earlier import of this package has defined goes with its library.
+    # If an earlier import of this package defined the op, it is gone once its library is freed.
     libraries.pop(name, None)
     libraries[name] = library = torch.library.Library("fastclip", "FRAGMENT")
     library.define(name + schema)
@@ -35,12 +35,12 @@ def define(
     library.impl(name, default if is_active else is_active, "FuncTorchDynamicLayerFrontMode")
 
 
-def _announced(default: Callable[..., Any]) -> Callable[..., Any]:
-    """`default`, with a warning where a GPU's gradients reach it that kernels might have served."""
+def _with_warning(default: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `default` with a warning if GPU tensors reach it because CUDA kernels cannot run."""
 
     def op(tensors: Sequence[Tensor], *args: Any) -> Any:
-        is_meant = not (tensors and tensors[0].is_cuda) or turned_off()
-        if not is_meant and (why := refusal(tensors[0].device)):
+        is_expected = not (tensors and tensors[0].is_cuda) or turned_off()
+        if not is_expected and (why := refusal(tensors[0].device)):
             warnings.warn(
                 f"fastclip's plain-PyTorch ops are in use for {tensors[0].device}: {why}",
                 stacklevel=2,
@@ -90,36 +90,36 @@ define(
     "norm",
     "(Tensor[] tensors, float p, bool wide=False) -> Tensor",
     _norm_fake,
-    _announced(reference.norm),
+    _with_warning(reference.norm),
 )
 define(
     "norms",
     "(Tensor[] tensors, float p, int[]? group=None, bool wide=False, bool rows=False) -> Tensor",
     _norms_fake,
-    _announced(reference.norms),
+    _with_warning(reference.norms),
 )
 define(
     "scale_",
     "(Tensor(a!)[] tensors, Tensor coef, int[]? group=None, bool rows=False) -> ()",
     _in_place_fake,
-    _announced(reference.scale_),
+    _with_warning(reference.scale_),
 )
 define(
     "clamp_",
     "(Tensor(a!)[] tensors, float bound) -> ()",
     _in_place_fake,
-    _announced(reference.clamp_),
+    _with_warning(reference.clamp_),
 )
 define(
     "clip_norm_",
     "(Tensor(a!)[] tensors, Tensor max_norm, float p, Tensor[]? norms=None) -> Tensor",
     _clip_norm_fake,
-    _announced(reference.clip_norm_),
+    _with_warning(reference.clip_norm_),
 )
 
 
 def _op(name: str) -> Callable[..., Any]:
-    """An op, found when it is called: an import of this package anew has defined it anew."""
+    """Return a function that looks up the op at each call, as a package reload redefines it."""
 
     def op(*args: Any, **kwargs: Any) -> Any:
         return getattr(torch.ops.fastclip, name)(*args, **kwargs)
@@ -138,7 +138,7 @@ def clip_norm_(
     p: float,
     norms: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """As the op; the threshold may be a number, of which the CPU holds the tensor."""
+    """Call the op; a threshold that is a number becomes a tensor, see `as_limit`."""
     device = tensors[0].device if tensors else torch.device("cpu")
     limit = as_limit(max_norm, device)
     total_norm: Tensor = torch.ops.fastclip.clip_norm_(tensors, limit, p, norms)

@@ -1,13 +1,13 @@
-"""What is spread over ranks: process groups, meshes of DTensors, and plans to put norms together.
+"""Distributed gradients: process groups, DTensor meshes, and plans to combine norms over ranks.
 
-Nothing but this room knows DTensors and collectives. It imports `_ops`, `_private` and
+No other package of fastclip uses DTensors or collectives. It imports `_ops`, `_private` and
 `_warnings`.
 """
 
 from .ddp import is_data_parallel, on_reduced_buckets
 from .failure import NUMBERS, Failure, raise_if_failed
 from .groups import as_groups, find_differing, is_alone, rank
-from .mesh import is_dtensor, local_of, placed, value_of
+from .mesh import is_dtensor, local_of, place_as, value_of
 from .parts import (
     PROTOCOL,
     all_reduce_members,

@@ -15,7 +15,7 @@ _task_id = private("torch._C._current_graph_task_id")
 
 
 def is_data_parallel(module: object) -> bool:
-    """Whether it averages in buckets, as all do but for the reducer in Python that is compiled."""
+    """Return whether this is a DDP module that averages in buckets, in the C++ reducer."""
     kind = torch.nn.parallel.DistributedDataParallel
     return isinstance(module, kind) and not attribute(module, "_use_python_reducer")
 
@@ -26,19 +26,19 @@ def on_reduced_buckets(
     finish: Callable[[], None],
     forget: Callable[[], None],
 ) -> None:
-    """Have a `DistributedDataParallel` average as it does, and call these.
+    """Register a hook that averages as a `DistributedDataParallel` does, and call these functions.
 
     `measure(number, parameters, bucket)` is called for each averaged bucket, and `finish()` at the
-    end of backward, when the gradients are in their places; `forget()` where a rank that has run
-    out of batches only takes part in the averages of the others.
+    end of backward, when every `.grad` is set. `forget()` is called instead if this rank has run
+    out of batches (`module.join()`) and only takes part in the averages of the others.
 
     Raises:
-        ValueError: it has a communication hook, and cannot have two.
+        ValueError: the module already has a communication hook, and cannot have two.
     """
-    # The module keeps the first argument of its hook, and could not be copied with a group there.
+    # Not passed as the hook's state: the module keeps that, and a process group cannot be copied.
     group = module.process_group
 
-    # torch looks at these annotations.
+    # register_comm_hook checks these annotations.
     def hook(
         _: None,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
@@ -56,10 +56,10 @@ def on_reduced_buckets(
         if has_joined:
             forget()
         elif bucket.is_last():
-            # After what the module itself has queued, which is later than this.
+            # Queued twice, to run after the callback that the module queues after this line.
             _queue(lambda: _queue(finish))
-        count = _sharers(module, group, has_joined)
-        # To the bit what the module does without a hook.
+        count = _divisor(module, group, has_joined)
+        # The same operations, to the bit, as the module's without a hook.
         buffer = bucket.buffer()
         buffer = buffer.div_(count) if buffer.is_sparse else buffer.mul_(1 / count)
         future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
@@ -70,16 +70,16 @@ def on_reduced_buckets(
         module.register_comm_hook(None, hook)
     except RuntimeError as error:
         raise ValueError(
-            "parameters: this DistributedDataParallel has a communication hook already, and takes "
-            f"no other; clip with clip_grad_norm_ ({error})"
+            "parameters: this DistributedDataParallel has a communication hook already; torch "
+            f"allows only one; clip with clip_grad_norm_ ({error})"
         ) from error
 
 
-def _sharers(module: Any, group: Any, has_joined: bool) -> int:
-    """The number of ranks by which a `DistributedDataParallel` divides.
+def _divisor(module: Any, group: Any, has_joined: bool) -> int:
+    """Return the number of ranks by which a `DistributedDataParallel` divides.
 
-    If it is asked to, it divides by that of the ranks that still have batches. It finds that out by
-    a collective of its own, whose result no hook sees.
+    In `module.join()` it may divide by the number of ranks that still have batches. It counts them
+    in a collective whose result hooks cannot read, so this counts them in a second one.
     """
     join = attribute(module, "_join_config")
     may_ask = join.enable and join.is_first_joinable

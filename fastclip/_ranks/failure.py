@@ -1,8 +1,8 @@
-"""How a rank that cannot take part in a sum tells the ranks that wait for it.
+"""How a rank that cannot take part in a sum announces that to the ranks that wait for it.
 
-It sends all that it owes: NaN for what it would have measured, and after that two numbers, which
-are 0 on every other rank and which no norm can swallow. Where the host of another rank can read
-them, it looks for the reason in the store of the job, and raises too.
+It takes part in every collective, with NaN for its norms. Two numbers follow the norms and are
+summed apart from them, and are 0 on a rank without a failure. A rank whose host can read their sums
+without a wait gets the reason from the job's store, and raises too.
 """
 
 import contextlib
@@ -18,31 +18,32 @@ from torch import Tensor
 from .._ops import is_host_readable, widest
 from .._private import private
 
-# How many ranks have failed, and the sum of the marks under which they leave their reasons.
+# The number of failed ranks, and the sum of the marks that are their keys in the store.
 NUMBERS = 2
-# A reason is left right after the last sum. Who does not find it by then raises without it.
+# A failed rank stores its reason right after the last sum. Ranks that wait longer than this for it
+# raise without the reason.
 PATIENCE = datetime.timedelta(seconds=5)
 
 
 class Failure:
-    """Why this rank cannot take part."""
+    """The error because of which this rank cannot take part in sums."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-        # Sums of them are exact in float64.
+        # At 28 bits, sums of marks are exact in float64.
         self.mark = 1 + secrets.randbits(28)
 
     def parts(self, count: int, device: torch.device | None) -> Tensor:
-        """What this rank sends instead of `count` parts, and the numbers."""
+        """Return NaN for `count` parts, then the two numbers, to send instead of norms."""
         device = device or torch.device("cpu")
         parts = torch.full((count + NUMBERS,), math.nan, dtype=widest(device), device=device)
         parts[-NUMBERS], parts[-NUMBERS + 1] = 1, self.mark
         return parts
 
     def announce(self) -> None:
-        """Leave the reason for the others, and raise: after the sums.
+        """Store the reason for the other ranks, and raise the error; call this after the sums.
 
-        The store may be gone, and a rank that waits for it would have the others wait.
+        The store may be gone, and before the sums a wait for it would hold up all ranks.
         """
         with contextlib.suppress(Exception):
             text = f"{type(self.error).__name__}: {self.error} (on rank {dist.get_rank()})"
@@ -51,14 +52,15 @@ class Failure:
 
 
 def raise_if_failed(numbers: Tensor) -> None:
-    """Raise what another rank has sent in its numbers, if the host can read them without a wait."""
+    """Raise if `numbers` say that a rank failed and the host can read them without a wait."""
     if not is_host_readable(numbers):
         return
     failures, marks = map(int, numbers.tolist())
     if not failures:
         return
-    why = "its own error says why"
-    # The one rank that failed is counted by all that heard of it. Of several no mark is known.
+    why = "see the error that it raised"
+    # If one rank failed, the sums may count it k times, and `marks` is k times its mark. The marks
+    # of several failed ranks cannot be told apart.
     mark, rest = divmod(marks, failures)
     with contextlib.suppress(Exception):
         if not rest:

@@ -17,7 +17,7 @@ Ranks = tuple[int, ...]
 
 
 class Key(NamedTuple):
-    """Identifies process groups: those of equal keys are one. Keys sort as Note [order] wants."""
+    """Identifies a process group. Keys sort in the order of Note [order] in mesh.py."""
 
     order: Ranks
     ranks: Ranks
@@ -27,7 +27,7 @@ Groups = dict[Key, Any]
 
 
 class Step(NamedTuple):
-    """A collective: its process group (its name in a graph), its device, which parts it sums."""
+    """A collective: its process group (in a graph, the name), its device, the parts it sums."""
 
     group: Any
     device: torch.device
@@ -38,7 +38,7 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
     if process_group is None:
         return ()
     kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh)
-    # Ranks add up over one group after the other: a set has another order in each process.
+    # Sums run over the groups in the given order; that of a set would differ between processes.
     several = isinstance(process_group, Sequence) and not isinstance(process_group, str)
     asked = tuple(process_group) if several else (process_group,)
     for group in asked:
@@ -52,7 +52,7 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
 
 
 def groups_of(asked: Iterable[Any]) -> list[Any]:
-    """The process groups, a mesh's in the order of its dimensions."""
+    """Return the process groups, with each mesh replaced by those of its dimensions, in order."""
     groups: list[Any] = []
     for some in asked:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
@@ -60,8 +60,8 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
     return groups
 
 
-def reached(asked: Iterable[Any]) -> frozenset[int]:
-    """The ranks that sums over `asked`, one after the other, come to from this rank."""
+def reachable_ranks(asked: Iterable[Any]) -> frozenset[int]:
+    """Return the ranks whose values a sum over each of `asked` in turn brings to this rank."""
     if not asked:
         return frozenset()
     me = dist.get_rank()
@@ -70,16 +70,16 @@ def reached(asked: Iterable[Any]) -> frozenset[int]:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
-        # This assumes that the groups of every rank have the same offsets, as those of a grid have.
+        # Assume that groups of different ranks have the same offsets, as in a grid.
         reach = frozenset(rank + other - me for rank in reach for other in ranks)
     return reach
 
 
 def by_key(groups: Iterable[Any]) -> Groups:
-    """The groups, in the order in which they are asked for, without those of one rank.
+    """Return process groups by their keys, in the given order, without groups of a single rank.
 
     Raises:
-        ValueError: two of them share more than this rank.
+        ValueError: two of the groups have more than this rank in common.
     """
     found = {Key((), ranks_of(group)): group for group in groups if group.size() > 1}
     for (_, ranks), (_, others) in itertools.combinations(found, 2):
@@ -92,10 +92,10 @@ def by_key(groups: Iterable[Any]) -> Groups:
 
 
 def group_steps(process_groups: Sequence[list[Any]]) -> list[Step]:
-    """The collectives over the process groups that each group has asked for, in their order.
+    """Return the collectives over process groups, listed for each group of gradients, in order.
 
     Raises:
-        ValueError: two process groups of one group share more than this rank.
+        ValueError: two process groups of one list have more than this rank in common.
     """
     found: Groups = {}
     members: dict[Key, list[int]] = {}
@@ -111,21 +111,21 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def age_of(group: Any) -> int:
-    """The number of a process group among those of this rank, in the order they were made in.
+    """Return the index of a process group in the order in which this rank created its groups.
 
-    Ranks make a group together, so of two groups the older is the same one on all their ranks. The
-    private dict is the one that `get_process_group_ranks` reads, and nothing else has that order.
+    Ranks create a group together, so all ranks of two groups agree on which is older. Only the
+    private dict that `get_process_group_ranks` reads has this order.
     """
-    # Looked up each time: whoever runs ranks as threads exchanges it.
+    # Looked up at each call, as code that runs ranks as threads replaces `_world`.
     world = private("torch.distributed.distributed_c10d._world")
     return list(attribute(world, "pg_group_ranks")).index(group)
 
 
 def device_of(group: Any, wanted: str | None = None) -> torch.device:
-    """The device on which a process group communicates, the same on all its ranks.
+    """Return the device on which a process group communicates, the same on all its ranks.
 
-    It is of the `wanted` type, if the group has a backend there; else the accelerator, if that has
-    a backend of its own, as NCCL is; else the CPU.
+    It has the `wanted` type if the group has a backend for that; else it is the accelerator if the
+    group has a backend for it alone, such as NCCL; else the CPU.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     if wanted in backends:
@@ -142,15 +142,15 @@ def is_alone() -> bool:
 
 
 def rank() -> int | None:
-    """This process's, where there are process groups."""
+    """Return the rank of this process; None if torch.distributed is not initialized."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
 
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
-    """Reduce `values`, in place where they are on the step's device."""
+    """Return `values` reduced over the step's ranks; in place if they are on its device."""
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
-    # What dist.all_reduce comes to, without ten microseconds of looking at its arguments.
+    # What dist.all_reduce calls in the end, without its ten microseconds of argument checks.
     step.group.allreduce([moved], _options(op)).wait()
     return moved.to(values.device) if elsewhere else moved
 
@@ -163,7 +163,7 @@ def _options(op: str) -> Any:
 
 
 def find_differing(numbers: list[int], steps: Iterable[Step]) -> int | None:
-    """Find the first of the numbers that differs on some rank of the steps; wait for the device."""
+    """Return the index of the first number that differs between ranks; wait for the device."""
     with without_modes():
         own = torch.tensor([*numbers, *(-n for n in numbers)], dtype=torch.float64, device="cpu")
         most = own.clone()

@@ -1,6 +1,6 @@
-"""DTensors: which part of one is on this rank, and over which ranks the rest is spread.
+"""DTensors: which part of one is on this rank, and over which ranks it is sharded.
 
-Their private `_spec` and `_local_tensor` cost nanoseconds where `to_local()` costs microseconds.
+Reading the private `_spec` and `_local_tensor` costs nanoseconds, `to_local()` microseconds.
 """
 
 import itertools
@@ -15,20 +15,20 @@ from .._ops import without_modes
 from .._private import attribute, private
 from .groups import Groups, Key, Step, age_of, device_of, ranks_of
 
-# Where a DTensor keeps its layout and what is on this rank; the fields in which two layouts have to
-# be equal.
+# The attributes of a DTensor for its layout and its local tensor; a gradient's layout must equal
+# its parameter's in FIELDS.
 LAYOUT = "_spec"
 INNER = "_local_tensor"
 FIELDS = ("mesh", "placements")
 
 
 class Slot(NamedTuple):
-    """Gradients of one mesh that are spread over the same groups.
+    """The gradients of one mesh that are sharded over the same process groups.
 
-    Ranks send each other the numbers of their slots without names, so slots are told apart by what
-    all ranks of a mesh know: its ranks, of which `number` stands for one set; 0 where nothing is
-    sent. `counts_for_mesh` says whether it is this rank that enters the sum of the mesh in sums
-    beyond it.
+    Ranks send the parts of slots without names, so slots are identified by facts that all ranks of
+    a mesh know. `number` stands for the set of ranks of the mesh; it is 0 if nothing is sent.
+    `counts_for_mesh` is true on the one rank that adds the sum over the mesh to later sums over
+    process groups.
     """
 
     groups: frozenset[Key]
@@ -39,15 +39,15 @@ class Slot(NamedTuple):
 class Mesh:
     """The ranks of a device mesh, and its process groups in an order that all ranks share.
 
-    Note [order]: ranks of a mesh add up along one dimension after the other, so all must begin with
-    the same one, whatever other meshes share its groups. Of the 2 x 2 mesh
+    Note [order]: ranks of a mesh sum along one dimension after the other, so all must begin with
+    the same dimension, even if other meshes share some of its groups. In the 2 x 2 mesh
 
         0 1      dimension 0: groups {0, 2} and {1, 3}, distances 0, 2
         2 3      dimension 1: groups {0, 1} and {2, 3}, distances 0, 1
 
-    all ranks begin with dimension 1: the distances between the ranks of a group tell the dimension,
-    if they are the same all over the mesh. Else it is told by its number, with the shape and the
-    ranks of the mesh, and comes after all others.
+    all ranks begin with dimension 1. Groups are sorted by the distances of their ranks from the
+    first, if all groups of a dimension have the same distances. Otherwise the key is the index of
+    the dimension with the mesh's shape and ranks, which sorts after all distances.
     """
 
     def __init__(self, mesh: Any, others: Collection["Mesh"]) -> None:
@@ -56,7 +56,7 @@ class Mesh:
             self.ranks = ranks = tuple(mesh.mesh.flatten().tolist())
             lines = [mesh.mesh.movedim(d, -1).reshape(-1, mesh.size(d)) for d in range(mesh.ndim)]
             self.is_even = all(bool((ln - ln[:, :1] == ln[:1] - ln[0, 0]).all()) for ln in lines)
-        # All its ranks know this of it.
+        # All ranks of the mesh have the same value.
         self.known = (ranks, tuple(mesh.shape))
         self.number: int = 1 + len(others)
         for other in others:
@@ -64,7 +64,7 @@ class Mesh:
                 self.number = other.number
         self.groups: Groups = {}
         self.keys: list[Key] = []
-        # A rank outside holds nothing.
+        # A rank outside of the mesh holds no shard.
         for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
             members = ranks_of(group := mesh.get_group(dim))
             alone = (1, dim, *mesh.shape, *ranks)
@@ -74,9 +74,9 @@ class Mesh:
                 self.groups[key] = group
 
     def slot(self, placements: Sequence[Any], rows: bool, reach: frozenset[int]) -> Slot:
-        """The slot of a gradient placed so; with `rows`, of each of its slices along dimension 0.
+        """Return the slot of a gradient with these placements, or with `rows` that of its rows.
 
-        All ranks of the mesh have the same sums: of those within `reach`, one counts for it.
+        All ranks of the mesh have the same sums, so only the first one in `reach` counts for it.
         """
         me = dist.get_rank()
         counts_for_mesh = me == min(reach.intersection(self.ranks), default=me)
@@ -92,7 +92,7 @@ class Mesh:
 
 
 def mesh_steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
-    """The collectives over all groups of the meshes, in the order of Note [order]."""
+    """Return the collectives over all groups of the meshes, in the order of Note [order]."""
     found: dict[Key, list[tuple[str, Any]]] = {}
     for mesh in meshes:
         for key, group in mesh.groups.items():
@@ -105,20 +105,20 @@ def mesh_steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
 
 
 def _precedence(choice: tuple[str, Any]) -> Any:
-    """Order process groups of the same ranks alike on all of these ranks.
+    """Return a key by which all ranks sort process groups of the same ranks in the same order.
 
-    A group's name would not do: that may be another on each of its ranks.
+    The name of a group would not do: it may differ between its ranks.
     """
     device_type, group = choice
     return device_type == "cpu", device_type, age_of(group)
 
 
 def find_crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None:
-    """Say why two of the meshes cannot share a norm, if any two cannot.
+    """Return the reason why two of the meshes cannot share a norm; None if all can.
 
-    They meet in this rank only and are not lines of one grid: each rank would take the norm of
-    other gradients, and shards of one gradient would be scaled differently. Two lines of a grid
-    share no distance; meshes cut from one root are a grid's.
+    Two meshes with only this rank in common must be lines of one grid. Otherwise ranks would
+    measure different sets of gradients, and scale shards of one gradient differently. Meshes are
+    lines of a grid if they have one root mesh, or no distance between ranks in common.
     """
     even = [mesh for mesh in meshes if mesh.is_even]
     for one, other in itertools.combinations(even, 2):
@@ -130,15 +130,15 @@ def find_crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None
             if len(both) == len(ranks) + len(others) - 1 and here & there:
                 return (
                     f"parameters: some are spread over ranks {list(ranks)}, others over ranks "
-                    f"{list(others)}, which have only rank {dist.get_rank()} in common: no norm is "
-                    "the same on all of them; clip the two by themselves, or pass as process_group "
-                    "one that holds all these ranks"
+                    f"{list(others)}, which have only rank {dist.get_rank()} in common, and so "
+                    "cannot share a norm; clip the two sets separately, or pass a process_group "
+                    "that contains all these ranks"
                 )
     return None
 
 
 def is_dtensor(value: object) -> TypeGuard["dist.tensor.DTensor"]:
-    # Whoever has a DTensor has imported it; nobody else should have to.
+    # Where a DTensor exists, this module is imported; do not import it for other users.
     module = getattr(dist, "tensor", None)
     return module is not None and isinstance(value, module.DTensor)
 
@@ -148,7 +148,7 @@ def layout_of(item: Tensor) -> Any:
 
 
 def value_of(tensor: Tensor) -> Tensor:
-    """A tensor that is the same on all ranks, as a plain one."""
+    """Return the whole of a DTensor as a plain tensor; a plain tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
     here = all(p.is_replicate() for p in tensor.placements)
@@ -156,11 +156,11 @@ def value_of(tensor: Tensor) -> Tensor:
     return found
 
 
-def placed(tensor: Tensor, layout: Any, name: str) -> Tensor:
-    """`tensor` if it is placed so, else a redistributed copy. Nothing stays partial.
+def place_as(tensor: Tensor, layout: Any, name: str) -> Tensor:
+    """Return `tensor`, redistributed if its placements differ; Partial ones become Replicate.
 
     Raises:
-        TypeError: its mesh is another; or only one of the two, it and `layout`, knows a mesh.
+        TypeError: the meshes of `tensor` and `layout` differ, or only one of the two has a mesh.
     """
     if layout is None and not is_dtensor(tensor):
         return tensor
@@ -175,7 +175,7 @@ def placed(tensor: Tensor, layout: Any, name: str) -> Tensor:
 
 
 def replicated(mesh: Any, dtype: torch.dtype) -> Any:
-    """The layout of a number that all ranks of a mesh have."""
+    """Return the layout of a 0-d DTensor that is replicated over a mesh."""
     spec = private("torch.distributed.tensor._dtensor_spec.DTensorSpec")
     meta = private("torch.distributed.tensor._dtensor_spec.TensorMeta")
     placements = (dist.tensor.Replicate(),) * mesh.ndim
@@ -187,6 +187,6 @@ def as_replicated(value: Tensor, layout: Any) -> Tensor:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank, as a plain one."""
+    """Return the local tensor of a DTensor; a plain tensor as it is."""
     found: Tensor = attribute(tensor, INNER) if is_dtensor(tensor) else tensor
     return found

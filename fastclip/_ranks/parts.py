@@ -1,14 +1,14 @@
-"""Parts of norms: the numbers that ranks add up, and by which collectives.
+"""Parts of norms: the numbers that ranks add up, and the collectives that add them.
 
-Several travel in one float64 vector, which every rank of a step sends in one length and order:
+All ranks of a step send one float64 vector of the same length and order:
 
-    over meshes     a part of each slot | a flag of each group | the numbers of failure.py
-    beyond          a part of each group | the numbers | whether a gradient is float64
+    over a mesh           a part of each slot | a flag of each group | the numbers of failure.py
+    over process groups   a part of each group | the numbers | whether a gradient is float64
 
-A flag is 0, or infinite or NaN if the group's norm is so on a rank.
+Slots and groups are defined in `Reduction`. A flag is 0, or infinite or NaN if the group's norm is
+infinite or NaN on a rank.
 
-A new order of norms is a case of `as_parts`, `add_parts`, `_reduce` (its collectives) and
-`as_norms`.
+To add an order of norms, add a case to `as_parts`, `add_parts`, `_reduce` and `as_norms`.
 """
 
 import math
@@ -24,10 +24,10 @@ from .groups import Step
 
 _traced_all_reduce = private("torch.distributed._functional_collectives.all_reduce")
 
-# The number of the protocol: another one whenever what ranks send each other changes.
+# The version of the protocol, to increase whenever the numbers that ranks send change.
 PROTOCOL = 2
-# Up to this order the power of a norm of float32 gradients, from 2^-149 to 2^128, fits float64, and
-# powers are added up. Norms of higher orders are put together relative to the largest.
+# Up to this order, powers of norms of float32 gradients, from 2^-149 to 2^128, fit float64 and are
+# added up. Norms of higher orders are first divided by the largest.
 MOST_ADDED = 6
 
 
@@ -36,9 +36,9 @@ def _adds(p: float) -> bool:
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:
-    """Turn norms into parts of order |p|: their powers, if powers of that order fit float64.
+    """Return the parts of norms: their |p|-th powers, if powers of that order fit float64.
 
-    A norm of a negative order is one over the norm of the reciprocals of the elements.
+    For p < 0 the reciprocals are taken first, as 1 / norm is the norm of order |p| of 1 / elements.
     """
     norms = norms.reciprocal() if p < 0 else norms
     return norms ** abs(p) if p and _adds(abs(p)) else norms
@@ -46,7 +46,7 @@ def as_parts(norms: Tensor, p: float) -> Tensor:
 
 def add_parts(parts: Tensor, p: float) -> Tensor:
     if p == 0:
-        # How many are not 0, but NaN if one is.
+        # The number of nonzero parts; NaN if one is NaN.
         return norm_of(parts, 0) + 0 * parts.sum()
     return parts.sum() if _adds(p) else norm_of(parts, p)
 
@@ -57,9 +57,9 @@ def as_norms(parts: Tensor, p: float) -> Tensor:
 
 
 def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
-    """Make all parts of a group infinite or NaN where one of them is; `counts` slots are a group's.
+    """Make all parts of a group infinite or NaN if one is; `counts` holds its number of slots.
 
-    Its flag becomes so too, which tells ranks that have other slots.
+    The group's flag becomes infinite or NaN too, for ranks that have different slots.
     """
     slots, flags, numbers = parts.split([parts.numel() - beside, len(counts), NUMBERS])
     if is_host_readable(parts) and math.isfinite(float(parts.sum())):
@@ -73,7 +73,7 @@ def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
 def combine_slots(
     parts: Tensor, members: list[list[int]], beside: int, p: float
 ) -> tuple[Tensor, Tensor]:
-    """Add up the members of each group, of which its flag is one; return those, and the numbers."""
+    """Return the sum of each group's members, one of which is its flag; and the numbers."""
     numbers = parts[parts.numel() - min(beside, NUMBERS) :]
     slots = parts[: parts.numel() - numbers.numel()]
     sums = [add_parts(_pick(slots, some), p) for some in members]
@@ -81,12 +81,12 @@ def combine_slots(
 
 
 def _pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
-    """Pick parts, or a zero for none, without a copy of indices to the device."""
+    """Return the parts of `members`, or one 0 if empty, without copying indices to the device."""
     if not members:
         return parts.new_zeros(1)
     first, end = members[0], members[-1] + 1
     if end - first == len(members):
-        # They lie together.
+        # They are consecutive.
         if sizes is not None:
             first, end = sum(sizes[:first]), sum(sizes[:end])
         return parts[first:end]
@@ -97,9 +97,9 @@ def _pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> 
 def all_reduce_members(
     step: Step, parts: Tensor, p: float, beside: int, sizes: list[int] | None = None
 ) -> Tensor:
-    """Add up the members of a step over its ranks; `parts` may be written.
+    """Return `parts` with the members of a step summed over its ranks; may write to `parts`.
 
-    `sizes` holds how many parts each member has. The last `beside` of them are no norms.
+    Member i has `sizes[i]` parts. The last `beside` parts are flags and numbers, not norms.
     """
     reduced = _reduce(step, _pick(parts, step.members, sizes), p, beside)
     if reduced.numel() == parts.numel():
@@ -118,17 +118,17 @@ def _reduce(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
     if math.isinf(p) or most.numel() == beside:
         return most
     norms, rest = most.split([most.numel() - beside, beside])
-    # Relative to the largest, for no power to overflow.
+    # Divided by the largest, so that no power overflows.
     unit = norms.where((norms > 0) & norms.isfinite(), 1)
     powers = _all_reduce(step, (parts[: norms.numel()] / unit) ** p, "SUM")
     return torch.cat([(unit * powers ** (1 / p)).where(norms.isfinite(), norms), rest])
 
 
 def _largest(step: Step, parts: Tensor) -> Tensor:
-    """Return the largest of each part, NaN above all: a backend's maximum of floats may lose NaN.
+    """Return the largest of each part over ranks; a NaN wins, which a float MAX may not ensure.
 
-    As whole numbers the bits of floats >= 0 are in the order of the floats, and NaN comes last. The
-    sign bit, which a NaN may have, is cleared.
+    Viewed as integers, floats >= 0 keep their order, and NaN is the largest. The sign bit, which a
+    NaN may have, is cleared.
     """
     whole = torch.int64 if parts.dtype == torch.float64 else torch.int32
     bits = parts.view(whole) & torch.iinfo(whole).max

@@ -1,8 +1,8 @@
-"""Plans: what is kept of a list of parameters: its reduction, and how the extension reads it.
+"""Plans: the reduction of a list of parameters and the extension's reader, kept between calls.
 
-A plan is made of the parameters alone, never of gradients, so that every rank takes part in the
-same collectives in the same order whatever it holds. Gradients that are not placed as their
-parameters are redistributed first, each by a collective of its size.
+A plan depends on the parameters alone, never on gradients, so that every rank takes part in the
+same collectives in the same order, whichever gradients it has. A gradient whose placements differ
+from its parameter's is redistributed first, in a collective of its size.
 """
 
 import operator
@@ -24,14 +24,14 @@ from .mesh import (
     is_dtensor,
     layout_of,
     local_of,
-    placed,
+    place_as,
     replicated,
 )
 from .reduction import Asked, Kind, reduction
 
 
 class Plan:
-    """What is known of a list of parameters or tensors, as long as it has these very layouts."""
+    """How to read and reduce a list of tensors; valid as long as it has the same layout objects."""
 
     def __init__(
         self,
@@ -44,16 +44,16 @@ class Plan:
         self.asked = asked
         self.reduction = reduction(layouts, asked, kind, group_of)
         self.device = getattr(items[0], "device", None) if items else None
-        # Of ROWS, how many each item has here.
+        # For kind ROWS, the number of rows that each item has on this rank.
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
         wide = (torch.float64, torch.complex128)
-        # This rank may have no gradients.
+        # From layouts, as this rank may have no gradients.
         self.wide = any(layout.tensor_meta.dtype in wide for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
             layout.mesh == layouts[0].mesh for layout in layouts
         )
-        # The only mesh, if there is one: of that is the result a DTensor.
+        # The mesh, if all items are DTensors of one mesh: `result` then returns a DTensor.
         self.mesh = layouts[0].mesh if one else None
         self._result_layouts: dict[torch.dtype, Any] = {}
         self._wrapped: Any = None
@@ -61,8 +61,8 @@ class Plan:
         if _ops.extension is not None and not partial:
             of = self.reduction.slot_of
             self._wrapped = _ops.extension.Wrapped(layouts, of, LAYOUT, INNER, FIELDS)
-        # Addresses tell layouts apart as long as all are alive, and the plan is for them so long.
-        # A callback that knew the plan would keep it until the cycle collector comes.
+        # Layouts are compared by address, so the plan is valid only while all of them are alive.
+        # Callbacks refer to `alive`, not to the plan: that cycle would last until the GC runs.
         self._addresses = list(map(id, layouts))
         self._alive = alive = [True]
         self._watched = {
@@ -71,34 +71,34 @@ class Plan:
         self._has_warned = False
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
-        """Have the extension read the items; None where Python has to look at each.
+        """Return the gradients that the extension reads; None if Python has to read each item.
 
-        Always None where `items` are others than the plan was made for.
+        The result is None also if `items` are not those that the plan was made for.
         """
         if self._wrapped is None or _ops.extension is None:
             return None
         try:
             return self._wrapped.read_grads(items) if write else self._wrapped.take_tensors(items)
         except Exception:
-            # Whoever looks at each meets it again, and tells the other ranks.
+            # `look` then raises the same error, which is announced to the other ranks.
             return None
 
     def is_for(self, asked: Asked) -> bool:
         if not self._alive or asked is self.asked:
             return bool(self._alive)
-        # A slice of a mesh is a new object each time, with the groups of the last time.
+        # Each slicing of a mesh makes a new object, but with the same process groups.
         now, own = map(groups_of, asked), self.reduction.process_groups
         return [list(map(id, some)) for some in now] == [list(map(id, some)) for some in own]
 
     def fits(self, layouts: Sequence[Any]) -> bool:
-        """Whether this is the plan for items of these layouts."""
+        """Return whether the plan was made for these layouts."""
         return len(layouts) == len(self._addresses) and all(
             map(operator.eq, map(id, layouts), self._addresses)
         )
 
     def local(self, item: Tensor, tensor: Any, name: str, write: bool) -> tuple[Tensor, Tensor]:
-        """`tensor`, the gradient of an item or the item, placed as planned; and what is here."""
-        wrapper: Any = placed(tensor, layout_of(item), name)
+        """Return `tensor`, an item or its gradient, placed like the item; and its local tensor."""
+        wrapper: Any = place_as(tensor, layout_of(item), name)
         if wrapper is not tensor:
             if not self._has_warned:
                 warn(
@@ -112,7 +112,7 @@ class Plan:
         return wrapper, local_of(wrapper)
 
     def result(self, norm: Tensor) -> Tensor:
-        """Return a 0-d norm as the caller gets it; `PlanOfGraph.result` does so in a graph."""
+        """Return a 0-d norm, as a DTensor if all items are DTensors of one mesh."""
         if self.mesh is None:
             return norm
         layout = self._result_layouts.get(norm.dtype)
@@ -121,9 +121,9 @@ class Plan:
         return as_replicated(norm, layout)
 
 
-# The plans of lists, by the address of their first DTensor's layout, each with the reference that
-# takes it away when that layout dies: a tensor that anything refers to weakly could no longer be
-# swapped, as Module.to() swaps parameters.
+# The plans by the address of the first DTensor's layout, each with a weak reference that removes it
+# when that layout dies. The reference is not to the tensor, because `torch.utils.swap_tensors`, by
+# which Module.to() may exchange parameters, refuses tensors with weak references.
 _plans: tuple[dict[int, tuple[Plan, Any]], ...] = tuple({} for _ in Kind)
 
 
@@ -132,15 +132,15 @@ def is_spread(items: Sequence[Any]) -> bool:
 
 
 def plan_of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
-    """The plan for a list without DTensors, however long, of one group."""
+    """Return the plan for one group without DTensors, which is the same for any length."""
     return Plan(items[:1], [None] * len(items[:1]), asked)
 
 
 def find_plan(items: Sequence[Tensor], asked: Asked, write: bool, kind: Kind) -> tuple[Plan, Any]:
-    """Find or make the plan for these parameters or tensors, and what the extension reads by it.
+    """Return a kept or new plan for these items, and the result of its `read`.
 
     Raises:
-        ValueError: of several process groups two share more than this rank.
+        ValueError: two of several process groups have more than this rank in common.
     """
     key = next((layout_of(item) for item in items if is_dtensor(item)), None)
     plans, address = _plans[kind], id(key)
@@ -159,7 +159,7 @@ def follow(
     kind: Kind = Kind.TOTAL,
     group_of: Sequence[int] | None = None,
 ) -> tuple[Plan, Any]:
-    """As `find_plan`, by the `plan` at hand, or by a new one if that is for other items."""
+    """Do as `find_plan`, with the given `plan` if it is for these items, else with a new one."""
     if plan is not None and not plan.is_for(asked):
         plan = None
     grads = None if plan is None else plan.read(items, write)
@@ -169,6 +169,6 @@ def follow(
             plan = Plan(items, layouts, asked, kind, group_of)
         grads = plan.read(items, write)
     if kind is Kind.ROWS:
-        # A layout does not tell them: plain tensors have none.
+        # Counted in each call: plain tensors have no layout by which a change would be noticed.
         plan.sizes = [_ops.count_rows(local_of(i)) if isinstance(i, Tensor) else 1 for i in items]
     return plan, grads

@@ -1,8 +1,8 @@
 """Which ranks add up the norms of which gradients: a pure function of where gradients are placed.
 
-Gradients of one group that are spread over the same ranks are a slot, with one number to add up:
-first over the dimensions of its mesh, then, with the other slots of the group, over the process
-groups that are asked for. parts.py says by which collectives.
+The gradients of one group that are sharded over the same ranks form a slot, which has one number
+to add up: first over the dimensions of its mesh; then, together with the other slots of the group,
+over the process groups that the caller passed. The collectives are in parts.py.
 """
 
 import enum
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .failure import NUMBERS
-from .groups import Step, group_steps, groups_of, reached
+from .groups import Step, group_steps, groups_of, reachable_ranks
 from .mesh import Mesh, Slot, find_crossing, mesh_steps
 
-# The process groups, or meshes, that are asked for, of each group.
+# For each group of gradients, the process groups or meshes that the caller passed.
 Asked = Sequence[tuple[Any, ...]]
 NONE: Asked = ((),)
 
 
 class Kind(enum.IntEnum):
-    """Which norms a plan is for: of all together, of each tensor, or of each row.
+    """Which norms a plan is for: that of all tensors together, of each tensor, or of each row.
 
-    COUNT is one norm of order 0: how many tensors have a norm that is not 0.
+    COUNT is for one norm of order 0, which is the number of tensors with a nonzero norm.
     """
 
     TOTAL = 0
@@ -37,35 +37,35 @@ class Kind(enum.IntEnum):
 
     @property
     def is_each(self) -> bool:
-        """Whether each item has norms of its own."""
+        """Return whether each item has norms of its own."""
         return self in (Kind.EACH, Kind.ROWS)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """This rank's share of the collectives; all other ranks of a step hold matching ones.
+    """The collectives that this rank takes part in; the other ranks of a step plan the same ones.
 
-    A group is what has one norm. A slot is those gradients of a group that are spread over the same
-    process groups.
+    A group is a set of gradients with one norm. A slot holds the gradients of a group that are
+    sharded over the same process groups.
     """
 
     kind: Kind
-    # The process groups that are asked for, of each group.
+    # For each group, the process groups that the caller passed.
     process_groups: list[list[Any]]
-    # Of each item its slot, and of each slot its group.
+    # The slot of each item, and the group of each slot.
     slot_of: list[int]
     group_of: list[int]
-    # Of each group how many slots there are, and which of them this rank counts in sums beyond
-    # their meshes; after those its flag, if it has one.
+    # For each group, the number of its slots; and the indices of those that this rank contributes
+    # to sums over process groups, followed by that of the group's flag, if there are flags.
     counts: list[int]
     members: list[list[int]]
-    # How many numbers are sent over meshes besides a part of each slot: see parts.py.
+    # The number of values that are sent after the parts of slots over meshes: see parts.py.
     beside: int
-    # First over meshes, of slots; those that cut none are only for ranks to agree.
+    # First the sums of slots over meshes. Steps in which no slot is sharded only let ranks agree.
     mesh_steps: list[Step]
-    # Then over the process groups that are asked for, of groups.
+    # Then the sums of groups over the process groups that the caller passed.
     group_steps: list[Step]
-    # Why ranks cannot have one norm, if they cannot.
+    # The reason why the gradients of a group cannot share one norm; None if they can.
     crossing: str | None
 
     @functools.cached_property
@@ -74,27 +74,27 @@ class Reduction:
 
     @functools.cached_property
     def adding_steps(self) -> list[Step]:
-        """The steps over meshes that cut a slot."""
+        """Return the steps over meshes in which a slot is sharded."""
         return [step for step in self.mesh_steps if len(step.members) > self.beside]
 
 
 def reduction(
     layouts: Sequence[Any], asked: Asked, kind: Kind, group_of: Sequence[int] | None = None
 ) -> Reduction:
-    """Plan the sums for items of these layouts, None for a plain one, by the group of each.
+    """Plan the sums for items with these layouts, which are None for plain tensors.
 
-    All are of group 0 if `group_of` is not given. For EACH and ROWS each item is a group.
+    `group_of` is the group of each item, by default 0. For EACH and ROWS each item is a group.
 
     Raises:
-        ValueError: two process groups that are asked for share more than this rank.
+        ValueError: two process groups in `asked` have more than this rank in common.
     """
     process_groups = list(map(groups_of, asked))
     if kind.is_each:
         group_of, asked = range(len(layouts)), [()] * len(layouts)
     group_of = [0] * len(layouts) if group_of is None else group_of
-    # Items that share a slot if they are placed alike.
+    # Items with one owner share a slot if they are placed alike.
     owners = group_of if kind is Kind.TOTAL else range(len(layouts))
-    reaches = list(map(reached, asked))
+    reaches = list(map(reachable_ranks, asked))
     places = _places(layouts, kind)
     slot_at = functools.cache(Place.slot)
     keys = list(zip(owners, places, strict=True))
@@ -128,7 +128,7 @@ def reduction(
 
 
 class Place:
-    """One mesh and placements, which many items share; plain items have no mesh."""
+    """A mesh and placements, which many items may share; the mesh of plain items is None."""
 
     def __init__(self, mesh: Mesh | None, placements: Sequence[Any], rows: bool) -> None:
         self.mesh, self.placements, self.rows = mesh, placements, rows
@@ -140,7 +140,7 @@ class Place:
 
 
 def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
-    """The place of each item. There are few different ones, and all else is computed by place."""
+    """Return the place of each item. Slots are computed once for each of the few places."""
     plain = Place(None, (), False)
     meshes: dict[int, Mesh] = {}
     found: dict[Any, Place] = {}
@@ -162,7 +162,7 @@ def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
 def _collectives(
     places: Sequence[Place], slots: Sequence[Slot], process_groups: list[list[Any]], flags: int
 ) -> tuple[int, list[Step], list[Step]]:
-    """How many numbers go beside slots, the steps over meshes and those over process groups."""
+    """Return `beside`, the steps over meshes and the steps over process groups."""
     meshes = dict.fromkeys(place.mesh for place in places if place.mesh is not None)
     over_meshes, beyond = mesh_steps(meshes, slots), group_steps(process_groups)
     beside = flags + NUMBERS if over_meshes or beyond else 0
@@ -174,15 +174,15 @@ def _collectives(
 
 
 def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
-    """Owners and slots, in an order on which ranks agree: they send vectors without names.
+    """Return pairs of owner and slot in an order that ranks agree on, as they send no names.
 
-    First by what every rank of a mesh agrees on, so that all add up in the same order.
+    The order depends on facts that all ranks of a mesh know, so that all sum in the same order.
     """
     known: dict[Slot, tuple[Any, ...]] = {}
     for slot, place in {(slot, place) for (_, place), slot in found.items()}:
         mesh = place.mesh.known if place.mesh is not None else ()
         known[slot] = min(mesh, known.get(slot, mesh))
-    # From the last step down: what the first steps take then often lies together, at the end.
+    # By the last step first: the members of the first steps are then often consecutive, at the end.
     orders = {slot: sorted((o for o, _ in slot.groups), reverse=True) for slot in known}
     order = {slot: (orders[slot], mesh) for slot, mesh in known.items()}
     pairs = {(owner, slot) for (owner, _), slot in found.items()}

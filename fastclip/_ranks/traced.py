@@ -1,4 +1,4 @@
-"""DTensors in a graph of `torch.compile`: what of a plan a graph holds, as constants."""
+"""Plans for DTensors in a graph of `torch.compile`, which holds them as constants."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ Dims = tuple[int, ...]
 
 
 class Constants(NamedTuple):
-    """A `Reduction` of one norm."""
+    """The fields of a `Reduction` of one norm that a graph needs."""
 
     kind: Kind
     slot_of: Dims
@@ -30,7 +30,7 @@ class Constants(NamedTuple):
 
 
 class PlanOfGraph:
-    """A `Plan` of one mesh: the graph sends what is sent without it."""
+    """A `Plan` of one mesh; its collectives are the same as those of a `Plan` outside of graphs."""
 
     sizes = None
 
@@ -47,17 +47,17 @@ class PlanOfGraph:
 
 
 def plan_of_graph(items: Sequence[Tensor], write: bool) -> PlanOfGraph | None:
-    """None if a graph cannot hold the gradients of these items, or the items themselves."""
-    found = _cuts(items, write)
+    """Return a plan; None if a graph cannot hold these items, or if `write` their gradients."""
+    found = _sharded_dims(items, write)
     constants = None if found is None else _constants_of(*found)
     return None if found is None or constants is None else PlanOfGraph(items, found[0], constants)
 
 
-def _cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] | None:
-    """The mesh, and of each item the dimensions of the mesh that cut it, none of a plain tensor.
+def _sharded_dims(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] | None:
+    """Return the mesh, and the mesh dimensions that shard each item; (-1,) for a plain tensor.
 
-    None if a graph cannot hold them: several meshes, partial sums, a gradient that is placed
-    otherwise than its parameter.
+    Return None if a graph cannot hold the items: they have several meshes or a Partial placement,
+    or a gradient is placed differently from its parameter.
     """
     mesh: Any = None
     found: list[Dims] = []
@@ -78,7 +78,7 @@ def _cuts(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims, ...]] 
 
 
 def _constants_of(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
-    """None where a collective would not run on the device of the mesh."""
+    """Return None if a collective would not run on the mesh's type of device."""
     found = _constants(mesh, cuts)
     if found is None:
         return None
@@ -96,10 +96,10 @@ def _constants_of(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
     )
 
 
-# The compiler makes no constant but of numbers, names and tuples of those.
+# torch.compile can make constants only of numbers, strings and tuples of them.
 @torch.compiler.assume_constant_result
 def _constants(mesh: Any, cuts: tuple[Dims, ...]) -> Any:
-    # torch hands a stand-in for a mesh to what it traces.
+    # While tracing, torch may pass a stand-in for the mesh.
     mesh = getattr(mesh, "real_obj", mesh)
     shard, replicate = dist.tensor.Shard(0), dist.tensor.Replicate()
     layouts = [

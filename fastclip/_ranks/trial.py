@@ -1,4 +1,4 @@
-"""The ranks of `python -m fastclip check`: they compare themselves, and clip a model together."""
+"""The part of `python -m fastclip check` that its ranks run together, under torchrun."""
 
 import copy
 import datetime
@@ -18,7 +18,7 @@ PATIENCE = datetime.timedelta(seconds=120)
 
 
 def join(device_type: str) -> bool:
-    """Join the ranks that torchrun has started, on a type of device; False if there are none."""
+    """Join the ranks that torchrun has started; return False if this is the only one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
     if device_type == "cuda":
@@ -28,7 +28,7 @@ def join(device_type: str) -> bool:
 
 
 def leave() -> None:
-    """Leave together: torchrun ends all ranks when the first one ends with an error."""
+    """Wait for all ranks, then leave: torchrun ends all when the first ends with an error."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -52,10 +52,10 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 
 
 def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
-    """Clip a model spread by DDP, by FSDP2 and over a 2-d mesh; return what is wrong, by name.
+    """Clip a model under DDP, FSDP2 and FSDP2 on a 2-d mesh; return the error of each by its name.
 
-    Nothing is wrong where that is "". Every rank has a batch of its own, and computes in float64
-    what all batches together give.
+    The error is "" if the clip is correct. Each rank runs its own batch through the model, and
+    computes the expected gradients of all batches in float64.
     """
     from torch.distributed.fsdp import fully_shard
 
