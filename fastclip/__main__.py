@@ -21,7 +21,7 @@ from ._run import run
 
 
 def info() -> None:
-    """Print the versions, and for each device what serves it and why."""
+    """Print the versions, and for each device whether kernels or plain PyTorch run, and why."""
     extension = _ops.extension
     facts = {
         "fastclip": fastclip.__version__,
@@ -68,7 +68,7 @@ def _device(value: str) -> torch.device:
 def _file(value: str) -> Path:
     path = Path(value)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {value!r}: no such folder, or no right to")
+        raise argparse.ArgumentTypeError(f"cannot write {value!r}: no such folder or permission")
     return path
 
 
@@ -79,9 +79,9 @@ def _picture(value: str) -> Path:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the command that `run` runs.
+    """Split the arguments into those of fastclip and the command that `run` starts.
 
-    It begins after `--`, or with the first argument that is a name, `-`, `-m` or `-c`.
+    The command begins after `--`, or at the first argument that is a path, `-`, `-m` or `-c`.
     """
     end = 1 if arguments[:1] == ["run"] else len(arguments)
     while end < len(arguments) and re.match("-(?!m|c|-?$)", arguments[end]):

@@ -1,4 +1,4 @@
-"""What ranks compare before they clip together for the first time: their sums carry no names."""
+"""A check that ranks clip alike, before their first clip: sums over ranks carry no names."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ def check_agreement(
     p: float,
     nonfinite: str,
 ) -> None:
-    """Check that the ranks that add up the gradients clip alike; wait for the device.
+    """Check that ranks with a common norm have the same arguments and states; wait for the device.
 
-    `read` gives the `SpreadGrads`; it is called here, where no compiler traces it. A rank whose
-    rules have seen other steps, because it did not find its checkpoint, would scale its shards by
-    another threshold than the rest.
+    `read` returns the `SpreadGrads`; it is called in here, where torch.compile does not trace it. A
+    rank whose rules are in another state, as when it has not found its checkpoint, would scale its
+    shards by a threshold of its own.
 
     Raises:
-        ValueError: they do not clip alike; on all ranks.
+        ValueError: the ranks differ; raised on all ranks.
     """
     version = sys.modules["fastclip"].__version__
     kernels = {device: has_kernels(device) for device in ("cpu", "cuda")}
@@ -42,14 +42,14 @@ def check_agreement(
         topic = list(compared)[differing]
         raise ValueError(
             "groups: expected the same on all ranks, in the same order, got "
-            f"{topic} {compared[topic]} here and others elsewhere; every rank makes the "
-            "GradClipper with the same groups, a group of which it holds nothing with no params, "
-            "and loads its state"
+            f"{topic} {compared[topic]} here and others on another rank; make the GradClipper with "
+            "the same groups on every rank (with empty params where it holds none of a group), and "
+            "load the same state"
         )
 
 
 def _text_of(threshold: Threshold) -> str:
-    """Describe a threshold; a tensor or another function by its kind, as ranks hold equal ones."""
+    """Describe a threshold; of a tensor or a function only the type or name is compared."""
     if isinstance(threshold, State):
         return threshold.describe()
     if isinstance(threshold, float):

@@ -1,4 +1,4 @@
-"""Checks of what the public functions take: each once, with what it got and the way out."""
+"""Checks of the arguments of public functions; errors say what was passed and what to pass."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ def at_least_zero(name: str, value: float) -> float:
 
 
 def thresholds(max_norm: Any, count: int) -> float | Tensor:
-    """One for all, or one for each of `count` in a 1-d tensor."""
+    """Return one threshold for all, or a 1-d tensor of `count` thresholds."""
     if not isinstance(max_norm, Tensor) or max_norm.numel() == 1:
         return fixed_threshold(max_norm)
     if max_norm.shape != (count,):
@@ -54,7 +54,7 @@ def thresholds(max_norm: Any, count: int) -> float | Tensor:
 
 
 class Thresholds(Mapping[str, Any]):
-    """Those of the groups by their names. Numbers that were set later are in `changed` too."""
+    """The groups' thresholds by name; numbers that were set after construction are in `changed`."""
 
     def __init__(self, own: Mapping[str, Any]) -> None:
         self._own = dict(own)
@@ -87,7 +87,7 @@ class Thresholds(Mapping[str, Any]):
 
 
 def factor(grad_scale: float | Tensor, p: float) -> float | Tensor | None:
-    """A number > 0 or a 0-d tensor; None for 1."""
+    """Return a number > 0 or a 0-d tensor; None for the number 1."""
     if isinstance(grad_scale, Tensor):
         found: float | Tensor = scalar("grad_scale", grad_scale)
     elif not 0 < (found := number("grad_scale", grad_scale)) < math.inf:
@@ -96,7 +96,7 @@ def factor(grad_scale: float | Tensor, p: float) -> float | Tensor | None:
         return None
     if p == 0:
         raise ValueError(
-            "norm_type: an order of 0 counts and does not scale; leave grad_scale at 1"
+            "norm_type: the norm of order 0 is a count and does not scale; leave grad_scale at 1"
         )
     return found
 
@@ -112,7 +112,7 @@ def positive_order(norm_type: NormType) -> float:
     p = order(norm_type)
     if not p > 0:
         raise ValueError(
-            f"norm_type: expected an order > 0, in which infinities show, got {norm_type}"
+            f"norm_type: expected an order > 0 (others hide infinite gradients), got {norm_type}"
         )
     return p
 
@@ -125,11 +125,11 @@ def scalar(name: str, value: Tensor) -> Tensor:
 
 
 def threshold(max_norm: Any) -> Any:
-    """A number >= 0, a 0-d tensor, or a rule."""
+    """Return a number >= 0, a 0-d tensor, or a rule."""
     if isinstance(max_norm, type):
         raise TypeError(
             f"max_norm: expected a number, a 0-d tensor or a rule, got the class "
-            f"{max_norm.__name__}; pass one that is made, as {max_norm.__name__}()"
+            f"{max_norm.__name__}; pass an instance, such as {max_norm.__name__}()"
         )
     return max_norm if callable(max_norm) else fixed_threshold(max_norm)
 
@@ -143,8 +143,8 @@ def fixed_threshold(max_norm: Any) -> float | Tensor:
     return value
 
 
-def answered(limit: Any) -> float | Tensor:
-    """What a rule has answered: a threshold, or NaN, always as a tensor, to drop the step."""
+def threshold_from_rule(limit: Any) -> float | Tensor:
+    """Check what a rule has returned: a threshold, or NaN (as a tensor) to drop the step."""
     if not isinstance(limit, Tensor) and math.isnan(number("max_norm", limit)):
         return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
     return fixed_threshold(limit)
@@ -153,8 +153,8 @@ def answered(limit: Any) -> float | Tensor:
 def policy(nonfinite: Nonfinite, error_if_nonfinite: bool = False) -> Nonfinite:
     if str(nonfinite) == "skip":
         raise ValueError(
-            "nonfinite: no step is skipped in here; pass 'keep', which leaves the gradients as "
-            "they are, and skip the step in the training loop where the norm is not finite"
+            "nonfinite: a clip cannot skip the step; pass 'keep', which leaves the gradients as "
+            "they are, and skip the step in the training loop if the norm is not finite"
         )
     if nonfinite not in ("propagate", "error", "zero", "keep"):
         raise ValueError(
@@ -162,13 +162,13 @@ def policy(nonfinite: Nonfinite, error_if_nonfinite: bool = False) -> Nonfinite:
         )
     if error_if_nonfinite and nonfinite not in ("propagate", "error"):
         raise ValueError(
-            f"nonfinite: {nonfinite!r} and error_if_nonfinite=True are two answers; pass one"
+            f"nonfinite: {nonfinite!r} and error_if_nonfinite=True contradict each other; pass one"
         )
     return "error" if error_if_nonfinite else nonfinite
 
 
 def checked_groups(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The groups that are measured, with names and thresholds."""
+    """Return the groups whose `max_norm` is not None, with checked names and thresholds."""
     found: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
         if not isinstance(group, dict):
@@ -185,7 +185,7 @@ def checked_groups(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
         if "params" not in group or "max_norm" not in group:
             raise ValueError(f"groups[{i}]: expected params and max_norm, got {list(group)}")
         if any(name == other["name"] for other in found):
-            raise ValueError(f"groups[{i}]: a group before it is named {name!r} too")
+            raise ValueError(f"groups[{i}]: an earlier group is named {name!r} too")
         if group["max_norm"] is not None:
             found.append({**group, "name": name, "max_norm": threshold(group["max_norm"])})
     return found

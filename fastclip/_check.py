@@ -47,7 +47,7 @@ def uses_kernels(device: str) -> bool:
         events = [e for e in profile.events() if e.name.startswith("fastclip::")]
         if not events:
             return False
-        # The list grows by the ops that its ops call.
+        # The loop also visits the ops called by these ops: it appends them to the list.
         for event in events:
             events += event.cpu_children
             if event.name.startswith("aten::") and event.name[6:] not in NEEDS:
@@ -56,7 +56,7 @@ def uses_kernels(device: str) -> bool:
 
 
 def _median_ms(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Time calls in turns, so that a noisy machine is as slow for one as for another."""
+    """Time the calls in turns, so that noise of the machine affects all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn, (name, call) in itertools.product(range(8), calls.items()):
         count, start = 0, time.perf_counter()
@@ -73,7 +73,7 @@ def _median_ms(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, fl
 def speed(device: str) -> list[dict[str, Any]]:
     """Return the milliseconds of a clip by fastclip and by torch, and of a read and a copy.
 
-    Each is measured on three lists, the read and the copy on as many bytes.
+    All four are timed for three lists of gradients; the read and the copy are of as many bytes.
     """
     type_ = torch.device(device).type
     size = {"cuda": 1 << 30, "cpu": 1 << 26}.get(type_, 1 << 18)
@@ -101,7 +101,7 @@ def speed(device: str) -> list[dict[str, Any]]:
 
 
 def why_plain(device: torch.device) -> str | None:
-    """Why plain PyTorch serves a device, and the way out; None if compiled kernels do."""
+    """Return why plain PyTorch runs on a device, and the remedy; None if compiled kernels run."""
     if device.type == "cuda":
         return _ops.refusal(device)
     if _ops.has_kernels(device.type):
@@ -129,7 +129,7 @@ def _describe(device: torch.device, is_served: bool) -> dict[str, str]:
 
 
 def _replay(device: str) -> str:
-    """Compare a clip that a CUDA graph has captured with the same one, called."""
+    """Compare a replayed CUDA graph of a clip with a call; return what differs in words, or ""."""
     case = Case(device, "clip_norm_", "mixed")
     called, captured = Canvas(case), Canvas(case)
     total_norm = _ops.clip_norm_(called.tensors, 1.0, 2.0)
@@ -145,11 +145,11 @@ def _replay(device: str) -> str:
 
 
 def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[str]]:
-    """Return how many cases were right, and what is wrong with the first that is not, if any."""
+    """Return the number of right cases, and in a list the error of the first wrong one, if any."""
     every = list(cases(str(device)))
     last = torch.cuda.device_count() - 1
     if device.type == "cuda" and is_alone and last != device.index:
-        # Kernels must run on the device of their tensors where another device is the current one.
+        # Kernels must run on the device of their tensors, even if another device is current.
         every += [case._replace(device=f"cuda:{last}") for case in every[:40]]
     streams: list[Any] = [torch.cuda.Stream(device)] if device.type == "cuda" else []
     for stream in [None, *streams]:
@@ -176,7 +176,7 @@ def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[s
 
 
 def check(device: torch.device, json_path: Path | None) -> None:
-    """Print what is found; end with exit status 1 if anything is wrong."""
+    """Run all checks and print the results; exit with status 1 if anything is wrong."""
     is_many = _ranks.join(device.type)
     if is_many and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -187,7 +187,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
     record: dict[str, Any] = {"facts": _describe(device, is_served)}
     record["cases"], record["wrong"] = _find_first_wrong(device, not is_many)
     if not is_served and why_plain(device) is None:
-        record["wrong"].append("the kernels are there, and plain PyTorch was called")
+        record["wrong"].append("kernels are loaded, but plain PyTorch was called")
     if is_many:
         _compare_ranks(record, device.type)
     else:
@@ -204,7 +204,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
 
 
 def _compare_ranks(record: dict[str, Any], device_type: str) -> None:
-    """Add the records of all ranks, what is wrong on any of them, and the models they clip."""
+    """Add to the record those of all ranks, their errors, and the results of clipping models."""
     record["ranks"] = ranks = _ranks.gather(record)
     record["wrong"] = [f"rank {i}: {why}" for i, one in enumerate(ranks) for why in one["wrong"]]
     record["wrong"] += _ranks.differing([one["facts"] for one in ranks])

@@ -1,6 +1,6 @@
 """The cases of `python -m fastclip check`: each op on lists of tensors, against float64 on the CPU.
 
-The sizes of the tensors are those at which kernels change their ways, and one more or less.
+The tensors have the sizes at which kernels change to another code path, and one more or less.
 """
 
 import itertools
@@ -36,8 +36,8 @@ class Case(NamedTuple):
     dtype: str
     p: float = 2.0
     sizes: str = "borders"
-    offset: int = 0  # of each tensor's memory, in elements
-    value: str = ""  # of some last elements: nan, inf, or the largest of the dtype
+    offset: int = 0  # elements from an aligned address to each tensor
+    value: str = ""  # put last into some tensors: nan, inf, or the largest of the dtype
 
     def wrong(self) -> str:
         """Call the op, and return in words what is wrong with its result; "" if nothing is."""
@@ -51,7 +51,7 @@ class Case(NamedTuple):
         if canvas.is_written(outside=True):
             return "memory outside of the tensors was written"
         if exact is canvas.exact and canvas.is_written(outside=False):
-            return "nothing was to be clipped, and tensors were written"
+            return "nothing was to be clipped, but tensors were written"
         if self.p == 2 and not self.value:
             again = Canvas(self)
             twice, _, _ = _call(self, again.tensors, again.exact)
@@ -62,10 +62,10 @@ class Case(NamedTuple):
 
 
 class Canvas:
-    """The tensors of one list, in one memory.
+    """All tensors of one list, in one block of memory.
 
-    The bytes before, between and after them are 255. Read as floats they are NaN, which a kernel
-    that reads too much returns; and one that writes too much changes them.
+    The bytes before, between and after them are 255, which makes NaN in every dtype. A kernel that
+    reads outside of a tensor returns NaN, and one that writes there changes these bytes.
     """
 
     def __init__(self, case: Case) -> None:
@@ -115,7 +115,7 @@ def _norms(lists: list[list[Tensor]], p: float) -> Tensor:
 def _call(case: Case, ts: list[Tensor], xs: list[Tensor]) -> tuple[Any, Any, list[Tensor]]:
     """Call an op on tensors `ts`, whose float64 copies are `xs`.
 
-    Returns what the op returns, what it should return, and what the tensors should become.
+    Return the op's result, the right result, and the right values of the tensors after the call.
     """
     op, p = case.op, case.p
     like, wide = ts[0], _ops.widest(ts[0].device)
@@ -166,7 +166,7 @@ def _clip_by_policy(
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases, first those that most faults would show in."""
+    """Yield the cases, those that are most likely to show a fault first."""
     kinds = ["mixed", *DTYPES]
     clips = ["clip_norm_", "clip_norm_ idle", "clip_norm_ known", "clip_norm_ tensor"]
     for dtype in kinds:

@@ -1,5 +1,4 @@
-"""The middle of a clip: from norms to coefficients, by a threshold or a rule, and where a norm is
-not finite."""
+"""From norms to coefficients: thresholds, rules, and the policies for norms that are not finite."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._arguments import Threshold, answered
+from ._arguments import Threshold, threshold_from_rule
 from ._gradients import Gradients
 from ._ops import ZEROS, clip_coef
 
@@ -19,11 +18,11 @@ def clip_by_norm_(
     nonfinite: str = "propagate",
     factor: float | Tensor | None = None,
 ) -> Tensor:
-    """Scale gradients in place by their norm; return that as `clip_grad_norm_` does."""
+    """Clip gradients in place by their norm; return the norm as `clip_grad_norm_` does."""
     if nonfinite == "propagate" and factor is None and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
-    limit = resolved(max_norm, norm)
+    limit = limit_of(max_norm, norm)
     grads.scale_(decide(norm, limit, p, grads.is_wide(), nonfinite, factor))
     return grads.result(norm)
 
@@ -36,16 +35,16 @@ def decide(
     nonfinite: str = "propagate",
     factor: float | Tensor | None = None,
 ) -> Tensor:
-    """Return what gradients are multiplied by: factor * min(1, limit / (norm + 1e-6)).
+    """Return the coefficients of the gradients: factor * min(1, limit / (norm + 1e-6)).
 
-    `norms`, 0-d or 1-d, of order p, are those of `factor` times the gradients, of which any is
-    float64 if they are `wide`. The result has their shape.
+    `norms`, 0-d or 1-d, of order p, are those of `factor` times the gradients; `wide` says whether
+    any gradient is float64. The result has the shape of `norms`.
     """
     if nonfinite == "error":
         raise_if_nonfinite(norms, p)
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
-        # A tensor may be anything; below 0 it would reverse the step.
+        # The value of a tensor is not checked on the host; a negative one would reverse the step.
         coef = (coef * factor).masked_fill(norms < 0, math.nan)
     if nonfinite == "error" and isinstance(limit, Tensor) and limit.isnan().any():
         raise RuntimeError(
@@ -55,14 +54,14 @@ def decide(
     return apply_policy(coef, norms, limit, nonfinite)
 
 
-def resolved(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
-    """What a rule makes of the norm; a number or a tensor as it is."""
-    return answered(max_norm(total_norm)) if callable(max_norm) else max_norm
+def limit_of(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
+    """Return what a rule returns for the norm; a number or a tensor as it is."""
+    return threshold_from_rule(max_norm(total_norm)) if callable(max_norm) else max_norm
 
 
 def limits_of(thresholds: Iterable[Threshold], norms: Tensor) -> Tensor:
-    """The thresholds, one for each norm, float64 as those."""
-    each = map(resolved, thresholds, norms.unbind())
+    """Return the thresholds of all norms in a tensor like `norms`."""
+    each = map(limit_of, thresholds, norms.unbind())
     limits = [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
     return torch.stack(limits) if limits else norms
 
@@ -74,7 +73,7 @@ def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
 
 
 def apply_policy(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """Return `coef`, but where a step is bad 1 for "keep", and ZEROS for "zero"."""
+    """Return `coef`; where a step is bad, instead 1 for "keep" and ZEROS for "zero"."""
     if nonfinite not in ("keep", "zero"):
         return coef
     return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else ZEROS)

@@ -1,7 +1,7 @@
-"""The same network trained unclipped, clipped by torch and clipped by fastclip: table and picture.
+"""Train a network unclipped, clipped by torch and clipped by fastclip; print a table, draw a plot.
 
-The text that it learns is the documentation of Python that the standard library holds. Only the
-picture needs more than torch: matplotlib.
+The network learns the text of Python's documentation in the standard library. Only the plot needs
+more than torch: matplotlib.
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ import fastclip
 
 INSTALL_EXTRA = 'pip install --no-build-isolation -e ".[demo]"'
 
-# With this learning rate and without clipping, training ends within ten steps or so, whatever the
-# seed; with half of it, training survives. Clipping at this threshold acts on some 8 % of the
-# steps. With a larger one, rounding makes the two clipped runs differ.
+# With this learning rate and without clipping, training diverges within about ten steps with any
+# seed; with half of it, it does not. This threshold clips some 8 % of the steps. With a larger one,
+# rounding makes the two clipped runs differ.
 LEARNING_RATE = 0.7
 MOMENTUM = 0.9
 MAX_NORM = 0.75
-# The final loss is the mean of this number of steps.
+# The final loss is the mean loss of this number of last steps.
 LAST = 20
 
 
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     """One training run: loss (nats per character) and gradient norm at each step."""
 
     name: str
-    clipped: float  # the share of the steps
+    clipped: float  # the share of steps that were clipped
     losses: list[float]
     norms: list[float]
     clip_ms: float
@@ -63,7 +63,7 @@ class CharacterModel(nn.Module):
 
 
 def demo(device: torch.device, steps: int, out: Path) -> None:
-    # In such small steps, threads mostly wait for each other where other jobs hold the cores.
+    # In such small steps, threads mostly wait for each other if other jobs use the cores.
     torch.set_num_threads(1)
     text = _text()
     print(

@@ -1,4 +1,4 @@
-"""The parameters of a `GradClipper`, in its groups: found, read, measured by group and scaled."""
+"""How a `GradClipper` finds, reads, measures and scales the parameters of its groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +25,9 @@ from ._state import Shared
 class Grouped:
     """The parameters of a clipper's groups, and the plan by which they are measured.
 
-    `asked` holds the process groups of each group. With `each` the norm of a group is made of those
-    of its gradients, which stay in `each_norms`: one for each parameter, before it was scaled. A
-    copy finds its parameters anew.
+    `asked` holds the process groups passed for each group. With `each` the norm of a group is
+    computed from the norms of its gradients before clipping. These are kept in `each_norms`, one
+    for each parameter. A copy looks its parameters up again.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class Grouped:
 
     @property
     def is_simple(self) -> bool:
-        """Whether `clip_grad_norm_` of the items does the same."""
+        """Whether `clip_grad_norm_` of the items would do the same."""
         return self.is_one and not (self.each or self.asked[0])
 
     @property
     def is_over_ranks(self) -> bool:
         return self._is_spread or any(self.asked)
 
-    def look_again(self) -> None:
-        """Find the parameters, if a module, an optimizer or a list holds others."""
+    def refresh(self) -> None:
+        """Find the parameters again, if those of a module, an optimizer or a list have changed."""
         if not all(map(NamedParameters.is_unchanged, self._sources)):
             self._find()
 
     def _find(self) -> None:
         items, group_of, found = found_in_groups(self._sources, self.names)
         if group_of != self.group_of or list(map(id, items)) != list(map(id, self.items)):
-            # The plan and the norms were of other parameters, or of others in a group.
+            # The plan and the norms belong to the parameters and groups of before.
             self._forget()
         self.items, self.group_of, self.item_names = items, group_of, found
         self._is_spread = is_spread(items)
@@ -81,13 +81,14 @@ class Grouped:
             return read(self.items, kind=Kind.EACH, agree=agree)
         if self.is_simple:
             return read(self.items, kind=Kind.of_order(self.p), agree=agree)
-        how = self.asked, self.group_of, self.p, agree
-        grads: SpreadGrads = read_by(self._plan, self.items, *how)
+        grads: SpreadGrads = read_by(
+            self._plan, self.items, self.asked, self.group_of, self.p, agree
+        )
         self._plan = grads.plan
         return grads
 
     def norms(self, grads: Gradients, scale: float | Tensor | None) -> Tensor:
-        """The norm of each group times `scale`, 1-d, float64."""
+        """Return the norm of each group times `scale`, 1-d, float64."""
         if self.each:
             found = grads.each_norms(self.p)
             self._present = present(found, self.items)
@@ -110,12 +111,12 @@ class Grouped:
             grads.scale_(coefs)
 
     def norms_by_item(self) -> Tensor:
-        """The norm of each parameter's gradient; with `each`, that of the last step."""
+        """Return the norm of each parameter's gradient; with `each`, that of the last step."""
         if not self.each:
             grads = read(self.items, kind=Kind.EACH)
             return aligned(grads.result(grads.each_norms(self.p)), self.items)
         if self.each_norms is None:
-            raise ValueError("norms_by_parameter: no step has measured these; call clip_() first")
+            raise ValueError("norms_by_parameter: no step measured these parameters; call clip_()")
         return self.each_norms
 
     def __getstate__(self) -> dict[str, Any]:

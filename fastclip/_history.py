@@ -1,4 +1,4 @@
-"""The norms and thresholds of the last steps, kept on the device, and statistics and pictures."""
+"""The norms and thresholds of the last steps, kept on the device; their statistics and plots."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from ._decide import apply_policy
 from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
-# A picture shows more steps than these by the medians of equal runs of them.
+# A plot of more steps than this shows medians of equally long runs of steps.
 COLUMNS = 800
-# The last steps are kept: this number of them, or, of many groups, the number that fits the bytes.
+# By default this number of steps is kept, or with many groups as many as fit into these bytes.
 STEPS, BYTES = 8192, 1 << 24
 
 
@@ -33,12 +33,12 @@ class Ring(State):
         super().__init__()
 
     def _start(self) -> dict[str, Tensor]:
-        # Not zeros: the rows of steps that have not been taken use no memory until then.
+        # Not zeros: rows that were never written to then take no physical memory.
         rows = torch.empty((self.history, 2 * self.groups), dtype=torch.float64, device=CPU)
         return {"rows": rows, "steps": torch.zeros(1, dtype=torch.int64, device=CPU)}
 
     def add(self, norms: Tensor, limits: float | Tensor) -> None:
-        """Add a step: a norm of each group, and a threshold of each, or a number for all."""
+        """Add a step: the norm of each group, and their thresholds, or one number for all."""
         rows, steps = self._on(norms.device)
         if not isinstance(limits, Tensor):
             limits = rows.new_full(norms.shape, limits)
@@ -47,7 +47,7 @@ class Ring(State):
         steps.add_(1)
 
     def read(self, last: int | None = None) -> tuple[int, Tensor]:
-        """Return how many steps there were, and the rows of the last of them, oldest first."""
+        """Return the number of all steps, and the recorded rows (the `last` ones), oldest first."""
         steps = int(self._here["steps"])
         rows = self._here["rows"][:steps].cpu()
         rows = rows.roll(-(steps % len(rows)), 0) if steps > len(rows) else rows
@@ -69,7 +69,7 @@ def stats_of(steps: int, history: "History") -> dict[str, Any]:
     norms, coefs = history.norms, history.coefs
     finite = norms.isfinite()
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64, device=norms.device) / 100
-    # torch.quantile refuses more than 16 Mi elements; a ring of the usual length holds fewer.
+    # torch.quantile refuses more than 16 Mi elements; a ring of the default length holds fewer.
     values = norms[finite].quantile(ranks).tolist() if finite.any() else [math.nan] * len(ranks)
     return {
         "steps": steps,
@@ -97,7 +97,7 @@ class History(NamedTuple):
 
 
 def histories(rows: Tensor, names: Sequence[str], nonfinite: str) -> list[History]:
-    """Return a History for each name, of rows that hold all norms and then all thresholds."""
+    """Return a History for each name, from rows of all norms followed by all thresholds."""
     norms, limits = rows[:, : len(names)], rows[:, len(names) :]
     # The clip computed the coefficients of float32 norms in float32, and the others in float64.
     coefs, wide = _ops.clip_coef(norms, limits, False), _ops.clip_coef(norms, limits)
@@ -152,7 +152,7 @@ def _draw_one(axes: Any, steps: int, history: History) -> None:
         if at.any():
             axes.plot(x[at], norms[at], mark, markersize=5, color=color, label=label)
     if bad.any():
-        # These norms have no height; each is a line from the top to the bottom.
+        # A norm that is not finite has no place on the axis: it is drawn as a vertical line.
         top = axes.get_xaxis_transform()
         axes.vlines(x[bad], 0, 1, "tab:red", transform=top, linewidth=0.8, label="not finite")
     axes.set(yscale="log", xmargin=0.01, ylabel="gradient norm")
@@ -160,6 +160,6 @@ def _draw_one(axes: Any, steps: int, history: History) -> None:
 
 
 def _medians(values: Tensor, size: int) -> list[float]:
-    """The median of each `size` values, of those that a logarithmic axis can show."""
+    """Return the median of every `size` values, without those a logarithmic axis cannot show."""
     shown = values.where(values.isfinite() & (values > 0), torch.nan)
     return [float(part.nanmedian()) for part in shown.split(size)]

@@ -1,7 +1,7 @@
-"""torch's private names, each of which is asked for in one file by one of these two functions.
+"""Access to torch's private names: each is looked up in one file, by one of these two functions.
 
-tests/test_private_names.py lists them, with what breaks without each. Where a torch has lost one,
-fastclip is imported all the same, and so is a plain gradient clipped; what needs the name raises.
+tests/test_private_names.py lists them, with what breaks without each. If a version of torch lacks
+one, fastclip still imports and clips plain gradients; only features that need the name raise.
 """
 
 import pkgutil
@@ -13,7 +13,7 @@ TESTED = "2.13 and 2.14"
 
 
 class Missing:
-    """What stands for a name that this torch does not have: any use raises."""
+    """Stands for a name that this version of torch does not have: any use raises."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,7 +31,7 @@ class Missing:
 
 
 def private(path: str) -> Any:
-    """What `path` names, as "torch._utils._flatten"; a `Missing` where this torch has it not."""
+    """Return the object at a path like "torch._utils._flatten", or a `Missing` if there is none."""
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
@@ -39,7 +39,7 @@ def private(path: str) -> Any:
 
 
 def attribute(owner: Any, name: str) -> Any:
-    """An attribute of something of torch's; raises as a `Missing` where it has it not."""
+    """Return an attribute of an object of torch; raise as a `Missing` does if it has none."""
     try:
         return getattr(owner, name)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Functions of other libraries, replaced by fastclip's and given back."""
+"""Replace functions of other libraries by fastclip's, and undo it."""
 
 import inspect
 import sys
@@ -12,17 +12,17 @@ Undo = Callable[[], object]
 
 
 def _is_decorated_by_torch(function: Any) -> bool:
-    """Whether torch's decorator `_no_grad` made a function, whose closure is one cell, `func`."""
+    """Whether torch's decorator `_no_grad` made a function: its closure is one cell, `func`."""
     code = getattr(function, "__code__", None)
     made = code and (code.co_filename, code.co_freevars)
     return made == (clip_grad.__file__, ("func",))
 
 
 def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
-    """Let a function that torch's decorator `_no_grad` made, or a wrapper around it, call `ours`.
+    """Make a function that torch's decorator `_no_grad` has decorated call `ours` inside.
 
-    The function stays the same object, so every name and every caller of it is reached. Only the
-    function that the decorator calls is exchanged. Returns None if `theirs` was made otherwise.
+    `theirs` is this function or a wrapper of it. It stays the same object, so every name and every
+    caller of it is reached. Return None if it has no such decorator.
     """
     theirs = inspect.unwrap(theirs, stop=_is_decorated_by_torch)
     if not _is_decorated_by_torch(theirs):
@@ -34,10 +34,10 @@ def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
 
 
 def rename(theirs: Any, ours: Any) -> Undo:
-    """Assign `ours` to every name of `theirs` in the modules that are imported.
+    """Assign `ours` to every name in an imported module that refers to `theirs`.
 
-    Undoing looks for `ours` in the same way, and assigns `theirs` to every name of it. So `ours`
-    must be a function that nothing else refers to, such as one made for this call.
+    Undoing assigns `theirs` to every name that refers to `ours`. So `ours` must be a function to
+    which nothing else refers, such as one made for this call.
     """
 
     def change(old: Any, new: Any) -> None:

@@ -1,8 +1,8 @@
-"""`python -m fastclip run`: a script in a Python that patches torch, and a report of its clips.
+"""`python -m fastclip run`: run a script with torch patched, and report its clips.
 
-The script is started as it is without `run`, but with `_site` on the path. That folder patches
-torch, in this process and in each that the script starts. The options of `run` are passed on as
-`-X` options of Python, which no child inherits.
+Python runs the script as usual, but with `_site` on its path. The `sitecustomize` in that folder
+patches torch, in this process and in all that the script starts. The options of `run` are passed on
+as `-X` options of Python, which no child inherits.
 """
 
 import atexit
@@ -26,12 +26,12 @@ from ._ops import widest
 from ._ranks import rank, value_of
 from .patching import patch_with
 
-# This number of the last clips is kept, in 2 MiB.
+# The number of latest clips that are recorded, in 2 MiB.
 HISTORY = 1 << 17
 
 
 def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
-    """Become `python command`: a script, `-m` and a module, or `-c` and code, and arguments."""
+    """Replace this process by `python command`: script, `-m module` or `-c code`, and arguments."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         sys.exit("python -m fastclip run: needs PYTHONPATH and site; leave out -E, -I and -S")
     options = ["-X", _site.RUN]
@@ -42,20 +42,20 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
     sys.stdout.flush()
     sys.stderr.flush()
-    # multiprocessing passes on the options of its Python by this function too; it leaves out two.
+    # multiprocessing gets Python's options from this function too. It leaves out -u and -i.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags += ["-u"] * getattr(sys.stdout, "write_through", False) + ["-i"] * sys.flags.interactive
     os.execv(sys.executable, [sys.executable, *flags, *options, *command])
 
 
 def start() -> None:
-    """Patch torch in the process of the script, which `_site` calls once torch is imported."""
+    """Patch torch in the process of the script; `_site` calls this once torch is imported."""
     counted = Counted(_site.STATS in sys._xoptions or _site.PLOT in sys._xoptions)
     patch_with(counted.wrap)
     process = os.getpid()
 
     def report() -> None:
-        # Forked children run this as well, and every rank does.
+        # Forked children and all ranks run this too; only the script's process on rank 0 reports.
         if os.getpid() == process and not rank() and _site.is_first_rank():
             counted.report()
 
@@ -63,7 +63,7 @@ def start() -> None:
 
 
 class Counted:
-    """Counts and records the calls of the functions that it wraps, but those in compiled code."""
+    """Wraps functions to count and record their calls, except calls in compiled code."""
 
     def __init__(self, keep: bool) -> None:
         self.calls: Counter[str] = Counter()
@@ -90,7 +90,7 @@ class Counted:
     @torch.no_grad()
     def _record(self, ring: Ring, total_norm: Tensor, max_norm: float | Tensor) -> None:
         norm = value_of(total_norm)
-        # The norms of fake tensors, which are of another type, and of meta tensors have no value.
+        # Fake tensors, which have a type of their own, and meta tensors have no value to record.
         if type(norm) is not Tensor or norm.is_meta:
             return
         norm = norm.reshape(()).to(widest(norm.device))
@@ -99,7 +99,7 @@ class Counted:
         ring.add(norm, max_norm)
 
     def report(self) -> None:
-        """Print the calls and what was clipped, and draw the norms if `--plot` asks for it."""
+        """Print the numbers of calls and of clips, and draw the norms if `--plot` asks for it."""
         if not self.calls:
             _say(
                 "this process called no clipping function of torch, timm or Megatron-core; calls "

@@ -1,4 +1,4 @@
-"""What rules and logs keep between steps, and how it is saved, loaded, copied and pickled."""
+"""The tensors that rules and records keep between steps: saved, loaded, copied and pickled."""
 
 import io
 from collections.abc import Iterable
@@ -13,20 +13,20 @@ CPU = torch.device("cpu")
 
 
 def put(place: Tensor, value: Tensor) -> None:
-    """Write a 0-d tensor into another one."""
-    # As views of one element: in a graph torch 2.13 loses what is written to a 0-d float64 of the
-    # CPU (2.14 does not).
+    """Copy a 0-d tensor into another one."""
+    # As views of one element: in compiled code torch 2.13 loses writes to a 0-d float64 tensor on
+    # the CPU (2.14 does not).
     place.view(1).copy_(value.view(1))
 
 
 class State:
-    """Tensors whose names and shapes are final from the beginning, where the last norm was.
+    """Tensors of fixed names and shapes, on the device of the latest norm.
 
-    They begin on the CPU, and so does every copy. What is saved is there too: any process can load
-    it, and none writes into the memory of another.
+    They are on the CPU at first, in copies and in saved states, so that any process can load them,
+    and none writes into the memory of another.
     """
 
-    # What is made in inference mode could not be changed outside.
+    # Tensors made in inference mode could not be changed in place outside of it.
     @torch.inference_mode(False)
     def __init__(self) -> None:
         self._device = CPU
@@ -41,7 +41,7 @@ class State:
         raise NotImplementedError
 
     def _on(self, device: torch.device) -> Iterable[Tensor]:
-        """The tensors, there from now on, in the order of `_start`."""
+        """Move the tensors to a device if needed; return them in the order of `_start`."""
         refuse_transforms(type(self).__name__)
         if device != self._device:
             self._move(device)
@@ -50,7 +50,7 @@ class State:
     @torch.inference_mode(False)
     def _move(self, device: torch.device) -> None:
         before = self._here
-        # A captured graph goes on writing where it did, so an accelerator's memory stays.
+        # A captured CUDA graph keeps its addresses, so tensors on accelerators are kept for it.
         self._places = {d: tensors for d, tensors in self._places.items() if d.type != "cpu"}
         if device not in self._places:
             narrow = {torch.float64: widest(device)}
@@ -64,7 +64,7 @@ class State:
             value.copy_(before[name])
 
     def describe(self) -> str:
-        """Its class, its arguments, and how many norms it has seen; waits for the device."""
+        """Return class, arguments and step counts as text; waits for the device."""
         arguments = {
             name: value.describe() if isinstance(value, State) else value
             for name, value in vars(self).items()
@@ -74,25 +74,25 @@ class State:
         return f"{type(self).__name__} of {arguments} at {counts}"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies on the CPU, of final names and shapes at any time; waits for the device."""
+        """Return copies on the CPU, always of the same names and shapes; waits for the device."""
         return {name: value.to(CPU, copy=True) for name, value in self._here.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of one made with the same arguments returned.
+        """Load the `state_dict()` of an object made with the same arguments.
 
         Raises:
-            ValueError: names or shapes that are not its own.
+            ValueError: the names or shapes of the tensors differ from those of this object.
         """
         if _shapes(state) != _shapes(self._here):
             raise ValueError(
                 f"state: expected what state_dict of this {type(self).__name__} returns, of shapes "
-                f"{_shapes(self._here)}, got {_shapes(state)}; make it with the arguments that the "
-                "saved one had"
+                f"{_shapes(self._here)}, got {_shapes(state)}; make it with the arguments of the "
+                "saved one"
             )
         for name, value in self._here.items():
             value.copy_(state[name])
 
-    # Bytes, because processes would share the memory of a tensor.
+    # As bytes, because multiprocessing would share the memory of a tensor.
     def __getstate__(self) -> dict[str, Any]:
         file = io.BytesIO()
         torch.save(State.state_dict(self), file)
@@ -105,7 +105,7 @@ class State:
 
 
 class Shared(tuple[Any, ...]):
-    """Process groups: a copy has the same, and another process has none of them."""
+    """Process groups: a deep copy shares them, and only an empty tuple can be pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

@@ -1,4 +1,4 @@
-"""The norm gathered during backward, so that the clip is a decision and at most one write."""
+"""The norm measured during backward, so that clipping needs no pass over the gradients for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,29 +19,29 @@ from ._warnings import warn
 class NormAccumulator:
     """Measure each gradient when backward has made it, and clip by the norm of all afterwards.
 
-    A gradient is read when it is in the cache anyway, and `clip_` only puts the norms that were
-    measured together, then scales as `clip_grad_norm_` does. Under `DistributedDataParallel` the
-    averaged buckets are measured as they arrive. A gradient that was changed since, by in-place
-    operations or a new object, is measured again. What changes a gradient without its version
-    counter is not seen: writes through `.data`, collectives of `torch.distributed`, replays of a
-    CUDA graph. After those call `forget`. Where a scaler has unscaled them, all are measured again:
-    pass this as `measured` to `unscale_and_clip_` or `clipped_step` instead.
+    Each gradient is read while it is still in the cache. `clip_` only combines these norms, then
+    scales as `clip_grad_norm_` does. Under `DistributedDataParallel` the averaged buckets are
+    measured as they arrive. A gradient that was changed in place or replaced since is measured
+    again. Changes that do not bump the version counter go unnoticed: writes through `.data`,
+    collectives of `torch.distributed`, replays of a CUDA graph. Call `forget` after them. After
+    `scaler.unscale_` all gradients are measured again: pass this as `measured` to
+    `unscale_and_clip_` or `clipped_step` instead.
 
-    `clip_` measures all gradients itself where the extension is not built; on several ranks without
-    `DistributedDataParallel`, whose collectives would not be seen; and where a gradient is a
+    `clip_` measures all gradients itself if the extension is not built; on several ranks without
+    `DistributedDataParallel`, because collectives would go unnoticed; and if a gradient is a
     DTensor (FSDP2), complex, sparse, or on another device than the rest.
 
     Args:
         parameters: a module, also `DistributedDataParallel`, an optimizer, tensors, or several
-            modules or optimizers; when one holds others, those are measured from the next `clip_`.
+            modules or optimizers; when their parameters change, `clip_` starts to measure new ones.
         norm_type: order p > 0 of the norm, or `'inf'`.
 
-    Gradients that accumulate are measured after every backward, and the last one counts; inside
-    `with norms.pause():` nothing is measured, which saves that for all micro-batches but the last.
-    A copy, also by `pickle`, has no hooks: its first `clip_` says so, and measures all gradients.
+    With gradient accumulation every backward measures the gradients, and the last result counts:
+    run all micro-batches but the last inside `with norms.pause():`, where nothing is measured. A
+    copy, also by `pickle`, has no hooks: `clip_` warns once, and measures all gradients.
 
     Raises:
-        TypeError, ValueError: bad arguments, named.
+        TypeError, ValueError: bad arguments, which the message names.
 
     Reference: `torch.Tensor.register_post_accumulate_grad_hook`,
         `DistributedDataParallel.register_comm_hook`.
@@ -57,7 +57,7 @@ class NormAccumulator:
         self.p = positive_order(norm_type)
         self._is_averaged = is_data_parallel(parameters)
         self._source = NamedParameters(parameters.module if self._is_averaged else parameters)
-        self._items = self._found()
+        self._items = self._find_items()
         self._measured: Any = None
         self._hooks: list[Any] = []
         self._is_removed = self._has_lost_hooks = False
@@ -73,31 +73,31 @@ class NormAccumulator:
             The norm before clipping, as `clip_grad_norm_` returns it.
 
         Raises:
-            TypeError, ValueError: bad input, named; gradients untouched.
+            TypeError, ValueError: bad input, which the message names; gradients are untouched.
         """
         max_norm = threshold(max_norm)
-        self._look_again()
+        self._refresh()
         return clip_by_norm_(self._take(), max_norm, self.p)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Measure nothing in here: for the micro-batches before the last."""
-        before = self._pause(True)
+        """Return a context in which nothing is measured, for all micro-batches but the last."""
+        before = self._set_paused(True)
         try:
             yield
         finally:
-            self._pause(before or self._is_removed)
+            self._set_paused(before or self._is_removed)
 
     def take(self, parameters: list[Tensor], norm_type: float) -> Gradients:
-        """The gradients of these parameters, with what was measured of them, which is forgotten.
+        """Return the gradients of these parameters with their measured norms; then forget these.
 
-        For `unscale_and_clip_` and `clipped_step`.
+        Called by `unscale_and_clip_` and `clipped_step`.
 
         Raises:
-            ValueError: they are not those that were measured, or it was another norm.
+            ValueError: different gradients were measured, or norms of a different order.
         """
-        self._look_again()
-        # Each rank may have others; of DTensors nothing was measured.
+        self._refresh()
+        # DTensors are never measured in backward, and ranks may differ in which have gradients.
         if is_spread(parameters) and norm_type == self.p:
             return read(parameters, agree=True)
         ours, theirs = (
@@ -106,21 +106,21 @@ class NormAccumulator:
         if ours != theirs or norm_type != self.p:
             raise ValueError(
                 f"measured: expected norms of order {norm_type} of the {len(theirs)} gradients of "
-                f"the optimizer, got some of order {self.p} of {len(ours)}; make the accumulator "
-                f"of what it steps, with norm_type={norm_type}"
+                f"the optimizer, got norms of order {self.p} of {len(ours)} gradients; make the "
+                f"accumulator with the optimizer's parameters and norm_type={norm_type}"
             )
         return self._take()
 
     def forget(self) -> None:
-        """Drop what was measured: the next `clip_` measures all gradients."""
+        """Discard the measured norms: the next `clip_` measures all gradients."""
         if self._measured is not None:
             self._measured.forget()
 
     def remove(self) -> None:
-        """Take the hooks away; that of `DistributedDataParallel`, for good, then only averages."""
+        """Remove the hooks; that of `DistributedDataParallel` stays, and only averages."""
         self._detach()
         self._is_removed = True
-        self._pause(True)
+        self._set_paused(True)
         self.forget()
 
     def __enter__(self) -> "NormAccumulator":
@@ -132,19 +132,19 @@ class NormAccumulator:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to hooks, of which the parameters of a copy have none."""
+        """Return the state without hooks and measured norms: parameters of a copy have no hooks."""
         lost = self._has_lost_hooks or (bool(self._hooks) and not self._is_removed)
         source = NamedParameters(self._source.source)
         found = {"_source": source, "_measured": None, "_has_lost_hooks": lost}
         return {**vars(self), **found, "_hooks": []}
 
-    def _found(self) -> list[Tensor]:
+    def _find_items(self) -> list[Tensor]:
         return list({id(item): item for _, item in self._source.find()}.values())
 
-    def _look_again(self) -> None:
-        """What was measured counts of the same parameters, where no other rank changes them."""
+    def _refresh(self) -> None:
+        """Attach to new parameters if they have changed; detach if there are other ranks now."""
         if not self._source.is_unchanged():
-            before, self._items = self._items, self._found()
+            before, self._items = self._items, self._find_items()
             if list(map(id, before)) != list(map(id, self._items)):
                 self._detach()
                 self._measured = None
@@ -155,9 +155,9 @@ class NormAccumulator:
             self._measured = None
 
     def _attach(self, averaged: Any) -> None:
-        """Measure from now on, if that can be; what is `averaged`, in buckets."""
-        seen = averaged is not None or is_alone()
-        if not seen or _ops.extension is None or any(map(_is_odd, self._items)):
+        """Add hooks, if they can measure; `averaged` is a `DistributedDataParallel` or None."""
+        changes_show = averaged is not None or is_alone()
+        if not changes_show or _ops.extension is None or any(map(_is_unsupported, self._items)):
             return
         if averaged is None:
             self._measured = _ops.extension.MeasuredGrads(self._items, self.p)
@@ -180,15 +180,15 @@ class NormAccumulator:
             self._has_lost_hooks = False
             warn(
                 "this NormAccumulator is a copy and has no hooks: it measures all gradients when "
-                "it clips; make one of the copy's parameters"
+                "it clips; make a new one with the copied parameters"
             )
         grads = None if self._measured is None else self._measured.take(self._items)
         if grads is None:
             self.forget()
         return read(self._items) if grads is None else grads
 
-    def _pause(self, is_paused: bool) -> bool:
-        """Whether it was paused before."""
+    def _set_paused(self, is_paused: bool) -> bool:
+        """Pause or resume; return whether measuring was paused before."""
         if self._measured is None:
             return False
         before: bool = self._measured.is_paused
@@ -196,5 +196,5 @@ class NormAccumulator:
         return before
 
 
-def _is_odd(item: Tensor) -> bool:
+def _is_unsupported(item: Tensor) -> bool:
     return is_dtensor(item) or item.is_complex()

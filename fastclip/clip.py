@@ -1,4 +1,4 @@
-"""The functions of `torch.nn.utils`, same names and signatures, one read of the gradients."""
+"""The clipping functions of `torch.nn.utils`, with the same names and signatures."""
 
 import math
 from collections.abc import Iterable
@@ -38,46 +38,47 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients in place so that their global norm is at most `max_norm`.
 
-    Each gradient is multiplied by min(1, max_norm / (norm + 1e-6)); nothing is written where that
-    is 1. One read if nothing is clipped, no wait for the device unless `error_if_nonfinite`, the
-    same bits on every call. No graph break in `torch.compile`, but for `process_group`, errors, and
-    DTensors that are Partial, of several meshes or beside a `nonfinite` policy.
+    Each gradient is multiplied by min(1, max_norm / (norm + 1e-6)); nothing is written where this
+    factor is 1. One read if nothing is clipped, no wait for the device unless `error_if_nonfinite`,
+    the same bits on every call. A graph break in `torch.compile` only with `process_group`, if an
+    error is asked for, or with DTensors that are Partial, on several meshes or combined with a
+    `nonfinite` policy.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
             dtypes and devices, or one tensor; a parameter given twice counts once.
-        max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device, where
-            a negative value makes every gradient NaN, and NaN drops the step, as a norm that is not
-            finite does. A rule, such as `AutoClip`, is called with the norm, a float64, and returns
-            either.
+        max_norm: threshold, >= 0; `inf` only measures. The value of a 0-d tensor stays on its
+            device: if negative, every gradient becomes NaN; NaN is treated as a norm that is not
+            finite. A rule, such as `AutoClip`, is a function from the norm, a 0-d float64 tensor,
+            to a number or a 0-d tensor.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise before any gradient changes; waits for the device.
-        foreach: as in torch, but all run the same code here.
+        foreach: accepted as in torch; every value runs the same code.
         process_group: ranks that hold other parameters (pipeline stages, local shards), whose
-            gradients count too: a group, a `DeviceMesh`, or several. DTensors need none: what
-            their meshes spread is counted, and what they replicate is counted once. Over ranks, all
-            pass the same parameters of a mesh, with or without gradients.
+            gradients are part of the norm: a group, a `DeviceMesh`, or several. DTensors need none:
+            their shards on all ranks are part of the norm, and replicas count once. Every rank of
+            a mesh must pass the same DTensors, with or without gradients.
         nonfinite: what to do where the norm is infinite or NaN, or the threshold NaN:
             `"propagate"` it into the gradients, as torch does; `"zero"`: all become 0; `"keep"`:
-            they stay as they are, and your loop skips the step; `"error"`, as
-            `error_if_nonfinite`. On every rank alike, decided on the device,
-            but for the error. `"zero"` and `"keep"` also keep the weights of the ranks on GPUs
-            whole where another rank raises: the norm is NaN there.
-        grad_scale: factor > 0, a number or a 0-d tensor, by which the gradients are multiplied in
-            the same pass, before they are measured: 1 / tokens, 1 / micro-batches.
+            they stay as they are, and your loop skips the step; `"error"`: the same as
+            `error_if_nonfinite`. All ranks do the same, and only `"error"` waits for the device.
+            If another rank raises, the norm on GPUs is NaN: `"zero"` and `"keep"` protect the
+            weights then too.
+        grad_scale: factor > 0, a number or a 0-d tensor, such as 1 / tokens. The gradients are
+            multiplied by it in the same pass; `max_norm` and the norm returned are of the products.
 
     Returns:
-        The norm before clipping, 0-d: float32, or float64 if any gradient is, or any DTensor among
-        the parameters (of a `process_group` on a GPU, only those of this rank count for that). A
-        replicated DTensor if all are DTensors of one mesh.
+        The norm before clipping, 0-d: float64 if a gradient, or a DTensor among the parameters, is
+        (with a `process_group` on a GPU, if one of this rank is), else float32. A replicated
+        DTensor if all parameters are DTensors of one mesh.
 
-    A gradient that is not placed as its parameter, such as a `Partial` one, is redistributed and
-    kept so: a collective of its size, for which every rank of its mesh must have it.
+    A gradient whose placements differ from its parameter's, such as a `Partial` one, is replaced by
+    a redistributed one: a collective of its size, in which every rank of its mesh must take part.
 
     Raises:
-        RuntimeError: the norm is not finite on some rank and `error_if_nonfinite`; a gradient is
-            expanded; another rank cannot clip, if the host has the norm.
-        TypeError, ValueError: bad input, named; gradients untouched.
+        RuntimeError: the norm is not finite and `error_if_nonfinite`, on all ranks; elements of a
+            gradient share memory (`expand`); another rank cannot clip, if the norm is on the CPU.
+        TypeError, ValueError: bad input, which the message names; gradients are untouched.
 
     Reference: Pascanu et al. 2013, arXiv:1211.5063; `torch.nn.utils.clip_grad_norm_`.
 
@@ -108,10 +109,10 @@ def clip_grad_value_(
         parameters: tensors whose `.grad` is clipped, of any shapes, real floating dtypes and
             devices, or one tensor.
         clip_value: the bound, >= 0, rounded to each gradient's dtype.
-        foreach: as in torch, but all run the same code here.
+        foreach: accepted as in torch; every value runs the same code.
 
     Raises:
-        TypeError, ValueError: bad input, named; gradients untouched.
+        TypeError, ValueError: bad input, which the message names; gradients are untouched.
 
     Reference: `torch.nn.utils.clip_grad_value_`.
 
@@ -133,26 +134,27 @@ def get_total_norm(
 ) -> Tensor:
     """Return the norm of all `tensors` taken as one vector: the sum of |x|^p, to the power 1/p.
 
-    One read, float64 above a tile, no wait for the device unless `error_if_nonfinite`.
+    One read, in tiles whose sums are added in float64; no wait for the device unless
+    `error_if_nonfinite`.
 
     Args:
-        tensors: gradients (not parameters) of any shapes, floating dtypes and devices, or one.
+        tensors: gradients (not parameters), of any shapes, floating dtypes and devices; or one.
         norm_type: order p of the norm, any number or `'inf'`.
         error_if_nonfinite: raise if the norm is infinite or NaN; waits for the device.
-        foreach: as in torch, but all run the same code here.
-        dtype: of the norm that is returned, a floating dtype.
+        foreach: accepted as in torch; every value runs the same code.
+        dtype: floating dtype of the returned norm.
         process_group: ranks that hold other tensors, as in `clip_grad_norm_`.
 
     Returns:
-        The norm, 0-d, on the first tensor's device: of `dtype`, else float32, float64 if any tensor
-        is. A replicated DTensor if all are DTensors of one mesh.
+        The norm, 0-d, on the first tensor's device. Without `dtype` it is float64 if any tensor is,
+        else float32. A replicated DTensor if all are DTensors of one mesh.
 
-    Every rank of a mesh must pass its DTensors, since nothing else tells that they are there. Those
-    that are `Partial` are measured in a redistributed copy.
+    Every rank of a mesh must pass its DTensors, because a rank knows of them from this list alone.
+    `Partial` ones are measured in a redistributed copy.
 
     Raises:
         RuntimeError: the norm is not finite and `error_if_nonfinite`.
-        TypeError, ValueError: bad input, named.
+        TypeError, ValueError: bad input, which the message names.
 
     Reference: `torch.nn.utils.get_total_norm`.
 
@@ -185,10 +187,10 @@ def clip_grads_with_norm_(
         max_norm: threshold, >= 0, a number or a 0-d tensor.
         total_norm: 0-d tensor on the gradients' device, or a 0-d DTensor; a negative one makes
             every gradient NaN.
-        foreach: as in torch, but all run the same code here.
+        foreach: accepted as in torch; every value runs the same code.
 
     Raises:
-        TypeError, ValueError: bad input, named; gradients untouched.
+        TypeError, ValueError: bad input, which the message names; gradients are untouched.
 
     Reference: `torch.nn.utils.clip_grads_with_norm_`.
 
@@ -207,5 +209,5 @@ def clip_grads_with_norm_(
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     with torch.set_grad_enabled(is_differentiated()):
         coef = clip_coef(precise, max_norm)
-        # Some take -1 for a norm that is not finite: loud, where it would reverse the step.
+        # Some programs pass -1 for a norm that is not finite: NaN, so as not to reverse the step.
         grads.scale_(coef.masked_fill(precise < 0, math.nan))

@@ -1,4 +1,4 @@
-"""A clip that is prepared once: groups with their own norms, a policy, and numbers to look at."""
+"""`GradClipper`: a clip that is configured once, with groups, a nonfinite policy, statistics."""
 
 import copy
 import math
@@ -34,35 +34,36 @@ from ._ranks import value_of
 class GradClipper:
     """Clip the gradients of a model by their global norm, or by groups, at every step.
 
-    Each group's gradients are multiplied by min(1, max_norm / (norm + 1e-6)) of its own norm, all
-    groups in one pass. Parameters are looked up once, and again when a module, an optimizer or a
-    list holds others. No wait for the device, unless `nonfinite` is `"error"`.
+    The gradients of each group are multiplied by min(1, max_norm / (norm + 1e-6)) with the group's
+    own norm, all groups in one pass. Parameters are looked up once, and again when those of a
+    module, an optimizer or a list have changed. Waits for the device only if `nonfinite="error"`.
 
     Args:
         parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several modules or
-            optimizers. Names are those of the module, or of the optimizer if it was given any.
+            optimizers. They are named as in the module, or in the optimizer if it has names.
         max_norm: a number, a 0-d tensor or a rule, as in `clip_grad_norm_`.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: what an infinite or NaN norm does to its group, as in `clip_grad_norm_`.
-        groups: instead of the first two, dicts with `"params"`, as `parameters`; `"max_norm"`, None
-            to leave the group out; a `"process_group"` of its own; a `"name"`, else its number.
+        nonfinite: what happens to a group whose norm is infinite or NaN, as in `clip_grad_norm_`.
+        groups: instead of `parameters` and `max_norm`, dicts with `"params"`, `"max_norm"` (None to
+            leave the group out) and optionally `"process_group"` and `"name"` (else its index).
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        each: measure each gradient, and make the norms of the groups of those norms, so that
-            `norms_by_parameter` has those of the last step without a read; norm_type > 0, and no
-            `process_group`.
-        history: how many steps are recorded, >= 1; 8192, or what 16 MiB hold, if it is not given.
+        each: measure each gradient by itself and compute the groups' norms from these norms, so
+            that `norms_by_parameter` returns those of the last step without a read. Needs
+            norm_type > 0 and no `process_group`.
+        history: number of recorded steps, >= 1; by default 8192, or fewer to fit into 16 MiB.
 
-    `clipper.max_norm` is the threshold, and may be set to another between steps; of groups it maps
-    their names to theirs: `clipper.max_norm["head"] = 0.5`. Over ranks the first `clip_`, also of a
-    copy and after a state was loaded, compares names, numbers, rules and how many norms they
-    have seen, and versions, and waits for the device. `torch.compile` takes `clip_` whole after
-    that, but for groups and `process_group`.
+    `clipper.max_norm` is the threshold, and may be changed between steps; with groups it maps names
+    to thresholds: `clipper.max_norm["head"] = 0.5`. With DTensors or process groups, the first
+    `clip_`, also of a copy or after a state was loaded, checks that names, thresholds, rules, their
+    step counts and versions are the same on all ranks, and waits for the device. After that,
+    `torch.compile` traces `clip_` without a graph break, except with groups or a `process_group`.
 
-    Call `clip_` once before a CUDA graph captures it: that call makes the tensors. A copy, also by
-    `pickle`, goes on from the same state; that of a module which holds its clipper clips the copy.
+    Call `clip_` once before a CUDA graph captures it, because the first call allocates tensors. A
+    copy, also by `pickle`, continues from the same state; a clipper copied as part of a module
+    clips the copied module.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; a parameter in two groups.
+        TypeError, ValueError: bad arguments, which the message names; a parameter in two groups.
 
     >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
     >>> clipper = GradClipper([w], max_norm=1.0)
@@ -100,26 +101,26 @@ class GradClipper:
         self._ring = Ring(len(known), history)
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Any other would be accepted, and change nothing. Subclasses may have their own.
+        # A misspelt name would be accepted and have no effect. Subclasses may have their own.
         if type(self) is GradClipper and name[0] != "_" and not hasattr(GradClipper, name):
             raise AttributeError(f"{name}: a GradClipper has no such attribute; it has max_norm")
         super().__setattr__(name, value)
 
     @property
     def names(self) -> list[str]:
-        """Of the groups, in their order."""
+        """The names of the groups, in order."""
         return list(self._thresholds)
 
     @property
     def max_norm(self) -> Any:
-        """The threshold; of groups those by name."""
+        """The threshold; with groups a mapping from names to thresholds."""
         return self._thresholds["total"] if self._grouped.is_one else self._thresholds
 
     @max_norm.setter
     def max_norm(self, value: Threshold | Mapping[str, Threshold]) -> None:
         given: Any = {"total": value} if self._grouped.is_one else value
         if not isinstance(given, Mapping):
-            raise TypeError(f"max_norm: expected a dict with names of {self.names}, got {value!r}")
+            raise TypeError(f"max_norm: expected a dict with keys from {self.names}, got {value!r}")
         for name, one in given.items():
             self._thresholds[name] = one
 
@@ -130,16 +131,16 @@ class GradClipper:
             grad_scale: factor > 0 before the norm, as in `clip_grad_norm_`.
 
         Returns:
-            The norm before clipping as `clip_grad_norm_` returns it; of groups one for each, 1-d.
+            The norm before clipping as `clip_grad_norm_` returns it; with groups their norms, 1-d.
 
         Raises:
             RuntimeError: a norm is not finite, on any rank, and `nonfinite` is `"error"`.
-            ValueError: ranks were made otherwise, or did not load the same state; on all ranks.
-            TypeError: a gradient that cannot be clipped; gradients untouched.
+            ValueError: arguments or states differ between ranks; raised on all ranks.
+            TypeError: a gradient cannot be clipped; all gradients are untouched.
         """
         refuse_transforms("GradClipper")
         grouped, nonfinite = self._grouped, self._nonfinite
-        grouped.look_again()
+        grouped.refresh()
         scale = factor(grad_scale, grouped.p)
         if scale is None and grouped.is_simple and nonfinite == "propagate":
             limit = self._thresholds["total"]
@@ -161,31 +162,31 @@ class GradClipper:
         return total_norm
 
     def norms_by_parameter(self) -> dict[str, float]:
-        """Call this on all ranks: return the norm of each parameter's gradient by its name.
+        """Return the norm of each parameter's gradient by the parameter's name; call on all ranks.
 
-        Of order `norm_type`, 0 without a gradient. A DTensor's norm is that of the full gradient,
-        for which each rank waits for the others. Gradients are only read; with `each` they are not,
-        and the norms, which any rank may ask for alone, are those that the last `clip_` measured,
-        before it clipped. Waits for the device.
+        The norms are of order `norm_type`, and 0 without a gradient. A DTensor's norm is that of
+        the full gradient, computed by a collective. With `each` nothing is read: the norms are
+        those before clipping that the last `clip_` measured, and a rank may call this alone. Waits
+        for the device.
 
         Raises:
-            ValueError: with `each`, no step was clipped, or of other parameters.
+            ValueError: with `each`, `clip_` was not called yet, or not with these parameters.
         """
-        self._grouped.look_again()
+        self._grouped.refresh()
         norms = self._grouped.norms_by_item().tolist()
         return dict(zip(self._grouped.item_names, norms, strict=True))
 
     def stats(self, last: int | None = None) -> dict[str, Any]:
-        """Return numbers of the steps so far; waits for the device, and copies what was recorded.
+        """Return statistics of the recorded steps; waits for the device and copies the record.
 
         Args:
-            last: only of so many steps, >= 1, to leave out a warm-up.
+            last: use only this number of the latest steps, >= 1, to leave out a warm-up.
 
         Returns:
-            `steps`, how many there were; of the last of them the counts `clipped` (the coefficient
-            was below 1), `dropped` (a rule answered NaN) and `nonfinite`, the lists `total_norm`
-            and `coef`, and the `percentiles` of the finite norms, `"p50"` the median. Of groups
-            one such dict each, by name.
+            `steps`, the number of all steps so far; for the recorded ones the counts `clipped` (the
+            coefficient was below 1), `dropped` (a rule returned NaN) and `nonfinite`, the lists
+            `total_norm` and `coef`, and the `percentiles` of the finite norms, where `"p50"` is the
+            median. With groups, one such dict for each, by name.
         """
         if not (last is None or (isinstance(last, int) and last >= 1)):
             raise ValueError(f"last: expected a whole number >= 1, got {last!r}")
@@ -194,10 +195,10 @@ class GradClipper:
         return found["total"] if self._grouped.is_one else found
 
     def last(self) -> dict[str, Any]:
-        """Return numbers of the last step for a logger.
+        """Return the numbers of the last step, for a logger.
 
-        `total_norm`, `max_norm`, `coef`, and whether it was `dropped`; of groups one such dict
-        each, by name. Waits for the device, and fetches one step only.
+        They are `total_norm`, `max_norm`, `coef` and whether it was `dropped`; with groups, one
+        such dict for each, by name. Waits for the device, and fetches one step only.
 
         Raises:
             ValueError: no step was recorded.
@@ -206,7 +207,7 @@ class GradClipper:
         return found["total"] if self._grouped.is_one else found
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the norms of the recorded steps, the threshold and what was clipped, into a file.
+        """Draw the norms and thresholds of the recorded steps, and mark clipped ones, in a file.
 
         Raises:
             ImportError: no matplotlib.
@@ -216,11 +217,11 @@ class GradClipper:
         draw(steps, self._histories(rows), path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded, the states of rules by their group, and numbers that `max_norm` was
-        set to since the clipper was made; waits for the device.
+        """Return the recorded steps, the state of each group's rule, and the numbers to which
+        `max_norm` was set since the clipper was made; waits for the device.
 
-        Tensors on the CPU, whose names and shapes follow from the arguments alone, so that
-        `torch.distributed.checkpoint` restores them into any clipper made with the same.
+        The tensors are on the CPU. Their names and shapes follow from the constructor's arguments,
+        so that `torch.distributed.checkpoint` can restore them into any clipper made with the same.
         """
         rules = {name: rule.state_dict() for name, rule in self._stateful().items()}
         numbers = [self._thresholds.changed.get(name, math.nan) for name in self.names]
@@ -228,10 +229,10 @@ class GradClipper:
         return {"rules": rules, "log": self._ring.state_dict(), "max_norm": changed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of a clipper with the same arguments returned, on all ranks.
+        """Load the `state_dict()` of a clipper made with the same arguments; call on all ranks.
 
         Raises:
-            ValueError: the rules of other groups or with other arguments, or other numbers a step.
+            ValueError: the saved clipper had other groups, rules or `history`.
         """
         own = self._stateful()
         if own.keys() != state["rules"].keys():

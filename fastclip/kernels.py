@@ -4,22 +4,22 @@ from . import _ops
 
 
 def use_kernels(enabled: bool) -> None:
-    """Let the compiled kernels serve this process, or the plain-PyTorch ops in their place.
+    """Use the compiled kernels in this process, or the plain-PyTorch ops instead.
 
-    The plain ops run on every device and give the same norms within 1e-6, slower: with them you see
-    whether a kernel is at fault. FASTCLIP_KERNELS=0 in the environment does the same from the start
-    on, and loads nothing that was compiled. All ranks of a model must use the same, or their copies
-    of it drift apart by rounding. Call this between steps.
+    The plain ops run on every device and give the same norms within 1e-6, slower: use them to find
+    out whether a kernel is at fault. With FASTCLIP_KERNELS=0 in the environment they are used from
+    the start, and the extension is not loaded. All ranks of a model must make the same choice;
+    otherwise rounding makes their copies of the model drift apart. Call this between steps.
 
     Args:
-        enabled: whether kernels serve, where they are built.
+        enabled: whether to use the kernels, where they are built.
 
     Raises:
         RuntimeError: kernels are asked for, and none were loaded.
 
     Reference: `torch.backends.mkldnn.set_flags`.
 
-    >>> use_kernels(False)  # and True again
+    >>> use_kernels(False)  # until use_kernels(True)
     """
     if _ops.extension is not None:
         _ops.extension.use_kernels(bool(enabled))

@@ -13,15 +13,16 @@ from ._ranks import local_of
 def find_nonfinite(parameters: Any) -> dict[str, int]:
     """Return how many elements of each gradient are infinite or NaN, by the parameter's name.
 
-    Only of gradients that have any. One read of all, a second of those; waits for the device. It
-    tells what this rank holds, of a DTensor its shard, and any rank may call it alone.
+    Gradients without such elements are left out. All gradients are read once, and those with such
+    elements again; waits for the device. Only this rank's elements are counted, of a DTensor its
+    local shard, so that a rank may call this alone.
 
     Args:
         parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several
             modules or optimizers.
 
     Raises:
-        TypeError: something that holds no parameters, or a gradient that has no norm.
+        TypeError: `parameters` holds none, or a gradient has an unsupported dtype or layout.
 
     Reference: `torch.isfinite`.
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import _optimizers
 from ._arguments import NormType, Threshold, positive_order, threshold
-from ._decide import decide, is_bad, resolved
+from ._decide import decide, is_bad, limit_of
 from ._gradients import Gradients, fail, read
 from ._ops import is_host_readable, widest
 from ._optimizers import as_list, layers_of, parameters_of
@@ -32,16 +32,16 @@ def unscale_and_clip_(
 ) -> Tensor:
     """Unscale the gradients of an optimizer and clip them by their global norm, in one pass.
 
-    It stands for `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the
+    It replaces `scaler.unscale_(optimizer)` and `clip_grad_norm_`: with s the scale and n the
     norm of g / s, g becomes g / s * min(1, max_norm / (n + 1e-6)). It reads and writes each
     gradient once and does not wait for the device. Call `scaler.step` and `scaler.update` after it.
     If the norm is infinite or NaN, or the threshold NaN, the gradients are unscaled and not
     clipped, and `scaler.step` skips the step. Under a disabled scaler they are clipped as by
-    `clip_grad_norm_`. It breaks a graph of `torch.compile`.
+    `clip_grad_norm_`. It causes a graph break in `torch.compile`.
 
     Args:
-        optimizer: an optimizer of any kind, or a wrapper that holds one; or several, which have
-            one norm and skip a step together.
+        optimizer: an optimizer of any kind, or a wrapper that holds one; or several, which are
+            clipped by one common norm and skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the scaler of the loss; a disabled one scales nothing.
         norm_type: order p > 0 of the norm, or `'inf'`.
@@ -91,16 +91,17 @@ def clipped_step(
 ) -> Tensor:
     r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
 
-    It stands for `clip_grad_norm_` and `optimizer.step()`; with a scaler for `scaler.unscale_`,
-    `clip_grad_norm_` and `scaler.step`, so that `scaler.update()` follows. The gradients are read
+    It replaces `clip_grad_norm_` and `optimizer.step()`; with a scaler `scaler.unscale_`,
+    `clip_grad_norm_` and `scaler.step`: call `scaler.update()` after it. The gradients are read
     once to be measured. The optimizer scales them while it reads them, and leaves them clipped;
-    float64 ones are scaled before its step. If the norm is infinite or NaN, or the threshold NaN,
-    the step is skipped. It waits for the device only after a first step of SGD with dampening.
+    float64 gradients are scaled before its step. If the norm is infinite or NaN, or the threshold
+    NaN, the step is skipped. It waits for the device only after the first step of SGD with
+    dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
-            `fused=True`, or a wrapper that holds one; or several, which have one norm and skip a
-            step together.
+            `fused=True`, or a wrapper that holds one; or several, which are clipped by one common
+            norm and skip a step together.
         max_norm: threshold of the unscaled norm, as in `clip_grad_norm_`.
         scaler: the scaler of the loss, if there is one.
         norm_type: order p > 0 of the norm, or `'inf'`.
@@ -132,7 +133,7 @@ def clipped_step(
     grads, norm, coef, is_bad = _read_and_measure(given, inv_scale, *how)
     coef = coef if inv_scale is None else coef * inv_scale.to(coef)
     factor, divisor = _optimizers.split(coef, grads.is_wide())
-    # The host knows tensors on the CPU. On other devices the op itself finds that the factor is 1.
+    # The host can compare a factor on the CPU. On other devices the op itself skips a factor of 1.
     todo = [] if is_host_readable(factor) and factor == 1 else [factor.where(is_bad == 0, 1)]
 
     def prepare() -> None:
@@ -166,7 +167,7 @@ def _read_and_measure(
     elif not isinstance(measured, NormAccumulator):
         raise TypeError(f"measured: expected a NormAccumulator, got {type(measured).__name__}")
     elif process_group is not None:
-        raise ValueError("measured: knows the norm of this rank alone; leave out process_group")
+        raise ValueError("measured: holds norms of this rank alone; leave out process_group")
     else:
         grads = measured.take(items, p)
     if inv_scale is not None and grads.has(torch.float16):
@@ -178,7 +179,7 @@ def _read_and_measure(
         fail(grads, ValueError(why))
     scaled = grads.norm(p)
     norm = scaled if inv_scale is None else scaled * inv_scale.to(scaled)
-    limit = resolved(max_norm, norm)
+    limit = limit_of(max_norm, norm)
     return grads, norm, decide(norm, limit, p, grads.is_wide()), is_bad(scaled, limit).float()
 
 
@@ -201,7 +202,7 @@ def _inverse_scale(scaler: GradScaler, given: list[Optimizer]) -> Tensor | None:
 
 
 def _states(scaler: GradScaler) -> Any:
-    """The scaler's record for each optimizer of what it has done since its last `update`."""
+    """Return what the scaler has recorded for each optimizer since its last `update`."""
     return attribute(scaler, "_per_optimizer_states")
 
 

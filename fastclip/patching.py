@@ -1,10 +1,10 @@
 """torch's clipping functions replaced by fastclip's, for callers that know nothing of fastclip.
 
-torch makes each of its functions with a decorator. The function that this decorator calls is
-exchanged, so that callers are reached however they imported it; `unpatch` puts torch's back. Where
-a program has assigned a function of its own to torch's name, each name of that is assigned anew.
-The functions of other libraries are replaced when these are imported: each has a file in
-`integrations`, which `_LIBRARIES` lists.
+torch decorates each of its clipping functions. The function inside the decorator is exchanged, so
+that all callers are reached, however they imported it; `unpatch` puts torch's back. If a program
+has put a function of its own in the place of torch's, all names of that function in imported
+modules are assigned instead. Functions of another library are replaced when it is imported: each
+library has a file in `integrations`, and `_LIBRARIES` lists them.
 """
 
 import sys
@@ -29,7 +29,7 @@ _LIBRARIES = (megatron, timm)
 
 
 class Patch:
-    """One call of `patch()`, undone at the end of a `with` block; another block patches again."""
+    """One call of `patch()`: the end of a `with` block undoes it, and entering it patches again."""
 
     def __init__(self, wrap: Wrap) -> None:
         self.wrap = wrap
@@ -43,13 +43,13 @@ class Patch:
 
 
 def patch() -> Patch:
-    r"""Let torch's clipping functions be fastclip's, for every caller in this process.
+    r"""Replace torch's clipping functions by fastclip's, for every caller in this process.
 
-    It replaces `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_`
-    of `torch.nn.utils`, whenever and however they were imported, in compiled code too; and timm's
-    `adaptive_clip_grad` and the two functions by which Megatron-core measures and scales, now or
-    when these libraries are imported. Each call of it needs a call of `unpatch`, in any order and
-    from any thread.
+    These are `clip_grad_norm_`, `clip_grad_value_`, `get_total_norm` and `clip_grads_with_norm_`
+    of `torch.nn.utils`, whenever and however they were imported, in compiled code too. timm's
+    `adaptive_clip_grad` and the two functions by which Megatron-core measures and scales are
+    replaced too, now or when these libraries are imported. Each call of `patch` needs a call of
+    `unpatch`, in any order and from any thread.
 
     Returns:
         A context manager: at the end of its block this call is undone.
@@ -65,7 +65,7 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Undo the last `patch()` that still holds; nothing if none does.
+    """Undo the latest `patch()` that is in effect; do nothing if none is.
 
     Reference: `torch.nn.utils.clip_grad_norm_`.
 
@@ -77,18 +77,18 @@ def unpatch() -> None:
 
 
 def patch_with(wrap: Wrap) -> Patch:
-    """Do as `patch`, with `wrap(f)` for each function f of fastclip, unless torch is patched."""
+    """Patch with `wrap(f)` for each function f of fastclip; if already patched, keep that."""
     _patches.add(new := Patch(wrap))
     return new
 
 
 def is_patched() -> bool:
-    """Whether a `patch()` holds."""
+    """Whether a `patch()` is in effect."""
     return bool(_patches.held)
 
 
 class _Patches:
-    """The patches that hold; one object for the process, as torch's functions are."""
+    """The patches in effect: one object for the process, because torch's functions are global."""
 
     def __init__(self) -> None:
         self.held: list[Patch] = []
@@ -103,7 +103,7 @@ class _Patches:
                 self.held.append(new)
 
     def remove(self, one: Patch | None = None) -> None:
-        """Remove a patch, or the last one. If none is left, put back the functions of others."""
+        """Remove a patch, or the latest. If none is left, put back the original functions."""
         with self._lock:
             one = one or (self.held[-1] if self.held else None)
             if one not in self.held:

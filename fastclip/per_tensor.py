@@ -17,9 +17,9 @@ def clip_grad_norms_(
 ) -> Tensor:
     """Scale each gradient in place so that its own norm is at most `max_norm`.
 
-    It is multiplied by min(1, max_norm / (norm + 1e-6)) of its own norm; nothing is written where
-    that is 1. Two passes at most over all tensors together, no wait for the device, the same bits
-    on every call.
+    Each is multiplied by min(1, max_norm / (norm + 1e-6)) with its own norm; nothing is written
+    where this factor is 1. At most two passes over all tensors together, no wait for the device,
+    the same bits on every call.
 
     Args:
         parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
@@ -30,14 +30,15 @@ def clip_grad_norms_(
 
     Returns:
         The n norms before clipping, 1-d, in the order of the n `parameters`: float32, float64 if
-        any gradient is; 0 for one without a gradient, or given before.
+        any gradient is; 0 for a parameter without a gradient, or a repeated one.
 
     Raises:
-        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+        TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
+            untouched.
 
     Reference: `tf.clip_by_norm`, Keras `clipnorm`; with a threshold for each, AdaGC
-        (arXiv:2502.11034) and `optax.clip_by_block_rms`, whose threshold is that of the norm times
-        the square root of the number of elements.
+        (arXiv:2502.11034) and `optax.clip_by_block_rms`, whose threshold times the square root of
+        the number of elements is `max_norm` here.
 
     >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.0])
@@ -60,19 +61,20 @@ def clip_grad_agc_(
     """Scale each unit's gradient in place to at most `clip_factor` times the norm of its weights.
 
     Adaptive gradient clipping: a gradient g with weights w is scaled to the norm
-    clip_factor * max(||w||, eps) where it is above that. A unit is a slice along the first
+    clip_factor * max(||w||, eps) if its norm is larger. A unit is a slice along the first
     dimension (an output of a linear or convolution weight), or all of a tensor with fewer than two
-    dimensions (bias, gain). One read of weights and gradients, one write of what is clipped, no
+    dimensions (bias, gain). One read of weights and gradients, one write of clipped units, no
     wait for the device.
 
     Args:
         parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes,
             DTensors in the same order on every rank. The paper leaves out the last linear layer.
         clip_factor: >= 0, the lambda of the paper.
-        eps: >= 0, for weights that begin at 0.
+        eps: least norm of a unit's weights, >= 0, for weights that are 0 at first.
 
     Raises:
-        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+        TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
+            untouched.
 
     Reference: Brock et al. 2021, arXiv:2102.06171; `timm.utils.adaptive_clip_grad`;
         `optax.adaptive_grad_clip`, which takes other units for weights of shape (out, 1) and of
@@ -89,7 +91,7 @@ def clip_grad_agc_(
     weights, norms = each_norms_of([take_weights(items, Kind.ROWS), grads], 2.0, rows=True)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
-    # A norm that is infinite or NaN is no reason to leave a gradient as it is.
+    # The comparison is false for infinite and NaN norms: those gradients are scaled too.
     coefs = (limits / norms).masked_fill(norms <= limits, 1)
     grads.scale_each_(coefs, rows=True)
 
@@ -97,17 +99,18 @@ def clip_grad_agc_(
 def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) -> Tensor:
     """Scale the gradients in place so that their global norm is `norm`, from above or below.
 
-    Gradients that are all 0 stay so. One read and one write, no wait for the device.
+    If all gradients are 0, they stay 0. One read and one write, no wait for the device.
 
     Args:
         parameters: tensors whose `.grad` is scaled, as in `clip_grad_norm_`.
-        norm: the norm wanted, >= 0.
+        norm: the norm after scaling, >= 0 and finite.
 
     Returns:
-        The norm before scaling, 0-d, as `clip_grad_norm_` does.
+        The norm before scaling, 0-d, as `clip_grad_norm_` returns it.
 
     Raises:
-        TypeError, ValueError, RuntimeError: bad input, named; gradients untouched.
+        TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
+            untouched.
 
     Reference: Hazan et al. 2015, arXiv:1507.02030; `optax.normalize_by_update_norm`.
 
@@ -121,7 +124,7 @@ def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) ->
     grads = read(parameters)
     total_norm = grads.norm(2.0)
     dtype = torch.float64 if grads.is_wide() else torch.float32
-    # Subnormal norms ask for more than the dtype holds.
+    # For a subnormal norm, the quotient exceeds the largest number of the dtype.
     coef = (wanted / total_norm).clamp(max=torch.finfo(dtype).max).to(dtype)
     grads.scale_(coef.masked_fill(total_norm == 0, 1))
     return grads.result(total_norm)

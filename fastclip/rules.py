@@ -1,10 +1,10 @@
 """Rules: thresholds that follow the norms of a run. Pass one as `max_norm`.
 
 A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device,
-or NaN for a step that is to be dropped; its state lives there too, in a few tensors, and no call
-waits for it. A norm that is 0 (a frozen start, a loss that is masked) or not finite tells a rule
-nothing, and never enters the state; a rule that has seen no other does not clip. Call a rule once
-before a CUDA graph captures it: that call brings the state there.
+or NaN to drop the step. Its state is a few tensors on that device, and no call waits for the
+device. Norms that are 0 (frozen parameters, a masked loss) or not finite never enter the state, and
+a rule clips nothing before the first norm that does. Call a rule once before a CUDA graph captures
+it, because the first call moves the state to the device.
 
 A new rule is a subclass of `State`, exported by `__init__.py`: `_start` makes the state, and
 `__call__` changes it in place.
@@ -19,16 +19,16 @@ from ._state import CPU, State, put
 from ._warnings import warn
 
 
-def tells(norm: Tensor) -> Tensor:
-    """Whether it tells a rule anything."""
+def is_usable(norm: Tensor) -> Tensor:
+    """Whether a norm may enter the state of a rule: it is finite and not 0."""
     return norm.isfinite() & (norm > 0)
 
 
 class AutoClip(State):
     """The threshold is a percentile of the norms so far, this one included.
 
-    Of the last `history` norms that are finite and not 0, interpolated linearly as NumPy does; inf
-    before the first of them. No wait for the device.
+    It is that of the last `history` norms that are finite and not 0, interpolated linearly as NumPy
+    does, and inf before the first such norm. No wait for the device.
 
     Args:
         percentile: 0 to 100; at 10 nine steps of ten are clipped.
@@ -50,8 +50,8 @@ class AutoClip(State):
             raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
         if 0 < percentile < 1:
             warn(
-                f"percentile: {percentile} is less than the first of a hundred; for the "
-                f"{100 * percentile:g}th pass {100 * percentile:g}"
+                f"percentile: {percentile} is below 1 on a scale from 0 to 100; for the "
+                f"{100 * percentile:g}th percentile pass {100 * percentile:g}"
             )
         if not (isinstance(history, int) and history >= 1):
             raise ValueError(f"history: expected a whole number >= 1, got {history}")
@@ -64,15 +64,15 @@ class AutoClip(State):
 
     @torch.no_grad()
     def __call__(self, total_norm: Tensor) -> Tensor:
-        # `norms` is a ring, `count` how many norms there were.
+        # `norms` is a ring buffer, and `count` the number of norms that have entered it.
         norms, count = self._on(total_norm.device)
         norm = total_norm.to(norms)
-        telling = tells(norm)
-        # Where the norm tells nothing its place keeps what it holds.
+        usable = is_usable(norm)
+        # If the norm is not usable, the element at `place` keeps its value.
         place = (count % self.history).reshape(1)
-        norms.index_copy_(0, place, norm.where(telling, norms[place]))
-        count += telling
-        # Places not taken yet are infinite and come last.
+        norms.index_copy_(0, place, norm.where(usable, norms[place]))
+        count += usable
+        # Elements that are not filled yet are inf, and are sorted to the end.
         held = count.clamp(max=self.history)
         rank = (held - 1).clamp_(min=0).to(norms) * (self.percentile / 100)
         below = rank.floor()
@@ -82,25 +82,24 @@ class AutoClip(State):
 
 
 class ZClip(State):
-    """Clip outliers from a moving average of the norms, the further ones the more.
+    """Clip norms far above their moving average, and the more strongly the further above.
 
-    With mean m and standard deviation s of the norms so far, but those of 0,
-    z = (norm - m) / (s + 1e-6). Where z exceeds `z_threshold` the threshold is
-    m + z_threshold^2 * s / z, else there is none (inf). Then mean and variance move by 1 - alpha
-    towards the norm as clipped. They begin as those of the first `warmup_steps` norms, of which
-    none is clipped. No wait for the device.
+    With mean m and standard deviation s of the nonzero norms so far, z = (norm - m) / (s + 1e-6).
+    Where z exceeds `z_threshold` the threshold is m + z_threshold^2 * s / z, otherwise inf. Then
+    mean and variance move by 1 - alpha towards the clipped norm. They start as mean and variance of
+    the first `warmup_steps` norms, none of which is clipped. No wait for the device.
 
     Args:
-        alpha: the share of the old average, 0 to 1.
-        z_threshold: in standard deviations, > 0.
-        warmup_steps: >= 1.
+        alpha: weight of the old averages, 0 to 1.
+        z_threshold: the largest z that is not clipped, > 0.
+        warmup_steps: number of norms before the first clip, >= 1.
 
     Raises:
         ValueError: an argument out of its range.
 
     Reference: Kumar et al. 2025, arXiv:2504.02507, and its published code in z-score mode with
-        adaptive scaling, without that code's fixed threshold of 1 beside it, and without norms of
-        0, after which that code makes every gradient 0.
+        adaptive scaling, but without that code's additional fixed threshold of 1, and without norms
+        of 0, after which that code makes every gradient 0.
 
     >>> rule = ZClip(warmup_steps=2)
     >>> [round(float(rule(torch.tensor(norm))), 3) for norm in (1.0, 3.0, 10.0)]
@@ -128,20 +127,20 @@ class ZClip(State):
     def __call__(self, total_norm: Tensor) -> Tensor:
         steps, mean, variance = self._on(total_norm.device)
         norm, n = total_norm.to(mean), steps.to(mean)
-        # In the warm-up mean and variance are those of all norms so far (Welford 1962).
+        # During the warm-up, mean and variance are those of all norms so far (Welford 1962).
         warm = steps >= self.warmup_steps
         old = (n / (n + 1)).masked_fill(warm, self.alpha)
         new = n.clamp(min=1).reciprocal().masked_fill(warm, 1 - self.alpha)
         deviation = variance.sqrt()
         z = (norm - mean) / (deviation + 1e-6)
         threshold = mean + deviation * self.z_threshold**2 / z
-        # A norm that is not finite gets no pass: it spoils what it scales, as any threshold does.
+        # A norm that is not finite is never quiet: its gradients become NaN, as by any threshold.
         quiet = norm.isfinite() & (~warm | (z <= self.z_threshold))
-        telling = tells(norm)
+        usable = is_usable(norm)
         clipped = norm.where(quiet, threshold)
         following = torch.lerp(clipped, mean, old)
         spread = variance * old + (clipped - following).square() * new
-        put(mean, following.where(telling, mean))
-        put(variance, spread.where(telling, variance))
-        steps.add_(telling).clamp_(max=self.warmup_steps)
+        put(mean, following.where(usable, mean))
+        put(variance, spread.where(usable, variance))
+        steps.add_(usable).clamp_(max=self.warmup_steps)
         return threshold.masked_fill(quiet, math.inf).to(total_norm)

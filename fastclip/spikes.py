@@ -1,4 +1,4 @@
-"""A rule that drops steps: `DropSpikes`, made as those of rules.py are."""
+"""`DropSpikes`, a rule that drops steps; rules.py says what a rule is."""
 
 import math
 from typing import Any
@@ -7,28 +7,28 @@ import torch
 from torch import Tensor
 
 from ._arguments import Threshold, threshold
-from ._decide import resolved
+from ._decide import limit_of
 from ._state import CPU, State, put
-from .rules import tells
+from .rules import is_usable
 
 
 class DropSpikes(State):
     """Drop a step whose norm is far above the usual; clip all others by `max_norm`.
 
-    Where the norm exceeds `factor` times the moving average of the norms that were not dropped, the
-    threshold is NaN, which drops the step as a norm that is not finite does: `clipped_step` and the
-    scaler after `unscale_and_clip_` skip it, `clip_grad_norm_` and `GradClipper` do as `nonfinite`
-    says. The average begins as that of the first `warmup_steps` norms, of which none is dropped.
-    After `patience` drops in a row the next norm is believed, and the average goes on from it. No
+    If the norm exceeds `factor` times the moving average of the norms that were not dropped, the
+    threshold is NaN, and the step is treated like one whose norm is not finite: `clipped_step` and
+    the scaler after `unscale_and_clip_` skip it, `clip_grad_norm_` and `GradClipper` do as
+    `nonfinite` says. The average starts as that of the first `warmup_steps` norms, none of which is
+    dropped. After `patience` drops in a row the next norm is accepted, and replaces the average. No
     wait for the device.
 
     Args:
-        max_norm: what clips the other steps: a number, `inf` for nothing, a 0-d tensor, or a rule,
-            which does not see the norms of dropped steps.
-        factor: > 1.
-        alpha: the share of the old average, 0 to 1.
-        warmup_steps: >= 1.
-        patience: >= 0.
+        max_norm: threshold of the other steps: a number (`inf` clips nothing), a 0-d tensor, or a
+            rule, which gets NaN in place of the norm of a dropped step.
+        factor: multiple of the average above which a norm is dropped, > 1.
+        alpha: weight of the old average, 0 to 1.
+        warmup_steps: number of norms before the first drop, >= 1.
+        patience: the most drops in a row, >= 0.
 
     Raises:
         ValueError: an argument out of its range.
@@ -70,35 +70,35 @@ class DropSpikes(State):
         steps, mean, drops = self._on(total_norm.device)
         norm, n, warm = total_norm.to(mean), steps.to(mean), steps >= self.warmup_steps
         is_far = norm.isfinite() & warm & (norm > self.factor * mean)
-        is_believed = is_far & (drops >= self.patience)
-        is_dropped = is_far & ~is_believed
-        telling = tells(norm) & ~is_dropped
-        old = (n / (n + 1)).masked_fill(warm, self.alpha).masked_fill(is_believed, 0)
-        put(mean, torch.lerp(norm, mean, old).where(telling, mean))
-        steps.add_(telling).clamp_(max=self.warmup_steps)
-        # A step without a norm says nothing of the level.
-        put(drops, (drops + 1).where(is_dropped, drops * ~telling))
+        is_accepted = is_far & (drops >= self.patience)
+        is_dropped = is_far & ~is_accepted
+        usable = is_usable(norm) & ~is_dropped
+        old = (n / (n + 1)).masked_fill(warm, self.alpha).masked_fill(is_accepted, 0)
+        put(mean, torch.lerp(norm, mean, old).where(usable, mean))
+        steps.add_(usable).clamp_(max=self.warmup_steps)
+        # A norm that is 0 or not finite is no drop, and does not end a row of drops either.
+        put(drops, (drops + 1).where(is_dropped, drops * ~usable))
         shown = total_norm.masked_fill(is_dropped, math.nan)
-        limit = resolved(self.max_norm, shown)
+        limit = limit_of(self.max_norm, shown)
         if not isinstance(limit, Tensor):
             limit = torch.full_like(shown, limit)
         return limit.to(shown).masked_fill(shown.isnan(), math.nan)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As of other rules, with the state of the rule inside, if `max_norm` is one."""
+        """Return copies on the CPU, also of the state of `max_norm` if that is a rule."""
         inner = self.max_norm.state_dict() if isinstance(self.max_norm, State) else {}
         return super().state_dict() | {f"max_norm.{name}": inner[name] for name in inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of one made with the same arguments returned.
+        """Load the `state_dict()` of a rule made with the same arguments.
 
         Raises:
-            ValueError: names or shapes that are not its own.
+            ValueError: the names or shapes of the tensors differ from those of this rule.
         """
         inner = {n.removeprefix("max_norm."): v for n, v in state.items() if "." in n}
         own = {name: value for name, value in state.items() if "." not in name}
         if isinstance(self.max_norm, State):
             self.max_norm.load_state_dict(inner)
         elif inner:
-            raise ValueError(f"state: expected that of a DropSpikes without a rule, got {inner}")
+            raise ValueError(f"state: expected no state of a rule in max_norm, got {inner}")
         super().load_state_dict(own)

@@ -29,7 +29,7 @@ __device__ double reduce_block(double value) {
   constexpr int kWarps = kThreads / 32;
   __shared__ double warps[kWarps];
   value = reduce_lanes<Op, 32>(value);
-  __syncthreads();  // a thread may still be reading the result of an earlier call
+  __syncthreads();  // an earlier call may still be read
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   return reduce_lanes<Op, kWarps>(warps[threadIdx.x % kWarps]);

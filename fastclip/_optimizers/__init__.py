@@ -1,4 +1,4 @@
-"""Optimizers: wrappers around them, and fused steps, which divide the gradients.
+"""Optimizers: wrappers around them, and fused ones, which can divide gradients in their step.
 
 Imports `_ranks` and `_ops`.
 """

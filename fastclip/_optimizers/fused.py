@@ -1,4 +1,4 @@
-"""Fused optimizers of torch: which of them divide the gradients in their step, and such a step."""
+"""torch's fused optimizers: which of them can divide gradients in their step, and that step."""
 
 import functools
 import inspect
@@ -40,7 +40,7 @@ def check(outer: Optimizer) -> None:
 
 @functools.cache
 def _divides_when_fused(kind: type[Any]) -> bool:
-    """Whether the fused step of a class divides gradients, which a new optimizer of it says."""
+    """Whether the fused step of a class divides gradients; asks a new instance of the class."""
     kind = next(one for one in kind.__mro__ if one.__module__.startswith("torch.optim."))
     if "fused" not in inspect.signature(kind).parameters:
         return False
@@ -48,7 +48,7 @@ def _divides_when_fused(kind: type[Any]) -> bool:
 
 
 def divides(optimizer: Any) -> bool:
-    """Whether a scaler leaves the gradients to this optimizer's step, which divides them."""
+    """Whether a scaler leaves it to this optimizer's step to divide the gradients."""
     return getattr(optimizer, FLAGS[-1], False)
 
 
@@ -68,7 +68,7 @@ def step(
 ) -> None:
     """Step with `grad_scale` and `found_inf` set, then put back the attributes that were there.
 
-    Calls `prepare` when nothing can refuse the step any more, just before torch's step begins.
+    Call `prepare` just before torch's step begins, when no wrapper can refuse the step any more.
     """
     inner = layers_of(outer)[-1]
     attributes = vars(inner)
@@ -94,7 +94,7 @@ def step(
         _clear_buffers(inner, fresh, found_inf)
     finally:
         hook.remove()
-        # An attribute that was not there must go: a scaler takes even None for one of its own.
+        # Remove attributes that were not there: a scaler multiplies by a `grad_scale` even if None.
         for name in FLAGS:
             attributes.pop(name, None)
         attributes.update(before)
@@ -103,7 +103,8 @@ def step(
 def _clear_buffers(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf: Tensor) -> None:
     """Clear the momentum of SGD after a first step that was skipped.
 
-    torch 2.13 has allocated the buffers, not written them, and takes the next step for the second.
+    torch 2.13 allocates the buffers in the skipped step, writes nothing to them, and treats the
+    next step as the second.
     """
     for p, group in fresh:
         buffer = inner.state.get(p, {}).get("momentum_buffer")
@@ -113,5 +114,5 @@ def _clear_buffers(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf:
             local = local_of(buffer)
             local.copy_(local.where(found_inf.to(local.device) == 0, 0))
         elif found_inf:
-            # Only a first gradient is not dampened. torch asks on the host whether it is the first.
+            # The first gradient is not dampened, and torch decides on the host which one is first.
             del inner.state[p]

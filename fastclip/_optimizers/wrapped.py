@@ -35,7 +35,7 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
         values = vars(layers[-1]).values()
         held = {id(one): one for one in values if isinstance(one, Optimizer)}
         others = [one for one in held.values() if all(one is not layer for layer in layers)]
-        # ZeroRedundancyOptimizer holds an optimizer of a part of its parameters: no wrapper.
+        # ZeroRedundancyOptimizer is no wrapper: the one in it has only a part of the parameters.
         if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
             break
         layers += others

@@ -1,7 +1,7 @@
-"""Run by Python when a process starts that has this folder on its path: it lets torch be patched.
+"""Python runs this file when a process starts that has its folder on the path: it patches torch.
 
-torch is patched when the process imports it, and is not imported here: most of the processes that
-a program starts never need it.
+torch is patched when the process imports it. It is not imported here, because most of the processes
+that a program starts never need it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # `run` gives these `-X` options to the process that it starts; children do not inherit them.
 RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
 
-# Where torchrun, Slurm's srun, Open MPI and MPICH tell each process its rank.
+# The variables in which torchrun, Slurm's srun, Open MPI and MPICH tell a process its rank.
 _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -52,7 +52,7 @@ class After:
         """Return what the other finders find, with a loader that calls `action` at the end."""
         if name != self.awaited or get_ident() in self._asking:
             return None
-        # In this thread, this finder finds nothing while the others are asked.
+        # While this thread asks the other finders, this one must find nothing.
         self._asking.add(get_ident())
         try:
             spec = importlib.util.find_spec(name)
@@ -78,7 +78,7 @@ class After:
 def _start() -> None:
     """Wait for torch, and run the `sitecustomize` that Python would find without this folder."""
     here = os.path.dirname(__file__)
-    # Others' `sitecustomize` may run the next one as well, and so this one a second time.
+    # A `sitecustomize` of another package may run the next one on the path, and so this one again.
     if here not in sys.path:
         return
     later = sys.path[sys.path.index(here) + 1 :]
@@ -89,7 +89,7 @@ def _start() -> None:
         _patch_torch()
 
     def patch_unless_too_early(module: ModuleType) -> None:
-        # A script that imports fastclip first imports torch while fastclip is incomplete.
+        # If a script imports fastclip before torch, fastclip is still incomplete here.
         spec = getattr(sys.modules.get("fastclip"), "__spec__", None)
         if not getattr(spec, "_initializing", False):
             patch(module)
@@ -107,7 +107,7 @@ def _start() -> None:
 def _patch_torch() -> None:
     atexit.unregister(_announce_no_patch)
     try:
-        # By its file, because the script may have another module of this name beside it.
+        # Loaded by path, because a module beside the script may have the same name.
         if "fastclip" not in sys.modules:
             file = os.path.join(os.path.dirname(os.path.dirname(__file__)), "__init__.py")
             spec: Any = importlib.util.spec_from_file_location("fastclip", file)

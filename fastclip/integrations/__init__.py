@@ -3,6 +3,6 @@
 `megatron` and `timm` import nothing of their frameworks. `lightning` and `transformers` do, and
 only their users import them.
 
-A file for `patch()` names the `MODULE` that it waits for, and `adapt(module, wrap)` replaces
-functions of that by what `wrap` makes of ours, and returns how to undo it.
+A file for `patch()` has `MODULE`, the name of the module to adapt, and `adapt(module, wrap)`, which
+replaces functions of the module by `wrap(ours)` and returns the functions that undo it.
 """

@@ -19,27 +19,27 @@ from ..clipper import GradClipper
 
 
 class GradClip(Callback):
-    """Clip the gradients before every optimizer step, log their norm, and save what rules keep.
+    """Clip the gradients before every optimizer step, log their norm, and save the state of rules.
 
     It replaces the trainer's `gradient_clip_val`. The norm is logged as a tensor, for any logger,
-    without a wait for the device. Checkpoints hold the state of rules and of the recorded norms;
-    another `fit` of the same module goes on from it, a `fit` of another one begins anew.
+    without a wait for the device. Checkpoints hold the state of rules and the recorded norms.
+    Another `fit` of the same module continues from them, a `fit` of another module starts afresh.
 
     Args:
-        max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`; of several optimizers the
-            first has the rule, and each other one a copy of it.
+        max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`; with several optimizers the
+            first uses the rule, and each of the others a copy of it.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The trainer steps
-            after it, with `"keep"` by gradients that are not finite, unless its scaler skips steps.
+        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The trainer takes
+            the step anyway (with `"keep"`, on bad gradients), unless its scaler skips it.
         groups: instead of `max_norm`, a function of the module that returns `GradClipper`'s groups.
-        log_name: the name in the log; for groups their names follow it. None logs nothing.
+        log_name: the name in the log, with groups `log_name/group`. None logs nothing.
 
     `clippers` are the `GradClipper`s, in the order of the optimizers: `clippers[0].stats()`.
 
     Raises:
-        ValueError: training begins with `gradient_clip_val`, FSDP1 or DeepSpeed.
-        RuntimeError: training begins with a scaler and a fused optimizer, which divides the scaled
-            gradients later, in its step; README has the plugin that clips in the step.
+        ValueError: when training begins, with `gradient_clip_val`, FSDP1 or DeepSpeed.
+        RuntimeError: when training begins, with a scaler and a fused optimizer, which unscales the
+            gradients only later, in its step; README links a plugin that clips in the step.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GradClip(Callback):
         self._module: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the clippers, because every fit has other optimizers."""
+        """Make the clippers here, because every `fit` makes new optimizers."""
         self._check(trainer)
         is_same = self._module in (None, pl_module)
         saved = self.state_dict()["clippers"] if is_same else []

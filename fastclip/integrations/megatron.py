@@ -25,7 +25,7 @@ def adapt(module: ModuleType, wrap: Callable[..., Any]) -> list[Undo]:
     def multi_tensor_l2norm(
         chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], *_: Any
     ) -> tuple[Tensor, None]:
-        """Return the norm of `tensor_lists[0]`, float32 of shape (1,), and no norm of each."""
+        """Return the norm of `tensor_lists[0]`, float32 of shape (1,), and None for each norm."""
         return take(tensor_lists[0]).norm(2.0).float().reshape(1), None
 
     def multi_tensor_scale(

@@ -17,26 +17,25 @@ from ..clipper import GradClipper
 
 
 class GradClip(TrainerCallback, ExportableState):
-    """Clip the gradients before every optimizer step, log their norm, and save what rules keep.
+    """Clip the gradients before every optimizer step, log their norm, and save the state of rules.
 
     It replaces the `max_grad_norm` of `TrainingArguments`, which must be 0. The state of rules and
-    of the recorded norms is in the `trainer_state.json` of every checkpoint, from which a run that
-    is resumed goes on (`restore_callback_states_from_checkpoint` stays False); others begin anew.
+    the recorded norms are in the `trainer_state.json` of every checkpoint. A resumed run continues
+    from them (leave `restore_callback_states_from_checkpoint` False); other runs start afresh.
 
     Args:
         max_norm: a number, a 0-d tensor or a rule, as in `GradClipper`.
         norm_type: order p of the norms, any number or `'inf'`.
-        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The Trainer steps
-            after it, with `"keep"` by gradients that are not finite, unless its scaler skips steps.
-        groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups,
-            whose norms are logged as `grad_norm/` and their name: for a logger to see them, let it
-            come after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
+        nonfinite: the policy for an infinite or NaN norm, as in `GradClipper`. The Trainer takes
+            the step anyway (with `"keep"`, on bad gradients), unless its scaler skips it.
+        groups: instead of `max_norm`, a function of the model that returns `GradClipper`'s groups.
+            Their norms are logged as `grad_norm/name`, which only later callbacks see: put loggers
+            after this one, `report_to="none", callbacks=[GradClip(...), WandbCallback()]`.
 
-    `clippers` holds the one `GradClipper`, from the beginning of the training on:
-    `clippers[0].stats()`.
+    `clippers` holds the one `GradClipper`, once training has begun: `clippers[0].stats()`.
 
     Raises:
-        ValueError: training begins with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in
+        ValueError: when training begins, with `max_grad_norm`, FSDP1, DeepSpeed, or fp16 in
             transformers 4.
     """
 

@@ -161,7 +161,7 @@ def test_a_checkpoint_without_its_state_begins_it_anew(tmp_path):
     trained(tmp_path, 10, **how)
     clip = GradClip(fastclip.AutoClip(50))
     resume = str(tmp_path / "checkpoint-10")
-    with pytest.warns(UserWarning, match="the checkpoint has no state of it"):
+    with pytest.warns(UserWarning, match="this checkpoint was saved without it"):
         trained(tmp_path, 20, [clip], resume=resume, max_grad_norm=0.0, **how)
     assert clip.clippers[0].stats()["steps"] == 10
 
@@ -199,7 +199,7 @@ def test_bad_arguments_are_named(tmp_path):
             GradClip(**wrong)
     with pytest.raises(ValueError, match=r"max_grad_norm 1.0 .* pass max_grad_norm=0"):
         trained(tmp_path, 2, [GradClip(0.5)])
-    with pytest.raises(ValueError, match="there are two of it"):
+    with pytest.raises(ValueError, match="the Trainer has two of these callbacks"):
         trained(tmp_path, 2, [GradClip(0.5), GradClip(0.5)], max_grad_norm=0.0)
 
 
