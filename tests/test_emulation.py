@@ -389,8 +389,8 @@ FAULTS = {
     ),
     "the coefficient of another tensor": (
         "cuda/launch.cu",
-        "work.slots > 1 ? slot : 0",
-        "work.slots > 1 ? slot - (PLANTED && slot > 1) : 0",
+        "work.groups > 1 ? group : 0",
+        "work.groups > 1 ? group - (PLANTED && group > 1) : 0",
     ),
 }
 
