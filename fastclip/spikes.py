@@ -16,11 +16,11 @@ class DropSpikes(State):
     """Drop a step whose norm is far above the usual; clip all others by `max_norm`.
 
     If the norm exceeds `factor` times the moving average of the norms that were not dropped, the
-    threshold is NaN, and the step is treated like one whose norm is not finite: `clipped_step` and
-    the scaler after `unscale_and_clip_` skip it, `clip_grad_norm_` and `GradClipper` do as
-    `nonfinite` says. The average starts as that of the first `warmup_steps` norms, none of which is
-    dropped. After `patience` drops in a row the next norm is accepted, and replaces the average. No
-    wait for the device.
+    threshold is NaN, and the step is treated as if its norm were not finite: `clipped_step` skips
+    it, as does the scaler after `unscale_and_clip_`; in `clip_grad_norm_` and `GradClipper`
+    `nonfinite` decides. The average starts as that of the first `warmup_steps` norms, none of which
+    is dropped. After `patience` drops in a row the next norm is accepted, and replaces the average.
+    No wait for the device.
 
     Args:
         max_norm: threshold of the other steps: a number (`inf` clips nothing), a 0-d tensor, or a
@@ -33,8 +33,8 @@ class DropSpikes(State):
     Raises:
         ValueError: an argument out of its range.
 
-    Reference: the skipping of spikes in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section
-        5.1), decided by the norm.
+    Reference: PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1) skips spikes; here the
+        norm decides which step is one.
 
     >>> rule = DropSpikes(max_norm=1.0, warmup_steps=2)
     >>> [float(rule(torch.tensor(norm))) for norm in (1.0, 3.0, 10.0, 2.0)]

@@ -18,7 +18,8 @@ constexpr int kLargeParameters = 12010;
 using SmallTable = Table<4096 - sizeof(Work)>;
 using LargeTable = Table<(CUDART_VERSION >= kLargeParameters ? 32764 : 4096) - sizeof(Work)>;
 
-// For a range of groups: the first span of each group, and the end of the last group's spans.
+// For a range of groups: the index of the first span (a run of tiles) of each, and the last one's
+// end.
 struct Groups {
   static constexpr int kGroups = 1000;
   int count, first;
@@ -159,8 +160,9 @@ bool launch_phases(const char* what, const Partition& partition, const Work& wor
 
 // Whether both phases are to be one launch. For gradients larger than the L2 cache, fusing would
 // save only a thousandth of the time. The caller must also rule out deadlocks: a cooperative launch
-// waits until all its blocks can be resident, so it waits for a running collective, which may wait
-// for a rank whose clip came first. So clip_norm_cuda fuses only where has_process_groups is false.
+// waits for room for all its blocks, and so for a running collective, which may wait for a rank
+// that queued its clip before that collective. So clip_norm_cuda fuses only where
+// has_process_groups is false.
 bool is_fused(const Partition& partition, int device) {
   const size_t entries = takes_large_tables() ? LargeTable::kEntries : SmallTable::kEntries;
   return partition.entries() <= entries && partition.tiles() <= kMaxTableTiles &&

@@ -66,7 +66,7 @@ def read(
 
 
 def clip_at_once_(parameters: list[Tensor], max_norm: Any, norm_type: Any) -> Tensor | None:
-    """Do all of `clip_grad_norm_` in one call of C++, as Python is out of cache after backward.
+    """Do all of `clip_grad_norm_` in one C++ call: after backward Python's code is in no cache.
 
     Return None, with nothing done, if any tensor or argument has to be checked in Python.
     """
@@ -165,7 +165,7 @@ def _spread(
     agree: bool,
     read_all: Callable[[], LocalGrads],
 ) -> SpreadGrads:
-    """Make `SpreadGrads`; if other ranks wait for this rank's sums, keep an error in them."""
+    """Make `SpreadGrads`; if other ranks wait for this rank's sums, keep an error for later."""
     try:
         if plan.reduction.crossing is not None:
             raise ValueError(plan.reduction.crossing)

@@ -62,7 +62,7 @@ def as_clamped(tensor: Tensor) -> Tensor:
 def as_real(tensor: Tensor, rows: bool = False) -> Tensor:
     """Return a view of the stored real numbers.
 
-    The view of a lazy conjugate or negative has the signs in memory: magnitudes are the same.
+    For a lazy conjugate or negative it shows the signs as stored; magnitudes are the same.
     """
     if tensor.is_complex():
         real = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
@@ -72,7 +72,7 @@ def as_real(tensor: Tensor, rows: bool = False) -> Tensor:
 
 
 def _check_rows(tensor: Tensor, rows: bool) -> None:
-    """Raise if the slices along the first dimension of the stored tensor are not its rows."""
+    """Raise if slicing the stored values along dimension 0 does not give the rows of `tensor`."""
     by_row = tensor.is_sparse and (tensor.dim() < 2 or tensor.sparse_dim() == 1)
     if rows and tensor.layout != torch.strided and not by_row:
         raise TypeError(
@@ -92,5 +92,5 @@ def is_opaque(tensor: Tensor) -> bool:
 
 
 def _is_negated(tensor: Tensor) -> bool:
-    """Return whether the signs are lazily flipped; False in a graph, which need not ask."""
+    """Return whether the signs are lazily flipped; in a graph always False: no check is needed."""
     return not torch.compiler.is_compiling() and tensor.is_neg()

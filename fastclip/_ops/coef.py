@@ -13,7 +13,7 @@ EPSILON = 1e-6
 
 
 def as_limit(max_norm: float | Tensor, device: torch.device) -> Tensor:
-    """Return a threshold as a tensor: for a number one on the CPU, which ops of any device take."""
+    """Return a threshold as a tensor; a number as one on the CPU, which any op takes."""
     if isinstance(max_norm, Tensor):
         return max_norm
     if torch.compiler.is_compiling() or is_transformed():
@@ -48,8 +48,8 @@ def clip_coef_in(dtype: torch.dtype, total_norm: Tensor, max_norm: float | Tenso
     is_number = number is not None
     if number is not None and not 0 <= number < math.inf:
         return torch.full_like(total_norm, 1 if number > 0 else math.nan, dtype=dtype)
-    # A factor of a power of two brings norms beyond float32 into its range without rounding. Tiny
-    # thresholds would be rounded; without the factor, their coefficient for such norms is 0.
+    # A factor of a power of two brings norms beyond float32 into its range without rounding. It
+    # would round tiny thresholds, so these go without it and get coefficient 0 for such norms.
     if dtype != total_norm.dtype and (number is None or number > 2.0**-60):
         unit = 2.0**-48
     # A 0-d CPU tensor stays there: a device's division takes it as a scalar, without a copy.

@@ -23,7 +23,7 @@ ROW = 256
 # The number of elements that one call may add in the widest dtype. On the CPU torch divides a sum
 # of 32 Ki elements or more among its threads, and the bits of the sum depend on their number.
 SHORT = 1 << 13
-# The number of elements that are copied at once, to another dtype or out of memory with gaps.
+# The number of elements that are copied at once, to change the dtype or because memory has gaps.
 BLOCK = 1 << 20
 # If a norm is below this, the squares of its elements may underflow in float32.
 TINY = 1e-9
@@ -67,8 +67,9 @@ def each(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def each_row(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """Return the norm of each slice along the first of two or more dimensions, and of each tensor
-    that has fewer; 1-d, on the first tensor's device."""
+    """Return the norm of each slice along the first dimension, 1-d, on the first tensor's device.
+
+    A tensor of fewer than two dimensions counts as one slice."""
     device = tensors[0].device
     found = [each([t], p) if t.dim() < 2 else norms_of_slices(_keep_values(t), p) for t in tensors]
     return torch.cat([norms.to(device, widest(device)) for norms in found])
@@ -152,7 +153,7 @@ def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
     size, found = _most_terms(dtype), []
     is_copied = tensor.dtype != dtype or p != 2 or not tensor.is_contiguous()
     at_once = BLOCK if is_copied else tensor.numel()
-    # The copies lie in the same memory one after another, where the host waits for each.
+    # If the host waits for each copy, each new one overwrites the one before in the same memory.
     is_reused = tensor.dtype != dtype and is_host_readable(tensor)
     room = tensor.new_empty(min(BLOCK, tensor.numel()) if is_reused else 0, dtype=dtype)
     for slices in tensor.split(max(1, at_once * len(tensor) // tensor.numel())):
