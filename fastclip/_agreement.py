@@ -1,4 +1,4 @@
-"""A check that ranks clip alike, before their first clip: sums over ranks carry no names."""
+"""Before the first clip, check that ranks clip alike: their sums carry no names to compare."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ def check_agreement(
 ) -> None:
     """Check that ranks with a common norm have the same arguments and states; wait for the device.
 
-    `read` returns the `SpreadGrads`; it is called in here, where torch.compile does not trace it. A
-    rank whose rules are in another state, as when it has not found its checkpoint, would scale its
-    shards by a threshold of its own.
+    `read` returns `SpreadGrads` (gradients spread over ranks); it is called in here, where
+    torch.compile does not trace it. A rank whose rules are in another state, for example because it
+    has found no checkpoint, would scale its shards by another threshold than the rest.
 
     Raises:
         ValueError: the ranks differ; raised on all ranks.
@@ -49,7 +49,7 @@ def check_agreement(
 
 
 def _text_of(threshold: Threshold) -> str:
-    """Describe a threshold; of a tensor or a function only the type or name is compared."""
+    """Describe a threshold as text: a tensor by its type alone, a function by its name."""
     if isinstance(threshold, State):
         return threshold.describe()
     if isinstance(threshold, float):

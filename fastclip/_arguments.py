@@ -21,7 +21,7 @@ class _Params(TypedDict):
 
 
 class Group(_Params, total=False):
-    """The type of one of the `groups` of a `GradClipper`, a dict."""
+    """The type of each dict in the `groups` of a `GradClipper`."""
 
     max_norm: Threshold | None
     name: str

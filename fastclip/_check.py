@@ -73,7 +73,8 @@ def _median_ms(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, fl
 def speed(device: str) -> list[dict[str, Any]]:
     """Return the milliseconds of a clip by fastclip and by torch, and of a read and a copy.
 
-    All four are timed for three lists of gradients; the read and the copy are of as many bytes.
+    All four are timed for three lists of gradients. The read and the copy are those of one tensor
+    with as many bytes as the list.
     """
     type_ = torch.device(device).type
     size = {"cuda": 1 << 30, "cpu": 1 << 26}.get(type_, 1 << 18)
@@ -129,7 +130,7 @@ def _describe(device: torch.device, is_served: bool) -> dict[str, str]:
 
 
 def _replay(device: str) -> str:
-    """Compare a replayed CUDA graph of a clip with a call; return what differs in words, or ""."""
+    """Compare a replayed CUDA graph of a clip with a call; say what differs, or return ""."""
     case = Case(device, "clip_norm_", "mixed")
     called, captured = Canvas(case), Canvas(case)
     total_norm = _ops.clip_norm_(called.tensors, 1.0, 2.0)
@@ -204,7 +205,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
 
 
 def _compare_ranks(record: dict[str, Any], device_type: str) -> None:
-    """Add to the record those of all ranks, their errors, and the results of clipping models."""
+    """Add to this record all ranks' records and errors, and the results of clipping models."""
     record["ranks"] = ranks = _ranks.gather(record)
     record["wrong"] = [f"rank {i}: {why}" for i, one in enumerate(ranks) for why in one["wrong"]]
     record["wrong"] += _ranks.differing([one["facts"] for one in ranks])

@@ -1,6 +1,6 @@
 """The cases of `python -m fastclip check`: each op on lists of tensors, against float64 on the CPU.
 
-The tensors have the sizes at which kernels change to another code path, and one more or less.
+The tensors have the sizes at which kernels change to another code path, and sizes one off.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     p: float = 2.0
     sizes: str = "borders"
     offset: int = 0  # elements from an aligned address to each tensor
-    value: str = ""  # put last into some tensors: nan, inf, or the largest of the dtype
+    value: str = ""  # the last element of some tensors: "nan", "inf", "largest" (of its dtype)
 
     def wrong(self) -> str:
         """Call the op, and return in words what is wrong with its result; "" if nothing is."""
@@ -166,7 +166,7 @@ def _clip_by_policy(
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases, those that are most likely to show a fault first."""
+    """Yield the cases; those that are most likely to show a fault come first."""
     kinds = ["mixed", *DTYPES]
     clips = ["clip_norm_", "clip_norm_ idle", "clip_norm_ known", "clip_norm_ tensor"]
     for dtype in kinds:

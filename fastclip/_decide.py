@@ -37,14 +37,14 @@ def decide(
 ) -> Tensor:
     """Return the coefficients of the gradients: factor * min(1, limit / (norm + 1e-6)).
 
-    `norms`, 0-d or 1-d, of order p, are those of `factor` times the gradients; `wide` says whether
-    any gradient is float64. The result has the shape of `norms`.
+    `norms`, 0-d or 1-d, are the norms of order p of the gradients times `factor`; `wide` says
+    whether any gradient is float64. The result has the shape of `norms`.
     """
     if nonfinite == "error":
         raise_if_nonfinite(norms, p)
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
-        # The value of a tensor is not checked on the host; a negative one would reverse the step.
+        # A tensor `factor` is not checked on the host; a negative one would reverse the step.
         coef = (coef * factor).masked_fill(norms < 0, math.nan)
     if nonfinite == "error" and isinstance(limit, Tensor) and limit.isnan().any():
         raise RuntimeError(
@@ -55,7 +55,7 @@ def decide(
 
 
 def limit_of(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
-    """Return what a rule returns for the norm; a number or a tensor as it is."""
+    """Return what a rule returns for the norm; return a number or a tensor unchanged."""
     return threshold_from_rule(max_norm(total_norm)) if callable(max_norm) else max_norm
 
 
@@ -73,7 +73,7 @@ def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
 
 
 def apply_policy(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """Return `coef`; where a step is bad, instead 1 for "keep" and ZEROS for "zero"."""
+    """Return `coef`, but in a bad step 1 for "keep", and ZEROS (write zeros) for "zero"."""
     if nonfinite not in ("keep", "zero"):
         return coef
     return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else ZEROS)

@@ -18,13 +18,13 @@ import fastclip
 
 INSTALL_EXTRA = 'pip install --no-build-isolation -e ".[demo]"'
 
-# With this learning rate and without clipping, training diverges within about ten steps with any
-# seed; with half of it, it does not. This threshold clips some 8 % of the steps. With a larger one,
+# At this learning rate, unclipped training diverges within about ten steps, whatever the seed; at
+# half the rate it does not. This threshold clips some 8 % of the steps. With a larger threshold,
 # rounding makes the two clipped runs differ.
 LEARNING_RATE = 0.7
 MOMENTUM = 0.9
 MAX_NORM = 0.75
-# The final loss is the mean loss of this number of last steps.
+# The final loss is the mean over this many last steps.
 LAST = 20
 
 
@@ -43,13 +43,13 @@ class Run(NamedTuple):
 
     @property
     def diverged(self) -> int | None:
-        """The first step, from 1, whose loss is not finite or twice the untrained network's."""
+        """The first step, counted from 1, with a NaN loss or one above twice the first loss."""
         steps = enumerate(self.losses, 1)
         return next((step for step, loss in steps if not loss <= 2 * self.losses[0]), None)
 
 
 class CharacterModel(nn.Module):
-    """Embedding, tanh recurrence, linear layer; the loss of (batch, length) text, in nats."""
+    """Embedding, tanh recurrence, linear layer; gives the loss of (batch, length) text, in nats."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()

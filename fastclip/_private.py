@@ -39,7 +39,7 @@ def private(path: str) -> Any:
 
 
 def attribute(owner: Any, name: str) -> Any:
-    """Return an attribute of an object of torch; raise as a `Missing` does if it has none."""
+    """Return an attribute of a torch object; if that lacks it, raise as a `Missing` does."""
     try:
         return getattr(owner, name)
     except AttributeError:

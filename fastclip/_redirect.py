@@ -12,17 +12,17 @@ Undo = Callable[[], object]
 
 
 def _is_decorated_by_torch(function: Any) -> bool:
-    """Whether torch's decorator `_no_grad` made a function: its closure is one cell, `func`."""
+    """Whether torch's decorator `_no_grad` made a function; its closure then is one cell `func`."""
     code = getattr(function, "__code__", None)
     made = code and (code.co_filename, code.co_freevars)
     return made == (clip_grad.__file__, ("func",))
 
 
 def redirect(theirs: Any, ours: Callable[..., Any]) -> Undo | None:
-    """Make a function that torch's decorator `_no_grad` has decorated call `ours` inside.
+    """Let `theirs`, which torch's decorator `_no_grad` has made, call `ours` inside.
 
-    `theirs` is this function or a wrapper of it. It stays the same object, so every name and every
-    caller of it is reached. Return None if it has no such decorator.
+    `theirs` may also be a wrapper of such a function. The function stays the same object, so this
+    reaches all its names and callers. Return None if no `_no_grad` has made it.
     """
     theirs = inspect.unwrap(theirs, stop=_is_decorated_by_torch)
     if not _is_decorated_by_torch(theirs):

@@ -26,12 +26,12 @@ from ._ops import widest
 from ._ranks import rank, value_of
 from .patching import patch_with
 
-# The number of latest clips that are recorded, in 2 MiB.
+# How many of the latest clips are recorded; the record takes 2 MiB.
 HISTORY = 1 << 17
 
 
 def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
-    """Replace this process by `python command`: script, `-m module` or `-c code`, and arguments."""
+    """Replace this process by Python with a command: a script, -m or -c, and its arguments."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         sys.exit("python -m fastclip run: needs PYTHONPATH and site; leave out -E, -I and -S")
     options = ["-X", _site.RUN]
@@ -42,7 +42,7 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
     sys.stdout.flush()
     sys.stderr.flush()
-    # multiprocessing gets Python's options from this function too. It leaves out -u and -i.
+    # This function, which multiprocessing uses too, returns Python's options except -u and -i.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags += ["-u"] * getattr(sys.stdout, "write_through", False) + ["-i"] * sys.flags.interactive
     os.execv(sys.executable, [sys.executable, *flags, *options, *command])
@@ -90,7 +90,7 @@ class Counted:
     @torch.no_grad()
     def _record(self, ring: Ring, total_norm: Tensor, max_norm: float | Tensor) -> None:
         norm = value_of(total_norm)
-        # Fake tensors, which have a type of their own, and meta tensors have no value to record.
+        # Meta tensors, and fake tensors (which have their own type), have no value to record.
         if type(norm) is not Tensor or norm.is_meta:
             return
         norm = norm.reshape(()).to(widest(norm.device))

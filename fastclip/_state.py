@@ -14,16 +14,16 @@ CPU = torch.device("cpu")
 
 def put(place: Tensor, value: Tensor) -> None:
     """Copy a 0-d tensor into another one."""
-    # As views of one element: in compiled code torch 2.13 loses writes to a 0-d float64 tensor on
-    # the CPU (2.14 does not).
+    # Copied as views of one element, because in compiled code torch 2.13 (not 2.14) loses writes to
+    # a 0-d float64 tensor on the CPU.
     place.view(1).copy_(value.view(1))
 
 
 class State:
     """Tensors of fixed names and shapes, on the device of the latest norm.
 
-    They are on the CPU at first, in copies and in saved states, so that any process can load them,
-    and none writes into the memory of another.
+    They are on the CPU at first, in copies and in saved states: there any process can load them,
+    and no process writes into the memory of another one.
     """
 
     # Tensors made in inference mode could not be changed in place outside of it.
@@ -50,7 +50,7 @@ class State:
     @torch.inference_mode(False)
     def _move(self, device: torch.device) -> None:
         before = self._here
-        # A captured CUDA graph keeps its addresses, so tensors on accelerators are kept for it.
+        # A captured CUDA graph goes on using its tensors, so those on accelerators are kept.
         self._places = {d: tensors for d, tensors in self._places.items() if d.type != "cpu"}
         if device not in self._places:
             narrow = {torch.float64: widest(device)}
@@ -92,7 +92,7 @@ class State:
         for name, value in self._here.items():
             value.copy_(state[name])
 
-    # As bytes, because multiprocessing would share the memory of a tensor.
+    # Pickled as bytes, because multiprocessing would share the memory of a tensor.
     def __getstate__(self) -> dict[str, Any]:
         file = io.BytesIO()
         torch.save(State.state_dict(self), file)
@@ -105,7 +105,7 @@ class State:
 
 
 class Shared(tuple[Any, ...]):
-    """Process groups: a deep copy shares them, and only an empty tuple can be pickled."""
+    """A tuple of process groups: a deep copy shares them, and it can be pickled only if empty."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

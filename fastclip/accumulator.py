@@ -1,4 +1,4 @@
-"""The norm measured during backward, so that clipping needs no pass over the gradients for it."""
+"""Measure the norm during backward, so that a clip need not read the gradients to measure it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +21,15 @@ class NormAccumulator:
 
     Each gradient is read while it is still in the cache. `clip_` only combines these norms, then
     scales as `clip_grad_norm_` does. Under `DistributedDataParallel` the averaged buckets are
-    measured as they arrive. A gradient that was changed in place or replaced since is measured
-    again. Changes that do not bump the version counter go unnoticed: writes through `.data`,
-    collectives of `torch.distributed`, replays of a CUDA graph. Call `forget` after them. After
-    `scaler.unscale_` all gradients are measured again: pass this as `measured` to
-    `unscale_and_clip_` or `clipped_step` instead.
+    measured as they arrive. A gradient that has been changed in place or replaced since then is
+    measured again. Changes that do not bump the version counter go unnoticed: writes through
+    `.data`, collectives of `torch.distributed`, replays of a CUDA graph. Call `forget` after them.
+    After `scaler.unscale_` all gradients are measured again. Instead of it call `unscale_and_clip_`
+    or `clipped_step`, with this accumulator as `measured`.
 
-    `clip_` measures all gradients itself if the extension is not built; on several ranks without
-    `DistributedDataParallel`, because collectives would go unnoticed; and if a gradient is a
-    DTensor (FSDP2), complex, sparse, or on another device than the rest.
+    `clip_` measures all gradients itself in three cases: the extension is not built; there are
+    several ranks without `DistributedDataParallel`, where collectives would go unnoticed; or a
+    gradient is a DTensor (FSDP2), complex, sparse, or on another device than the rest.
 
     Args:
         parameters: a module, also `DistributedDataParallel`, an optimizer, tensors, or several
@@ -89,7 +89,7 @@ class NormAccumulator:
             self._set_paused(before or self._is_removed)
 
     def take(self, parameters: list[Tensor], norm_type: float) -> Gradients:
-        """Return the gradients of these parameters with their measured norms; then forget these.
+        """Return the gradients of these parameters with the measured norms, and forget the norms.
 
         Called by `unscale_and_clip_` and `clipped_step`.
 
@@ -97,7 +97,7 @@ class NormAccumulator:
             ValueError: different gradients were measured, or norms of a different order.
         """
         self._refresh()
-        # DTensors are never measured in backward, and ranks may differ in which have gradients.
+        # DTensors are never measured in backward; which of them have gradients may vary by rank.
         if is_spread(parameters) and norm_type == self.p:
             return read(parameters, agree=True)
         ours, theirs = (
@@ -117,7 +117,7 @@ class NormAccumulator:
             self._measured.forget()
 
     def remove(self) -> None:
-        """Remove the hooks; that of `DistributedDataParallel` stays, and only averages."""
+        """Remove the hooks, but not that of `DistributedDataParallel`, which then only averages."""
         self._detach()
         self._is_removed = True
         self._set_paused(True)
@@ -142,7 +142,7 @@ class NormAccumulator:
         return list({id(item): item for _, item in self._source.find()}.values())
 
     def _refresh(self) -> None:
-        """Attach to new parameters if they have changed; detach if there are other ranks now."""
+        """If parameters have changed, attach to the new; if there are other ranks now, detach."""
         if not self._source.is_unchanged():
             before, self._items = self._items, self._find_items()
             if list(map(id, before)) != list(map(id, self._items)):

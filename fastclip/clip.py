@@ -40,15 +40,15 @@ def clip_grad_norm_(
 
     Each gradient is multiplied by min(1, max_norm / (norm + 1e-6)); nothing is written where this
     factor is 1. One read if nothing is clipped, no wait for the device unless `error_if_nonfinite`,
-    the same bits on every call. A graph break in `torch.compile` only with `process_group`, if an
-    error is asked for, or with DTensors that are Partial, on several meshes or combined with a
+    the same bits on every call. Only these cause a graph break in `torch.compile`: `process_group`,
+    `error_if_nonfinite`, and DTensors that are Partial, on several meshes or combined with a
     `nonfinite` policy.
 
     Args:
         parameters: tensors whose `.grad` is clipped, of any shapes, real or complex floating
             dtypes and devices, or one tensor; a parameter given twice counts once.
-        max_norm: threshold, >= 0; `inf` only measures. The value of a 0-d tensor stays on its
-            device: if negative, every gradient becomes NaN; NaN is treated as a norm that is not
+        max_norm: threshold, >= 0; `inf` only measures. A 0-d tensor is used on its device: a
+            negative one makes every gradient NaN; NaN is treated like a norm that is not
             finite. A rule, such as `AutoClip`, is a function from the norm, a 0-d float64 tensor,
             to a number or a 0-d tensor.
         norm_type: order p of the norm, any number or `'inf'`.
@@ -65,19 +65,21 @@ def clip_grad_norm_(
             If another rank raises, the norm on GPUs is NaN: `"zero"` and `"keep"` protect the
             weights then too.
         grad_scale: factor > 0, a number or a 0-d tensor, such as 1 / tokens. The gradients are
-            multiplied by it in the same pass; `max_norm` and the norm returned are of the products.
+            multiplied by it in the same pass; the returned norm and `max_norm` refer to the result.
 
     Returns:
-        The norm before clipping, 0-d: float64 if a gradient, or a DTensor among the parameters, is
-        (with a `process_group` on a GPU, if one of this rank is), else float32. A replicated
-        DTensor if all parameters are DTensors of one mesh.
+        The norm before clipping, 0-d. It is float64 if any gradient or any DTensor parameter is
+        float64 (with a `process_group` on a GPU: any of this rank), else float32. It is a
+        replicated DTensor if all parameters are DTensors of one mesh.
 
     A gradient whose placements differ from its parameter's, such as a `Partial` one, is replaced by
-    a redistributed one: a collective of its size, in which every rank of its mesh must take part.
+    a redistributed copy. That takes a collective of the gradient's size, in which every rank of its
+    mesh must take part.
 
     Raises:
-        RuntimeError: the norm is not finite and `error_if_nonfinite`, on all ranks; elements of a
-            gradient share memory (`expand`); another rank cannot clip, if the norm is on the CPU.
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set (raised on all ranks);
+            elements of a gradient share memory (`expand`); the norm is on the CPU and another rank
+            cannot clip.
         TypeError, ValueError: bad input, which the message names; gradients are untouched.
 
     Reference: Pascanu et al. 2013, arXiv:1211.5063; `torch.nn.utils.clip_grad_norm_`.
@@ -149,8 +151,8 @@ def get_total_norm(
         The norm, 0-d, on the first tensor's device. Without `dtype` it is float64 if any tensor is,
         else float32. A replicated DTensor if all are DTensors of one mesh.
 
-    Every rank of a mesh must pass its DTensors, because a rank knows of them from this list alone.
-    `Partial` ones are measured in a redistributed copy.
+    Every rank of a mesh must pass the same DTensors of that mesh: it knows of them from this list
+    alone. `Partial` ones are measured in a redistributed copy.
 
     Raises:
         RuntimeError: the norm is not finite and `error_if_nonfinite`.
@@ -209,5 +211,5 @@ def clip_grads_with_norm_(
     precise = total_norm.to(torch.promote_types(total_norm.dtype, torch.float32))
     with torch.set_grad_enabled(is_differentiated()):
         coef = clip_coef(precise, max_norm)
-        # Some programs pass -1 for a norm that is not finite: NaN, so as not to reverse the step.
+        # Some programs pass -1 for a norm that is not finite; as NaN it cannot reverse the step.
         grads.scale_(coef.masked_fill(precise < 0, math.nan))

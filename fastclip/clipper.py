@@ -47,15 +47,15 @@ class GradClipper:
         groups: instead of `parameters` and `max_norm`, dicts with `"params"`, `"max_norm"` (None to
             leave the group out) and optionally `"process_group"` and `"name"` (else its index).
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        each: measure each gradient by itself and compute the groups' norms from these norms, so
-            that `norms_by_parameter` returns those of the last step without a read. Needs
+        each: measure each gradient by itself and compute the groups' norms from these norms. Then
+            `norms_by_parameter` reads nothing: it returns the norms of the last step. Needs
             norm_type > 0 and no `process_group`.
         history: number of recorded steps, >= 1; by default 8192, or fewer to fit into 16 MiB.
 
     `clipper.max_norm` is the threshold, and may be changed between steps; with groups it maps names
     to thresholds: `clipper.max_norm["head"] = 0.5`. With DTensors or process groups, the first
-    `clip_`, also of a copy or after a state was loaded, checks that names, thresholds, rules, their
-    step counts and versions are the same on all ranks, and waits for the device. After that,
+    `clip_` (also of a copy, and after a state was loaded) waits for the device: it checks that all
+    ranks have the same names, thresholds, rules, step counts of rules, and versions. After that,
     `torch.compile` traces `clip_` without a graph break, except with groups or a `process_group`.
 
     Call `clip_` once before a CUDA graph captures it, because the first call allocates tensors. A
@@ -101,7 +101,7 @@ class GradClipper:
         self._ring = Ring(len(known), history)
 
     def __setattr__(self, name: str, value: object) -> None:
-        # A misspelt name would be accepted and have no effect. Subclasses may have their own.
+        # A misspelt name would otherwise have no effect. Subclasses may have other attributes.
         if type(self) is GradClipper and name[0] != "_" and not hasattr(GradClipper, name):
             raise AttributeError(f"{name}: a GradClipper has no such attribute; it has max_norm")
         super().__setattr__(name, value)
@@ -128,7 +128,7 @@ class GradClipper:
         """Clip the gradients in place.
 
         Args:
-            grad_scale: factor > 0 before the norm, as in `clip_grad_norm_`.
+            grad_scale: factor > 0, applied before the norm, as in `clip_grad_norm_`.
 
         Returns:
             The norm before clipping as `clip_grad_norm_` returns it; with groups their norms, 1-d.
@@ -166,8 +166,8 @@ class GradClipper:
 
         The norms are of order `norm_type`, and 0 without a gradient. A DTensor's norm is that of
         the full gradient, computed by a collective. With `each` nothing is read: the norms are
-        those before clipping that the last `clip_` measured, and a rank may call this alone. Waits
-        for the device.
+        those that the last `clip_` measured before it clipped, and a rank may call this alone.
+        Waits for the device.
 
         Raises:
             ValueError: with `each`, `clip_` was not called yet, or not with these parameters.
@@ -183,10 +183,10 @@ class GradClipper:
             last: use only this number of the latest steps, >= 1, to leave out a warm-up.
 
         Returns:
-            `steps`, the number of all steps so far; for the recorded ones the counts `clipped` (the
-            coefficient was below 1), `dropped` (a rule returned NaN) and `nonfinite`, the lists
-            `total_norm` and `coef`, and the `percentiles` of the finite norms, where `"p50"` is the
-            median. With groups, one such dict for each, by name.
+            `steps` counts all steps so far. The rest is of the recorded ones: the counts `clipped`
+            (the coefficient was below 1), `dropped` (a rule returned NaN) and `nonfinite`; the
+            lists `total_norm` and `coef`; and the `percentiles` of the finite norms, where `"p50"`
+            is the median. With groups, one such dict for each, by name.
         """
         if not (last is None or (isinstance(last, int) and last >= 1)):
             raise ValueError(f"last: expected a whole number >= 1, got {last!r}")
@@ -207,7 +207,7 @@ class GradClipper:
         return found["total"] if self._grouped.is_one else found
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the norms and thresholds of the recorded steps, and mark clipped ones, in a file.
+        """Draw the recorded norms and thresholds into a file, with the clipped steps marked.
 
         Raises:
             ImportError: no matplotlib.

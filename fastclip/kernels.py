@@ -6,7 +6,7 @@ from . import _ops
 def use_kernels(enabled: bool) -> None:
     """Use the compiled kernels in this process, or the plain-PyTorch ops instead.
 
-    The plain ops run on every device and give the same norms within 1e-6, slower: use them to find
+    The plain ops run on every device, slower, and give the same norms within 1e-6: use them to find
     out whether a kernel is at fault. With FASTCLIP_KERNELS=0 in the environment they are used from
     the start, and the extension is not loaded. All ranks of a model must make the same choice;
     otherwise rounding makes their copies of the model drift apart. Call this between steps.

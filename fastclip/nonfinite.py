@@ -14,8 +14,8 @@ def find_nonfinite(parameters: Any) -> dict[str, int]:
     """Return how many elements of each gradient are infinite or NaN, by the parameter's name.
 
     Gradients without such elements are left out. All gradients are read once, and those with such
-    elements again; waits for the device. Only this rank's elements are counted, of a DTensor its
-    local shard, so that a rank may call this alone.
+    elements again; waits for the device. Only this rank's elements are counted (those of a
+    DTensor's local shard), so that a rank may call this alone.
 
     Args:
         parameters: a module, an optimizer, tensors, (name, tensor) pairs, or several

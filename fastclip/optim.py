@@ -91,12 +91,12 @@ def clipped_step(
 ) -> Tensor:
     r"""Step a fused optimizer with gradients clipped by their global norm, inside its own pass.
 
-    It replaces `clip_grad_norm_` and `optimizer.step()`; with a scaler `scaler.unscale_`,
-    `clip_grad_norm_` and `scaler.step`: call `scaler.update()` after it. The gradients are read
-    once to be measured. The optimizer scales them while it reads them, and leaves them clipped;
-    float64 gradients are scaled before its step. If the norm is infinite or NaN, or the threshold
-    NaN, the step is skipped. It waits for the device only after the first step of SGD with
-    dampening.
+    It replaces `clip_grad_norm_` and `optimizer.step()`. With a scaler it replaces
+    `scaler.unscale_`, `clip_grad_norm_` and `scaler.step`; call `scaler.update()` after it. The
+    gradients are read once to be measured. The optimizer scales them while it reads them, and
+    leaves them clipped; float64 gradients are scaled before its step. If the norm is infinite or
+    NaN, or the threshold NaN, the step is skipped. It waits for the device only after the first
+    step of SGD with dampening.
 
     Args:
         optimizer: `Adam`, `AdamW`, `SGD` or `Adagrad` (from torch 2.12 on) of `torch.optim` with
@@ -140,7 +140,7 @@ def clipped_step(
         while todo:
             grads.scale_(todo.pop())
 
-    # A wrapper can still refuse to step. Wrappers step first, before any parameter has changed.
+    # A wrapper can still refuse to step, so wrappers step first: no parameter has changed yet.
     for outer in sorted(given, key=lambda one: len(layers_of(one)), reverse=True):
         _optimizers.step(outer, divisor, is_bad, prepare)
         if scaler is not None and inv_scale is not None:
@@ -158,7 +158,7 @@ def _read_and_measure(
 ) -> tuple[Gradients, Tensor, Tensor, Tensor]:
     """Return the gradients, their unscaled norm, its coefficient, and whether to skip the step.
 
-    The last is a 0-d float32 tensor, 1 or 0, as the `found_inf` of scalers and optimizers is.
+    The last is a 0-d float32 tensor, 1 or 0, like the `found_inf` of scalers and optimizers.
     """
     max_norm, p = threshold(max_norm), positive_order(norm_type)
     items = parameters_of(given)

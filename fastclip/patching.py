@@ -2,9 +2,9 @@
 
 torch decorates each of its clipping functions. The function inside the decorator is exchanged, so
 that all callers are reached, however they imported it; `unpatch` puts torch's back. If a program
-has put a function of its own in the place of torch's, all names of that function in imported
-modules are assigned instead. Functions of another library are replaced when it is imported: each
-library has a file in `integrations`, and `_LIBRARIES` lists them.
+has put a function of its own in the place of torch's, that function stays as it is, and fastclip's
+is assigned to all its names in imported modules. Functions of another library are replaced when it
+is imported: each library has a file in `integrations`, and `_LIBRARIES` lists them.
 """
 
 import sys
@@ -29,7 +29,7 @@ _LIBRARIES = (megatron, timm)
 
 
 class Patch:
-    """One call of `patch()`: the end of a `with` block undoes it, and entering it patches again."""
+    """One call of `patch()`: the end of its `with` block undoes it, a new `with` patches again."""
 
     def __init__(self, wrap: Wrap) -> None:
         self.wrap = wrap
@@ -77,7 +77,7 @@ def unpatch() -> None:
 
 
 def patch_with(wrap: Wrap) -> Patch:
-    """Patch with `wrap(f)` for each function f of fastclip; if already patched, keep that."""
+    """Patch with `wrap(f)` for each function f of fastclip; if already patched, ignore `wrap`."""
     _patches.add(new := Patch(wrap))
     return new
 
@@ -103,7 +103,7 @@ class _Patches:
                 self.held.append(new)
 
     def remove(self, one: Patch | None = None) -> None:
-        """Remove a patch, or the latest. If none is left, put back the original functions."""
+        """Remove a patch, by default the latest; if none is left, restore the originals."""
         with self._lock:
             one = one or (self.held[-1] if self.held else None)
             if one not in self.held:

@@ -23,22 +23,22 @@ def clip_grad_norms_(
 
     Args:
         parameters: tensors whose `.grad` is clipped, as in `clip_grad_norm_`; a DTensor's norm is
-            that of the full gradient, and DTensors come in the same order on every rank.
+            that of the full gradient. Pass DTensors in the same order on every rank.
         max_norm: threshold, >= 0, a number or a 0-d tensor, the same for all; or a 1-d tensor, one
             for each of the n `parameters`, on any device.
         norm_type: order p of the norms, any number or `'inf'`.
 
     Returns:
-        The n norms before clipping, 1-d, in the order of the n `parameters`: float32, float64 if
-        any gradient is; 0 for a parameter without a gradient, or a repeated one.
+        The n norms before clipping, 1-d, in the order of the n `parameters`: float64 if any
+        gradient is, else float32. A parameter that has no gradient, or is repeated, gets 0.
 
     Raises:
         TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
             untouched.
 
     Reference: `tf.clip_by_norm`, Keras `clipnorm`; with a threshold for each, AdaGC
-        (arXiv:2502.11034) and `optax.clip_by_block_rms`, whose threshold times the square root of
-        the number of elements is `max_norm` here.
+        (arXiv:2502.11034) and `optax.clip_by_block_rms`: `max_norm` is optax's threshold times the
+        square root of the number of elements.
 
     >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.0])
@@ -67,10 +67,10 @@ def clip_grad_agc_(
     wait for the device.
 
     Args:
-        parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes,
+        parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes. Pass
             DTensors in the same order on every rank. The paper leaves out the last linear layer.
         clip_factor: >= 0, the lambda of the paper.
-        eps: least norm of a unit's weights, >= 0, for weights that are 0 at first.
+        eps: >= 0; weights whose norm is below it, such as 0 at first, count as having norm eps.
 
     Raises:
         TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
@@ -97,7 +97,7 @@ def clip_grad_agc_(
 
 
 def normalize_grad_(parameters: Tensor | Iterable[Tensor], norm: float = 1.0) -> Tensor:
-    """Scale the gradients in place so that their global norm is `norm`, from above or below.
+    """Scale the gradients in place, up or down, so that their global norm is `norm`.
 
     If all gradients are 0, they stay 0. One read and one write, no wait for the device.
 

@@ -3,7 +3,7 @@
 A rule is called with the total norm, a 0-d float64, and returns the threshold on the same device,
 or NaN to drop the step. Its state is a few tensors on that device, and no call waits for the
 device. Norms that are 0 (frozen parameters, a masked loss) or not finite never enter the state, and
-a rule clips nothing before the first norm that does. Call a rule once before a CUDA graph captures
+a rule clips nothing before a norm has entered it. Call a rule once before a CUDA graph captures
 it, because the first call moves the state to the device.
 
 A new rule is a subclass of `State`, exported by `__init__.py`: `_start` makes the state, and
@@ -27,11 +27,11 @@ def is_usable(norm: Tensor) -> Tensor:
 class AutoClip(State):
     """The threshold is a percentile of the norms so far, this one included.
 
-    It is that of the last `history` norms that are finite and not 0, interpolated linearly as NumPy
-    does, and inf before the first such norm. No wait for the device.
+    Only the last `history` norms that are finite and not 0 count; before the first of them the
+    threshold is inf. The percentile is interpolated linearly, as by NumPy. No wait for the device.
 
     Args:
-        percentile: 0 to 100; at 10 nine steps of ten are clipped.
+        percentile: 0 to 100; at 10, nine of ten steps are clipped.
         history: how many norms are kept, >= 1.
 
     Raises:
@@ -82,7 +82,7 @@ class AutoClip(State):
 
 
 class ZClip(State):
-    """Clip norms far above their moving average, and the more strongly the further above.
+    """Clip norms that are far above their moving average: the further above, the more strongly.
 
     With mean m and standard deviation s of the nonzero norms so far, z = (norm - m) / (s + 1e-6).
     Where z exceeds `z_threshold` the threshold is m + z_threshold^2 * s / z, otherwise inf. Then
@@ -134,7 +134,8 @@ class ZClip(State):
         deviation = variance.sqrt()
         z = (norm - mean) / (deviation + 1e-6)
         threshold = mean + deviation * self.z_threshold**2 / z
-        # A norm that is not finite is never quiet: its gradients become NaN, as by any threshold.
+        # `quiet` norms are not clipped. One that is not finite is not quiet, so that its gradients
+        # become NaN, as with a fixed threshold.
         quiet = norm.isfinite() & (~warm | (z <= self.z_threshold))
         usable = is_usable(norm)
         clipped = norm.where(quiet, threshold)

@@ -18,7 +18,7 @@ FLAGS = ("grad_scale", "found_inf", "_step_supports_amp_scaling")
 
 
 def check(outer: Optimizer) -> None:
-    """Raise if the step of an optimizer, or of the one in a wrapper, cannot divide gradients."""
+    """Raise if an optimizer (in a wrapper: the one inside) cannot divide gradients in its step."""
     inner = layers_of(outer)[-1]
     kind: type = type(inner)
     is_torchs = steps_as_torch(inner)
@@ -48,7 +48,7 @@ def _divides_when_fused(kind: type[Any]) -> bool:
 
 
 def divides(optimizer: Any) -> bool:
-    """Whether a scaler leaves it to this optimizer's step to divide the gradients."""
+    """Whether a scaler leaves the division of the gradients to this optimizer's step."""
     return getattr(optimizer, FLAGS[-1], False)
 
 
@@ -94,7 +94,7 @@ def step(
         _clear_buffers(inner, fresh, found_inf)
     finally:
         hook.remove()
-        # Remove attributes that were not there: a scaler multiplies by a `grad_scale` even if None.
+        # Remove attributes that are new: a scaler multiplies by any `grad_scale`, even by None.
         for name in FLAGS:
             attributes.pop(name, None)
         attributes.update(before)
@@ -114,5 +114,5 @@ def _clear_buffers(inner: Optimizer, fresh: list[tuple[Tensor, Any]], found_inf:
             local = local_of(buffer)
             local.copy_(local.where(found_inf.to(local.device) == 0, 0))
         elif found_inf:
-            # The first gradient is not dampened, and torch decides on the host which one is first.
+            # torch does not dampen the first gradient, and decides on the host which one that is.
             del inner.state[p]

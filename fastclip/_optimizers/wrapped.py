@@ -35,7 +35,7 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
         values = vars(layers[-1]).values()
         held = {id(one): one for one in values if isinstance(one, Optimizer)}
         others = [one for one in held.values() if all(one is not layer for layer in layers)]
-        # ZeroRedundancyOptimizer is no wrapper: the one in it has only a part of the parameters.
+        # ZeroRedundancyOptimizer is no wrapper: its inner optimizer has only some parameters.
         if len(others) != 1 or not _have_same_parameters(layers[-1], others[0]):
             break
         layers += others

@@ -1,7 +1,7 @@
-"""Python runs this file when a process starts that has its folder on the path: it patches torch.
+"""Patch torch: Python runs this file at the start of each process with this folder on its path.
 
-torch is patched when the process imports it. It is not imported here, because most of the processes
-that a program starts never need it.
+torch is patched when the process imports it. This file does not import it, because most of the
+processes that a program starts never need it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class After:
         """Return what the other finders find, with a loader that calls `action` at the end."""
         if name != self.awaited or get_ident() in self._asking:
             return None
-        # While this thread asks the other finders, this one must find nothing.
+        # While this thread asks the other finders, this finder must find nothing.
         self._asking.add(get_ident())
         try:
             spec = importlib.util.find_spec(name)
@@ -78,7 +78,7 @@ class After:
 def _start() -> None:
     """Wait for torch, and run the `sitecustomize` that Python would find without this folder."""
     here = os.path.dirname(__file__)
-    # A `sitecustomize` of another package may run the next one on the path, and so this one again.
+    # The `sitecustomize` of another package may run the next one on the path, and so rerun this.
     if here not in sys.path:
         return
     later = sys.path[sys.path.index(here) + 1 :]

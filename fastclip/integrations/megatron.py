@@ -1,7 +1,8 @@
 """Megatron-core: its `clip_grads` measures and scales gradients by fastclip's ops.
 
-Both functions have the signatures of apex's `multi_tensor_l2norm` and `multi_tensor_scale`, which
-Megatron-core calls. It never reads their `noop_flag`, so they leave it as it is.
+The two functions here have the signatures of those of apex that Megatron-core calls,
+`multi_tensor_l2norm` and `multi_tensor_scale`. Megatron-core never reads what these write into
+`noop_flag`, so the two here leave it as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +26,13 @@ def adapt(module: ModuleType, wrap: Callable[..., Any]) -> list[Undo]:
     def multi_tensor_l2norm(
         chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], *_: Any
     ) -> tuple[Tensor, None]:
-        """Return the norm of `tensor_lists[0]`, float32 of shape (1,), and None for each norm."""
+        """Return the norm of `tensor_lists[0]`, float32 of shape (1,); None for norms by tensor."""
         return take(tensor_lists[0]).norm(2.0).float().reshape(1), None
 
     def multi_tensor_scale(
         chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], scale: float
     ) -> None:
-        """Multiply in place, as `clip_grads` does: both of its `tensor_lists` are one list."""
+        """Multiply in place if both `tensor_lists` are one list, as those of `clip_grads` are."""
         grads, outs = tensor_lists
         if grads is not outs:
             scale_by_megatron(chunk_size, noop_flag, tensor_lists, scale)
