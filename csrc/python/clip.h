@@ -31,9 +31,10 @@ inline bool is_usual(py::handle max_norm) {
 }
 
 // `max_norm` is a tensor, or a number, which becomes a tensor on the CPU.
-inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p) {
-  if (is_tensor(max_norm)) return grads.clip_norm_(unpack(max_norm), p);
-  return grads.clip_norm_(at::scalar_tensor(max_norm.cast<double>(), at::kDouble), p);
+inline at::Tensor clip_norm(const PlainGrads& grads, py::handle max_norm, double p,
+                            const std::optional<at::Tensor>& norm) {
+  if (is_tensor(max_norm)) return grads.clip_norm_(unpack(max_norm), p, norm);
+  return grads.clip_norm_(at::scalar_tensor(max_norm.cast<double>(), at::kDouble), p, norm);
 }
 
 // Clips the gradients of a list or tuple of parameters, by a number or a 0-d tensor. Changes
@@ -46,7 +47,7 @@ inline std::optional<at::Tensor> clip_grad_norm(const py::object& parameters, py
   if (!(p > 0) || !is_usual(max_norm)) return std::nullopt;
   const auto grads = read<Source::kGrads>(parameters);
   if (!grads || grads->size() == 0) return std::nullopt;
-  return clip_norm(*grads, max_norm, p);
+  return clip_norm(*grads, max_norm, p, std::nullopt);
 }
 
 }  // namespace fastclip

@@ -117,10 +117,14 @@ class PlainGrads {
     bump_versions(wrappers_);
   }
 
-  // Clips by the norm of all gradients, which is measured unless known norms were set.
-  at::Tensor clip_norm_(const at::Tensor& max_norm, double p) const {
+  // Clips by the norm, which is measured unless it is given or known.
+  at::Tensor clip_norm_(const at::Tensor& max_norm, double p,
+                        const std::optional<at::Tensor>& norm) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
-    return call(op, tensors_, max_norm, p, known_ ? Norms(*known_) : std::nullopt);
+    const Norms norms = norm ? Norms(*norm) : known_ ? Norms(*known_) : std::nullopt;
+    at::Tensor total_norm = call(op, tensors_, max_norm, p, norms);
+    bump_versions(wrappers_);
+    return total_norm;
   }
 };
 

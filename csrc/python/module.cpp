@@ -61,7 +61,8 @@ PYBIND11_MODULE(_C, m) {
       .def("scale_", &PlainGrads::scale_)
       .def("scale_each_", &PlainGrads::scale_each_, py::arg("coefs"), py::arg("rows") = false)
       .def("clamp_", &PlainGrads::clamp_)
-      .def("clip_norm_", fastclip::clip_norm);
+      .def("clip_norm_", fastclip::clip_norm, py::arg("max_norm"), py::arg("p"),
+           py::arg("norm") = std::nullopt);
   using fastclip::Wrapped;
   py::class_<Wrapped>(m, "Wrapped")
       .def(py::init<const std::vector<py::handle>&, std::vector<int64_t>, py::str, py::str,

@@ -119,13 +119,16 @@ class LocalGrads:
                 _ops.clamp_([clamped[i] for i in positions], bound)
             self._bump_versions()
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
         if self.are_plain or not (
             _are_on_several_devices(self.tensors) or any(map(_needs_conversion, self.tensors))
         ):
             with torch.set_grad_enabled(is_differentiated()):
-                return _ops.clip_norm_(self.tensors, max_norm, p)
-        total_norm = self.norm(p)
+                known = None if norm is None else [norm]
+                clipped = _ops.clip_norm_(self.tensors, max_norm, p, known)
+                self._bump_versions()
+                return clipped
+        total_norm = self.norm(p) if norm is None else norm
         self.scale_(clip_coef(total_norm, max_norm, self.is_wide()))
         return self.result(total_norm)
 

@@ -44,8 +44,8 @@ class Gradients(Protocol):
     def clamp_(self, bound: float) -> None:
         """Clamp each element to [-bound, bound]."""
 
-    def clip_norm_(self, max_norm: float | Tensor, p: float) -> Tensor:
-        """Scale to a norm of at most `max_norm`; return `result` of the norm before."""
+    def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
+        """Clip by `norm`, or by the one that is measured; return it as `result` does."""
 
 
 class GradientsHere(Gradients, Protocol):
