@@ -1,7 +1,7 @@
 """Finds nvcc and compiles the CUDA kernels with it, for setup.py.
 
-torch's own build of .cu files requires a torch built with CUDA. The kernels include no torch header
-and need none, so nvcc is called directly, and its object file and libraries go to the linker.
+torch compiles .cu files only if torch itself was built with CUDA. The kernels include no torch
+header, so nvcc can be called directly; its object file and libraries go to the linker.
 """
 
 import os
@@ -28,7 +28,7 @@ def ask(nvcc: str, *options: str) -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Return the flags for machine code of all architectures, and PTX of the newest for later GPUs.
+    """Return the flags: machine code of all architectures; PTX of the newest, for later GPUs.
 
     TORCH_CUDA_ARCH_LIST ("9.0 12.0") replaces the default architectures.
     """

@@ -1,7 +1,7 @@
 // What the host functions of all devices share: whether the kernels can take a tensor list as flat
 // memory, the dtype of the result, the types of the ops, and the version counters. A host function
-// calls `try_flatten` first. A list or an argument that it cannot take goes to the default op, the
-// implementation of the op in plain PyTorch, which also raises the errors.
+// calls `try_flatten` first. A list or an argument that it cannot take goes to the default op: the
+// same op in plain PyTorch, which also raises the errors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -61,12 +61,12 @@ enum class Access { kRead, kWrite };
 inline std::atomic<bool> kernels_are_on{true};
 
 // A list that the kernels can take: flat tensors of one device, or their rows. Each TensorImpl is
-// read once only: it is larger than the data of a small tensor.
+// read only once, because it is larger than the data of a small tensor.
 class FlatList {
  public:
   // The items are the tensors; with `rows`, a tensor of two or more dimensions is replaced by its
-  // slices along the first. Returns nullopt, and the list then goes to the default op, if the
-  // kernels are off, or if any tensor is not flat or not on the device of the first.
+  // slices along the first. Returns nullopt if the kernels are off, or if any tensor is not flat or
+  // not on the device of the first; the list then goes to the default op.
   static std::optional<FlatList> try_flatten(at::TensorList tensors, bool rows = false,
                                              Access access = Access::kRead) {
     if (!kernels_are_on) return std::nullopt;
@@ -125,8 +125,8 @@ class FlatList {
   bool wide_ = false;
 };
 
-// The tensors that `clip_norm_` scales. It measures the same tensors, or if given `known`: norms
-// that were measured before and whose norm is the total norm.
+// The tensors that `clip_norm_` scales, and what it measures: the same tensors, or else `known`,
+// norms that were measured before and whose norm is the total norm.
 struct ClipLists {
   FlatList scaled;
   std::optional<FlatList> known;
@@ -182,7 +182,7 @@ inline bool fits(const at::Tensor& coef, std::optional<int64_t> groups) {
 
 // The in-place ops bump the version counters of all their tensors, even if nothing is written. The
 // counters of a batch are read before the first is bumped: the cache misses of plain loads overlap,
-// while an atomic increment waits for each.
+// but those of atomic increments would come one by one.
 inline void bump_versions(at::TensorList tensors) {
   constexpr size_t kBatch = 64;
   for (; !tensors.empty(); tensors = tensors.slice(std::min(kBatch, tensors.size()))) {

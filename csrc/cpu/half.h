@@ -1,4 +1,4 @@
-// Sums and products of float16 elements, by F16C where the processor has it, and by NEON on ARM.
+// Sums and products of float16 elements, by F16C where an x86 processor has it, by NEON on ARM.
 // Sums are accumulated in float64; products are rounded once, to nearest even.
 #pragma once
 
@@ -19,8 +19,8 @@ namespace fastclip::cpu {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// The sum of squares or magnitudes, in float64, of the elements up to the last multiple of 32; adds
-// the number of these elements to `done`.
+// The sum, in float64, of the squares or magnitudes of the elements up to the last multiple of 32.
+// Adds the number of these elements to `done`.
 template <bool kSquares>
 [[gnu::target("avx,fma,f16c")]] inline double sum_f16c(const c10::Half* x, int64_t n,
                                                        int64_t& done) {
@@ -69,7 +69,7 @@ inline int64_t multiply_neon(c10::Half* x, float coef, int64_t n) {
 }
 #endif
 
-// The sum of squares or magnitudes, in float64, of the first `done` elements; sets `done`.
+// Sets `done`; returns the float64 sum of squares or magnitudes of the first `done` elements.
 template <bool kSquares>
 inline double sum_first([[maybe_unused]] const c10::Half* x, [[maybe_unused]] int64_t n,
                         int64_t& done) {

@@ -12,7 +12,8 @@
 
 namespace fastclip::cpu {
 
-// Combines the partial results of tiles into that of a span, and those of spans into a group's.
+// Combines the partial results of tiles into that of a span (Note [partition] in spans.h), and
+// those of spans into a group's.
 class Accumulator {
  public:
   explicit Accumulator(Norm kind) : kind_(kind) {}

@@ -17,13 +17,13 @@
 namespace fastclip::cpu {
 
 constexpr int64_t kTile = 16384;
-// Apart from one span for each group, the results and the partition then take 48 KiB at most.
+// Few enough that results and partition take 48 KiB at most, apart from one span for each group.
 constexpr int64_t kMaxSpans = 2048;
 // No thread is woken for fewer elements than this.
 constexpr int64_t kGrain = 65536;
-// The process that loaded the extension, to recognize a forked child by.
+// The process that loaded the extension; in a forked child getpid() differs.
 inline const pid_t kLoadedBy = getpid();
-// Bytes to prefetch of a later tensor (see Note [prefetch]); the hardware prefetches the rest.
+// How many bytes of a later tensor to prefetch (Note [prefetch]); the hardware does the rest.
 constexpr size_t kPrefetch = 512;
 
 class Spans {
@@ -38,7 +38,7 @@ class Spans {
 
   int64_t size() const { return static_cast<int64_t>(begins_.size()) - 1; }
 
-  // The tensor in which span k begins; all its tensors are of one group.
+  // The tensor in which span k begins; all tensors of a span are of one group.
   size_t first_tensor(int64_t k) const { return begins_[k].tensor; }
 
   // Calls visit(tensor index, address of the first element, elements) for each tile of span k.

@@ -1,6 +1,6 @@
 // The loops over one tile, written so that the compiler vectorises them, and compiled for three
-// generations of x86-64. Only other files call them: g++ 12 rejects `target_clones` on a function
-// that is called in the file that defines it.
+// generations of x86-64. Only other files call the functions for these loops: g++ 12 rejects
+// `target_clones` on a function that is called in the file that defines it.
 #include "tile.h"
 
 #include <c10/util/BFloat16.h>
@@ -17,7 +17,7 @@
 namespace fastclip::cpu {
 namespace {
 
-// Independent accumulators: enough to hide the latency of an addition at any vector width.
+// Enough independent accumulators to hide the latency of an addition at any vector width.
 constexpr int64_t kLanes = 32;
 
 [[gnu::always_inline]] inline float widen(float x) { return x; }
@@ -38,7 +38,8 @@ template <Norm kind, class acc_t>
   return kind == Norm::kSquares ? x * x : std::abs(x);
 }
 
-// The sum of the lanes, as a tree: a chain of additions would take longer than a small tensor.
+// The sum of the lanes, as a tree: a chain of additions would take longer than reading a small
+// tensor.
 [[gnu::always_inline]] inline double sum_lanes(const double (&acc)[kLanes]) {
   double x[8];
   for (int64_t j = 0; j < 8; ++j) x[j] = (acc[j] + acc[j + 8]) + (acc[j + 16] + acc[j + 24]);
@@ -91,7 +92,7 @@ template <Norm kind, class scalar_t>
 }
 
 // Without their sign bits, the bits of floats compare as integers, with NaN above infinity. So for
-// every dtype the integer maximum is the norm, and NaN if there is one.
+// every dtype the largest integer is the norm of order infinity, or NaN if any element is NaN.
 template <class scalar_t>
 [[gnu::always_inline]] inline double maximum(const scalar_t* x, int64_t n) {
   using bits_t = std::conditional_t<sizeof(scalar_t) == 8, int64_t,
@@ -105,7 +106,7 @@ template <class scalar_t>
     for (int64_t j = 0; j < kWide; ++j)
       most[j] = std::max<bits_t>(most[j], bits[i + j] & kMagnitude);
   for (; i < n; ++i) most[0] = std::max<bits_t>(most[0], bits[i] & kMagnitude);
-  // By halves: a chain over the lanes would take longer than a small tensor.
+  // By halves: a chain over the lanes would take longer than reading a small tensor.
   for (int64_t half = kWide / 2; half > 0; half /= 2)
     for (int64_t j = 0; j < half; ++j) most[j] = std::max(most[j], most[j + half]);
   return widen(std::bit_cast<scalar_t>(most[0]));

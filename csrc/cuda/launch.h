@@ -41,12 +41,13 @@ struct Work {
 // Computes the norm of each group. Several groups need a partition made with `apart`.
 void launch_norms(const Partition& partition, const Work& work, Stream stream);
 
-// Computes the norm of `measured` and scales `scaled` by the coefficient that follows from it and
-// max_norm: in one launch, if `may_fuse` allows it, or in two, with the same bits.
+// Computes the norm of `measured` and scales `scaled` by the coefficient that follows from this
+// norm and max_norm. This is one launch if `may_fuse` and the device allow it, else two; the bits
+// are the same.
 void launch_clip(const Partition& measured, const Partition& scaled, bool may_fuse, const Work&,
                  Stream);
 
-// Scales the tensors by the coef of their group, or by the only one, or clamps them to the bound.
+// Scales each tensor by the coef of its group, or by the only coef; or clamps all to the bound.
 enum class Change { kScale, kClamp };
 void launch_change(const Partition& partition, Change change, const Work& work, Stream stream);
 

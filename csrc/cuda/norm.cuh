@@ -1,9 +1,10 @@
-// The norm phase reduces elements to one float64 for each span; `finish` reduces these to a norm.
+// The norm phase reduces the elements of each span (see partition.h) to one float64; `finish`
+// reduces these to a norm.
 //
 // Note [accuracy]: a thread adds its elements of a tile in float32, as one tree: first within each
 // vector, then across vectors. All further additions are in float64. So each element goes through
-// at most five roundings of relative size 2^-24, including that of its square; the square root of
-// a norm of order 2 halves their effect.
+// at most five roundings of relative size 2^-24, including that of its square. In a norm of order
+// 2, the final square root halves their effect.
 #pragma once
 
 #include "../formulas.h"
@@ -12,8 +13,8 @@
 
 namespace fastclip::cuda {
 
-// The sum of |x| or x^2 over a thread's elements of a tile. The compiler contracts nothing to fma
-// (--fmad=false); only the explicit calls are fused. `bits` stays 0 if all elements are +0.
+// The sum of |x| or x^2 over a thread's elements of a tile. With --fmad=false the compiler fuses
+// nothing itself; only the explicit calls of fma are fused. `bits` stays 0 if all elements are +0.
 template <Norm kind, Dtype dtype, class acc_t, class Vectors>
 __device__ acc_t sum_tile(const Vectors& vectors, uint32_t& bits) {
   static_assert(kVectors == 4);
@@ -110,7 +111,7 @@ __device__ void norm_phase(const Table& table, Result&& result) {
   }
 }
 
-// The norm of `count` spans. To be called by all threads of a block; all get the result.
+// The norm of `count` spans. All threads of a block must call this; all get the result.
 template <Norm kind>
 __device__ double finish(const double* partials, int count) {
   Accumulator<kind> accumulator;

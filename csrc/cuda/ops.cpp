@@ -15,7 +15,7 @@
 namespace fastclip {
 namespace {
 
-// Returns nullopt if the kernels cannot take the list or cannot run on its device.
+// The flattened list; nullopt if the kernels cannot take it or cannot run on its device.
 template <class List = FlatList, class... How>
 std::optional<List> try_flatten(at::TensorList tensors, How... how) {
   if (tensors.empty() || tensors[0].is_cpu() || cuda::refusal(tensors[0].get_device()))
@@ -23,7 +23,7 @@ std::optional<List> try_flatten(at::TensorList tensors, How... how) {
   return List::try_flatten(tensors, how...);
 }
 
-// The items. If there are several groups, item i is in group[i], or in group i without `group`.
+// The items. If there are several groups, item i is in group[i]; without `group`, in group i.
 std::vector<cuda::Item> items_of(const FlatList& list, int64_t groups = 1,
                                  at::OptionalIntArrayRef group = std::nullopt) {
   std::vector<cuda::Item> items(list.size());

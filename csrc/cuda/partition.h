@@ -24,13 +24,14 @@ constexpr int kTileBytes = 32768;
 // spans, so that few blocks are idle while the last spans are read.
 constexpr int64_t kMaxSpans = 4096;
 // A span has no more tiles than the smallest table has entries, so that any table holds a whole
-// span. Lists of more than 30 GiB have more than kMaxSpans spans instead.
+// span. Lists of more than 30 GiB therefore have more than kMaxSpans spans.
 constexpr int64_t kMaxSpanTiles = 240;
 constexpr int64_t kMaxGroups = 1 << 24;
 constexpr int64_t kMaxTableTiles = (1 << 24) - 1;
 
-// A tensor, or the run of its tiles that one launch handles. It has 16 bytes, so that one launch
-// can take about 2 000. `packed` is packed by hand: with bit-fields it took several times as long.
+// A tensor, or the run of its tiles that one launch handles. An entry has 16 bytes, so that one
+// launch can take about 2 000 entries. `packed` is packed by hand: bit-fields took several times as
+// long.
 struct Entry {
   static constexpr uint64_t kLastWhole = uint64_t{kTileBytes / 2 - 1} << 48;
   char* data;
@@ -101,7 +102,7 @@ class Partition {
   int64_t spans() const { return (tiles() + span_tiles_ - 1) / span_tiles_; }
   int64_t bytes() const { return bytes_; }
 
-  // The first span of each group, and the end of the last group's. Needs `apart`.
+  // The first span of each group, and the end of the last group's spans. Needs `apart`.
   std::vector<uint32_t> begins(size_t groups) const {
     std::vector<uint32_t> begins;
     for (size_t i = 0; i < entries_.size(); ++i)
@@ -122,7 +123,7 @@ class Partition {
     return all;
   }
 
-  // Fills a table from tile `begin`, where a span begins, and returns the tile after its last.
+  // Fills a table from tile `begin`, where a span begins; returns the tile after the table's end.
   template <size_t kBytes>
   int64_t fill(Table<kBytes>& table, int64_t begin) const {
     size_t i = std::ranges::upper_bound(first_tiles_, begin) - first_tiles_.begin() - 1;

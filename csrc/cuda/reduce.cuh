@@ -1,4 +1,5 @@
-// Reduces a value of each thread to one for the block, in a fixed tree: within, then across warps.
+// Reduces a value of each thread to one for the block, in a fixed tree: first inside each warp,
+// then across warps.
 #pragma once
 
 #include "partition.h"
@@ -23,7 +24,7 @@ __device__ double reduce_lanes(double value) {
   return value;
 }
 
-// To be called by all threads of a block; all get the result.
+// All threads of a block must call this; all get the result.
 template <class Op>
 __device__ double reduce_block(double value) {
   constexpr int kWarps = kThreads / 32;

@@ -6,7 +6,7 @@
 namespace fastclip::cuda {
 
 // A change has `is_idle`, which says whether a number leaves all elements as they are, and `apply`,
-// which returns whether it changed the element. For a coefficient of -0.0 see Note [coef].
+// which changes an element and returns whether it did. For a coefficient of -0.0 see Note [coef].
 struct Multiply {
   __device__ static bool is_idle(double coef) { return coef == 1; }
 

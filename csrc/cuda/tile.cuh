@@ -1,4 +1,4 @@
-// How a block visits the tiles of a span, and loads and stores the vectors of a tile: each of 512
+// How a block visits the tiles of a span, and loads and stores the vectors of a tile. Each of 512
 // threads loads four 16-byte vectors before it uses the first, so that a block has 32 KiB of loads
 // in flight. These numbers follow from kThreads and kTileBytes of partition.h.
 #pragma once
@@ -31,7 +31,7 @@ struct Tile {
   __device__ bool aligned() const { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
 };
 
-// Calls visit(Tile) for every tile of a span. To be called by all threads of a block.
+// Calls visit(Tile) for every tile of a span. All threads of a block must call this.
 template <bool kDescending, class Table, class Visit>
 __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
   constexpr int kStep = kDescending ? -1 : 1;
@@ -55,7 +55,7 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
 }
 
 // Stores or loads the part of this thread's vector j that lies in the tile; loads give zeros beyond
-// its end. Not inlined: this rare path would take registers from the common one.
+// the tile's end. Not inlined: this rare path would take registers from the common one.
 template <bool kStore>
 __device__ __attribute__((noinline)) Vector copy_vector(const Tile tile, int j, Vector vector) {
   const int left = tile.left(j);
@@ -136,7 +136,8 @@ struct AtOnce {
   }
 };
 
-// This thread's vectors of any tile, loaded one at a time: where AtOnce is unfit or already used.
+// This thread's vectors of any tile, loaded one at a time: if AtOnce cannot take it, or to reread
+// it.
 struct OneByOne {
   static constexpr int kUnroll = 1;
   Tile tile;

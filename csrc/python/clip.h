@@ -1,5 +1,5 @@
-// `clip_grad_norm_` for its usual arguments, in one call of C++: right after backward, Python code
-// is no longer in the caches. Unusual or wrong arguments are left to Python, which checks them.
+// `clip_grad_norm_` for its usual arguments, in one C++ call: right after backward, the CPU caches
+// have lost Python's code. Unusual or wrong arguments are left to Python, which checks them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

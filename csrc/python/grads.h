@@ -14,16 +14,16 @@
 
 namespace fastclip {
 
-// Whether `tensor` is plain: the kernels can take it, it has neither Python dispatch nor a negative
-// bit, and it is on the device of `others`.
+// Whether `tensor` is plain: the kernels can take it, it has neither Python dispatch nor lazily
+// flipped signs, and it is on the device of `others`.
 inline bool is_plain(const at::Tensor& tensor, const std::vector<at::Tensor>& others) {
   return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && is_flat(tensor) &&
          !tensor.is_neg() && (others.empty() || tensor.device() == others[0].device());
 }
 
 // Plain gradients of one device, or the plain tensors inside gradients that are wrappers, such as
-// DTensors. The ops run below autograd: nothing here is differentiated, and the kernels themselves
-// bump the version counters of the plain tensors, but not those of the wrappers.
+// DTensors. The ops run below autograd, so nothing here is differentiated. The ops bump the version
+// counters of the plain tensors, but not those of the wrappers.
 class PlainGrads {
  private:
   // The methods keep their op handles in statics: a lookup takes a lock and misses the caches.
@@ -54,7 +54,8 @@ class PlainGrads {
   void add_wrapper(const at::Tensor& wrapper) { wrappers_.push_back(wrapper); }
   void add_group(int64_t group) { groups_.push_back(group); }
 
-  // Sets norms that were measured before, of one element each. Their norm is that of all tensors.
+  // Sets norms that were measured before, each a tensor of one element. The norm of these norms is
+  // that of all tensors.
   void set_known(std::vector<at::Tensor> norms) { known_ = std::move(norms); }
 
   size_t size() const { return tensors_.size(); }
@@ -68,7 +69,7 @@ class PlainGrads {
     return {tensors_[0].device()};
   }
 
-  // Converts norms, which are float64, to `dtype`, or else to the precision of the gradients.
+  // Converts float64 norms to `dtype`, by default float64 if any gradient is, else float32.
   at::Tensor result(const at::Tensor& norms, std::optional<at::ScalarType> dtype) const {
     return norms.to(dtype.value_or(is_wide() ? at::kDouble : at::kFloat));
   }

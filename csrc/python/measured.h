@@ -27,9 +27,9 @@
 
 namespace fastclip {
 
-// Holds no reference to a parameter or gradient. A parameter holds its hook and so this object, and
-// the GC could not find such a cycle; a gradient that is set to None must be freed. Methods that
-// take `items` expect the list passed to the constructor.
+// Holds no reference to a parameter: a parameter holds its hook and so this object, and the GC
+// could not find the cycle. Holds none to a gradient: one that is set to None must be freed.
+// Methods that take `items` expect the list passed to the constructor.
 class [[gnu::visibility("hidden")]] Measured {
  public:
   Measured(const py::list& items, double p)
@@ -44,9 +44,9 @@ class [[gnu::visibility("hidden")]] Measured {
 
   bool is_paused = false;
 
-  // Returns all gradients with known norms: those of pieces that have not changed since they were
-  // measured, and those of all other gradients, measured now. Then discards the norms. Returns
-  // nullopt if any gradient is not plain; Python then reads the gradients one by one.
+  // Returns all gradients, with known norms: the norms of pieces that have not changed since they
+  // were measured, and the norms of all other gradients, measured now. Then discards the norms.
+  // Returns nullopt if any gradient is not plain; Python then reads the gradients one by one.
   std::optional<PlainGrads> take(const py::list& items) {
     const size_t count = seen_.size();
     if (items.size() != count) return std::nullopt;
@@ -86,7 +86,8 @@ class [[gnu::visibility("hidden")]] Measured {
   static constexpr size_t kNone = -1;
 
   // A gradient at the time when its piece was measured. The storage is compared as well as the
-  // tensor: `grad.data = other` and Module.to() replace it, but keep the tensor and its version.
+  // tensor: `grad.data = other` and Module.to() replace the storage, but keep the tensor and its
+  // version.
   struct Seen {
     std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> grad;
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
@@ -117,13 +118,13 @@ class [[gnu::visibility("hidden")]] Measured {
     return unpack(PyList_GET_ITEM(items.ptr(), i));
   }
 
-  // kNone if the parameter has a new TensorImpl: hooks stay in use after torch.utils.swap_tensors.
+  // kNone if torch.utils.swap_tensors, which keeps hooks, has replaced the parameter's TensorImpl.
   size_t index_of(const at::Tensor& parameter) const {
     const auto found = index_.find(parameter.unsafeGetTensorImpl());
     return found == index_.end() ? kNone : found->second;
   }
 
-  // A float64 of one element; undefined in a pause, and if `grad` is undefined or not plain.
+  // The norm, one float64; undefined in a pause, and if `grad` is undefined or not plain.
   at::Tensor norm_of(const at::Tensor& grad) const {
     PlainGrads one;
     const bool can = !is_paused && grad.defined() && one.add(grad);
@@ -131,7 +132,7 @@ class [[gnu::visibility("hidden")]] Measured {
   }
 
  private:
-  // Backward may have allocated `norm` on another stream, which must not reuse it too early.
+  // If `norm` was allocated on another stream, that stream must not reuse its memory too early.
   static void record_current_stream(const at::Tensor& norm) {
     if (norm.is_cpu()) return;
     const auto device = guard_of(norm);
@@ -154,7 +155,7 @@ class [[gnu::visibility("hidden")]] MeasuredGrads : public Measured {
  public:
   using Measured::Measured;
 
-  // A hook, called when backward has made or added to the gradient of this parameter.
+  // A hook, called when backward has made the gradient of this parameter or added to it.
   void see(const at::Tensor& parameter) {
     const size_t i = index_of(parameter);
     if (i == kNone) return;

@@ -1,4 +1,4 @@
-// The Python module `_C`: facts about the build, the functions and classes that read gradients.
+// The Python module `_C`: facts about the build, and the functions and classes that read gradients.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -28,7 +28,7 @@ bool has_process_groups() {
 
 namespace {
 
-// Python reads this in the file before it loads it: with another torch, symbols would be missing.
+// Python finds this in the file before loading it: with another torch, symbols would be missing.
 constexpr const char kBuiltFor[] = "fastclip built for torch " TORCH_VERSION;
 
 }  // namespace

@@ -9,7 +9,7 @@
 
 namespace fastclip {
 
-// By the actual type of the object, where isinstance would also believe its `__class__`.
+// Looks at the actual type of the object; isinstance would also believe its `__class__`.
 inline bool is_tensor(py::handle object) {
   return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
@@ -17,7 +17,7 @@ inline bool is_tensor(py::handle object) {
 // Whether the object is a torch.Tensor or torch.nn.Parameter, and not of a subclass.
 inline bool is_exact_tensor(py::handle object) { return THPVariable_CheckExact(object.ptr()); }
 
-// The C++ tensor inside a Python tensor; the reference is valid as long as the Python object.
+// The C++ tensor inside a Python tensor; the reference is valid as long as the Python object lives.
 inline const at::Tensor& unpack(py::handle tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
 inline py::object wrap(const at::Tensor& tensor) {

@@ -14,8 +14,8 @@
 
 namespace fastclip {
 
-// A minimal set of addresses: with a general-purpose hash set, it would take a third of the time of
-// a walk over thousands of parameters.
+// A minimal set of addresses: a general-purpose hash set would take a third of the time of a walk
+// over thousands of parameters.
 class Addresses {
  public:
   explicit Addresses(size_t count)
@@ -44,16 +44,16 @@ enum class Source { kGrads, kTensors };  // the items' gradients, or the items t
 // the cache misses of thousands of scattered objects overlap.
 constexpr Py_ssize_t kTogether = 16;
 
-// Replaces tensors, which have been prefetched, by their gradients.
+// Replaces tensors, already prefetched, by their gradients.
 inline void follow_grads(const at::Tensor** tensors, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i)
     prefetch(tensors[i]->unsafeGetTensorImpl()->autograd_meta(), 128);
   for (Py_ssize_t i = 0; i < count; ++i) tensors[i] = &tensors[i]->unsafeGetTensorImpl()->grad();
 }
 
-// Returns the gradients of a list or tuple of parameters, each parameter's once and without None,
-// or the items of a list or tuple of tensors. Returns nullopt if any of these is not plain, or an
-// item is of a subclass; Python then reads the items one by one.
+// Returns the gradients of a list or tuple of parameters, without None and without repetitions; or
+// the items of a list or tuple of tensors. Returns nullopt if any tensor to return is not plain, or
+// if an item is of a subclass; Python then reads the items one by one.
 template <Source source>
 std::optional<PlainGrads> read(const py::object& list) {
   PyObject** items = PySequence_Fast_ITEMS(list.ptr());

@@ -12,10 +12,11 @@
 
 namespace fastclip {
 
-// How the items of a list wrap tensors. For each item, `layouts` has the value of its attribute
-// `layout`, or None if it is no wrapper, and `groups` the number of its group. The references to
-// layouts are borrowed: the caller keeps them alive. A gradient may have a layout object of its
-// own, if all its attributes `fields` are equal. The attribute `inner` is the tensor inside.
+// How the items of a list wrap tensors. `layouts` holds each item's attribute named `layout`, or
+// None if the item is no wrapper; `groups` holds each item's group. The references to layouts are
+// borrowed: the caller keeps them alive. A gradient may have another layout object than its
+// parameter if the attributes named in `fields` are equal in both. The tensor inside is the
+// attribute named `inner`.
 class Wrapped {
  public:
   Wrapped(const std::vector<py::handle>& layouts, std::vector<int64_t> groups, py::str layout,

@@ -1,8 +1,8 @@
 """From parameters to `Gradients`: objects with methods that measure, scale, clamp and clip.
 
-`read` and `take` return `PlainGrads`, which the extension has read in C++; `LocalGrads`, read in
-Python; or `SpreadGrads`, which are measured together with other ranks. Imports `_ranks`, `_ops`,
-`_arguments`, `_private` and `_warnings`.
+`read` and `take` return one of three classes: `PlainGrads`, read in C++ by the extension;
+`LocalGrads`, read in Python; or `SpreadGrads`, measured together with other ranks. Imports
+`_ranks`, `_ops`, `_arguments`, `_private` and `_warnings`.
 """
 
 from .look import check_supported

@@ -26,7 +26,7 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LocalGrads:
-    """Gradients of any layout and any mix of devices, with the methods of `PlainGrads` in C++.
+    """Gradients of any layout and any mix of devices; C++ has the same methods in `PlainGrads`.
 
     Norms are float64; `result` casts them to the dtype that users get.
     """
@@ -68,7 +68,7 @@ class LocalGrads:
             return _ops.norms(tensors, p, self.groups_, True)
 
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
-        """Return the norm of each gradient, or of each row; 0 for a row a sparse one lacks."""
+        """Return the norm of each gradient or row; 0 for rows that a sparse gradient lacks."""
         with torch.set_grad_enabled(is_differentiated()):
             grads = [t.coalesce() if t.is_sparse else t for t in self.tensors]
             tensors = self.tensors if self.are_plain else [as_measured(t, p, rows) for t in grads]
@@ -192,7 +192,7 @@ def _sizes(tensors: Sequence[Tensor], rows: bool) -> list[int]:
 
 
 def _sparse_positions(tensors: Sequence[Tensor], rows: bool) -> list[int]:
-    """Return the positions of sparse tensors, which may lack rows; none without `rows`."""
+    """Return the positions of sparse tensors, which may lack rows; without `rows`, no positions."""
     return [i for i, t in enumerate(tensors) if rows and t.is_sparse and t.dim() > 1]
 
 
@@ -203,8 +203,8 @@ def _needs_conversion(tensor: Tensor) -> bool:
 
 
 def _multiply_(tensor: Tensor, coef: Tensor) -> None:
-    """Multiply an opaque tensor. If the host cannot read the coefficient, -0.0 is used as a factor,
-    which keeps a NaN instead of writing zeros."""
+    """Multiply an opaque tensor. If the host cannot read the coefficient, -0.0 is only a factor: a
+    NaN times it stays NaN and does not become 0."""
     if is_host_readable(coef) and bool((coef == 1).all()):
         return
     if is_host_readable(coef) and bool(means_zeros(coef).all()):

@@ -1,4 +1,4 @@
-"""Read tensors that C++ does not read, with every check and conversion."""
+"""Read, check and convert the tensors that C++ does not read."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ def look(
 
 
 def look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
-    """Read gradients, or the items themselves, without a check of each, if all are plain.
+    """If all are plain, read the gradients, or the items themselves, without checking each.
 
     Return None if any is not plain or cannot be clipped; `look` then reads them or raises.
     """
@@ -108,8 +108,8 @@ def check_supported(tensor: Tensor, name: str, write: bool) -> None:
 def _overlaps(tensor: Tensor) -> bool:
     """Return whether torch refuses in-place writes because elements share memory.
 
-    As torch does, look for dimensions of stride 0; this does not find every overlap in a view made
-    by `as_strided`.
+    Like torch's own check, this looks for dimensions of stride 0. It misses some overlaps in views
+    made by `as_strided`.
     """
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return bool(tensor.numel()) and any(size > 1 and stride == 0 for size, stride in dims)

@@ -12,7 +12,7 @@ from .._private import attribute
 
 
 def named(source: Any) -> list[tuple[str, Tensor]]:
-    """Return (name, parameter) pairs in order; in a list of modules, their indices prefix names.
+    """Return (name, parameter) pairs in order; in a list of modules, names begin with an index.
 
     Raises:
         TypeError: `source` or one of its items is of a type that holds no parameters.
@@ -61,7 +61,7 @@ class NamedParameters:
         self._held: list[Any] | None = None
 
     def is_unchanged(self) -> bool:
-        """Return whether `named` would return the same as in the last `find`; False if unknown."""
+        """Return whether `find` would return the same as last time; False if that is unknown."""
         # In a graph `find` keeps nothing to compare with.
         if torch.compiler.is_compiling() or self._held is None:
             return False
@@ -93,7 +93,7 @@ class NamedParameters:
         lists = groups + [group["params"] for some in groups for group in some]
         found: list[Any] = []
         for container in self._containers + lists:
-            # None ends each container, so that an item that moves to the next one is noticed.
+            # A None after each container shows when an item moves to the next container.
             found += container.values() if isinstance(container, dict) else container
             found.append(None)
         return found
@@ -102,9 +102,9 @@ class NamedParameters:
 def found_in_groups(
     sources: Sequence[NamedParameters], names: Sequence[str] | None
 ) -> tuple[list[Tensor], list[int], list[str]]:
-    """Return the parameters of all sources, each once, the index of its source, and its name.
+    """Return three lists: all parameters, each once; the index of each one's source; its name.
 
-    If `names` of the sources are given, they prefix the names of their parameters.
+    If the sources have `names`, each parameter's name begins with that of its source.
 
     Raises:
         ValueError: a parameter is in two sources.

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Gradients(Protocol):
-    """The gradients, or other tensors, of one call: n on this rank, in m groups of one norm each.
+    """The gradients, or other tensors, of one call: n on this rank, in m groups with a norm each.
 
-    Norms and coefficients are float64, on the device of the first tensor, and no method waits for
-    it. `PlainGrads` (csrc/python/grads.h) and `LocalGrads` hold this rank's gradients. The norms of
-    `SpreadGrads` are those of all ranks, which must call the same methods in the same order.
+    Norms and coefficients are float64, on the first tensor's device; no method waits for it.
+    `PlainGrads` (csrc/python/grads.h) and `LocalGrads` hold this rank's gradients. The norms of
+    `SpreadGrads` are those of all ranks together; all must call the same methods in the same order.
     """
 
     def __len__(self) -> int:
@@ -33,19 +33,22 @@ class Gradients(Protocol):
         """Return the norm of each tensor, or of each of its slices along dimension 0; 1-d."""
 
     def result(self, norms: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return norms for users: in `dtype`, by default float64 if `is_wide`, else float32."""
+        """Return norms for users in `dtype`; by default float64 if `is_wide`, else float32."""
 
     def scale_(self, coef: Tensor) -> None:
-        """Multiply by a 0-d coefficient or one for each group; 1 writes nothing, -0.0 zeros."""
+        """Multiply by a 0-d coefficient or one per group: 1 writes nothing, -0.0 writes zeros."""
 
     def scale_each_(self, coefs: Tensor, rows: bool = False) -> None:
-        """Multiply each tensor, or each slice, by its coefficient, ordered as `each_norms`."""
+        """Multiply each tensor or slice by its coefficient; their order is that of `each_norms`."""
 
     def clamp_(self, bound: float) -> None:
         """Clamp each element to [-bound, bound]."""
 
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
-        """Clip by `norm`, or by the one that is measured; return it as `result` does."""
+        """Scale to a norm of at most `max_norm`; return the norm before, converted by `result`.
+
+        The norm before is measured unless it is given.
+        """
 
 
 class GradientsHere(Gradients, Protocol):

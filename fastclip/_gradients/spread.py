@@ -1,4 +1,4 @@
-"""Gradients that are measured by a `Plan`: over ranks, in groups, or both."""
+"""Gradients measured by a `Plan` (see _ranks/plan.py): over ranks, in groups, or both."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _outside_of_graphs(method: Method) -> Method:
-    """Have torch.compile call a method untraced, unless the gradients were read in its graph."""
+    """Have torch.compile call a method without tracing it, unless the graph read the gradients."""
     untraced: Any = torch.compiler.disable(method)
 
     @functools.wraps(method)
@@ -35,12 +35,12 @@ class SpreadGrads:
 
     Norms are plain tensors; `result` may return a DTensor. With `agree`, a norm that is not finite
     on one rank is not finite on any. If this rank cannot take part, `error` is the reason: `norms`
-    announces it in the sums that other ranks wait for, then raises it. The collectives depend on
-    the plan alone.
+    announces it in the sums that other ranks wait for, then raises it. Which collectives run
+    depends on the plan alone.
 
     If gradients are read in a graph of torch.compile, these methods are traced into it. They send
-    the same as outside of graphs, so some ranks may run compiled and others not. A graph cannot
-    raise because another rank failed: the norm is NaN.
+    the same numbers as outside of graphs, so some ranks may run compiled and others not. If another
+    rank failed, a graph cannot raise; the norm is NaN instead.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SpreadGrads:
 
     @_outside_of_graphs
     def each_norms(self, p: float, rows: bool = False) -> Tensor:
-        """Return the norm of each item (plan of kind EACH) or row (ROWS); 0 if without gradient."""
+        """Return the norm of each item (plan of kind EACH) or row (ROWS); 0 if it has no grad."""
         return self.norms(p)
 
     @_outside_of_graphs
@@ -149,13 +149,13 @@ class SpreadGrads:
         return self.result(norm)
 
     def find_differing(self, texts: list[str]) -> int | None:
-        """Return the index of the first text that differs between ranks; wait for the device."""
+        """Return the index of the first text that ranks differ in; this waits for the device."""
         numbers = [zlib.crc32(text.encode()) for text in texts]
         steps = [*self.reduction.mesh_steps, *self.reduction.group_steps]
         return _ranks.find_differing(numbers, steps)
 
     def _parts(self, p: float) -> Tensor:
-        """Return the parts of all slots, then the flags and numbers that are sent with them."""
+        """Return what _ranks/parts.py says ranks send: the slots' parts, then flags and numbers."""
         reduction = self.reduction
         if self.failure is None:
             try:
@@ -172,7 +172,7 @@ class SpreadGrads:
         """Return the norms of all slots, with `empty_norm` for slots without a gradient here."""
         plan, reduction, count = self.plan, self.reduction, len(self.reduction.group_of)
         rows = plan.sizes is not None
-        # At order 0 `norms` would count nonzero tensors, but EACH counts the elements of each.
+        # At order 0 `norms` counts the nonzero tensors; EACH needs each tensor's nonzero elements.
         if rows or (p == 0 and reduction.kind.is_each):
             norms = self.local.each_norms(p, rows)
             if len(self.local) == count:
@@ -196,14 +196,14 @@ class SpreadGrads:
 
 
 def fail(grads: Gradients, error: Exception) -> None:
-    """Raise the error; if other ranks wait for sums, keep it for the next `norms` to announce."""
+    """Raise the error; if other ranks wait for sums, store it instead: `norms` will announce it."""
     if not isinstance(grads, SpreadGrads) or not grads.reduction.sends:
         raise error
     grads.failure = grads.failure or Failure(error)
 
 
 def each_norms_of(some: Iterable[Gradients], p: float, rows: bool) -> list[Tensor]:
-    """Return `each_norms` of all; call them all even if one raises, as other ranks wait."""
+    """Return `each_norms` of all; even if one raises, call the rest: other ranks wait for them."""
     found, errors = [], []
     for grads in some:
         try:

@@ -11,7 +11,7 @@ from .spread import SpreadGrads
 
 
 def read_in_graph(items: list[Tensor], write: bool) -> Any:
-    """Return `SpreadGrads`; None if a graph cannot hold them, or if a check fails: the caller then
+    """Return `SpreadGrads`, or None if a graph cannot hold them or a check fails. The caller then
     reads them outside of the graph, where a failure can be announced to all ranks."""
     plan = _ranks.plan_of_graph(items, write)
     if plan is None:

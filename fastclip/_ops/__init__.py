@@ -1,8 +1,8 @@
 """The ops of `torch.ops.fastclip`, and the extension that has kernels for them.
 
 Each op has a default in plain PyTorch, which runs on every device without the extension. The
-extension registers CPU and CUDA kernels, and the dispatcher alone chooses. No other package of
-fastclip uses `torch.ops` or `_C`. This one imports only `_private`.
+extension registers CPU and CUDA kernels, and torch's dispatcher alone chooses which code runs. No
+other package of fastclip uses `torch.ops` or `_C`. This one imports only `_private`.
 """
 
 from .coef import EPSILON, ZEROS, clip_coef, means_zeros

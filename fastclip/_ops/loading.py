@@ -1,7 +1,7 @@
 """Load the extension from the package's directory, or say why its kernels are not in use.
 
-It is not loaded if it was built for another minor version of torch, or with FASTCLIP_KERNELS=0 in
-the environment. Once loaded, kernels.py can turn the kernels off and on.
+It is not loaded if it was built for another minor version of torch, or if the environment has
+FASTCLIP_KERNELS=0. Once it is loaded, kernels.py can turn the kernels off and on.
 """
 
 import importlib

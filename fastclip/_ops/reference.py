@@ -45,7 +45,7 @@ def norms(
         members: list[list[int]] = [[] for _ in range(max(group, default=-1) + 1)]
         for index, g in enumerate(group):
             members[g].append(index)
-        # Indexed by Python, without copying indices to the device.
+        # Python does the indexing, so no indices are copied to the device.
         every, empty = values.unbind(), values.new_full((), empty_norm(p))
         found = [norm_of(torch.stack([every[i] for i in m]), p) if m else empty for m in members]
         values = torch.stack(found) if found else values
@@ -135,8 +135,8 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
 
 
 def _note_writes(tensors: Sequence[Tensor]) -> None:
-    """Bump every version counter. Raise before any tensor is written, where torch would raise only
-    after it has written some."""
+    """Bump every version counter. If a tensor may not be written, raise before any is; torch would
+    first write some."""
     if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
         raise RuntimeError(
             "a tensor made in inference mode cannot be changed in place outside of it; clone it"
@@ -155,7 +155,7 @@ def _by_dtype_and_device(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 def _scale(tensors: Sequence[Tensor], coef: Tensor, may_zero: bool = True) -> None:
     """Multiply by one coefficient, in the precision of each tensor but at least float32."""
-    # A coefficient on a device is not read: multiplying by 1 is better than to wait.
+    # A coefficient on a device is not read: to multiply by 1 is better than to wait for it.
     if is_host_readable(coef):
         if bool(coef == 1):
             return
@@ -187,12 +187,12 @@ def _multiply(tensors: list[Tensor], coef: Tensor) -> None:
         foreach_unscale_(tensors, torch.zeros_like(coef).reshape(1), coef)
     except NotImplementedError:
         for tensor in tensors:
-            # A coefficient of as many dimensions as the tensor promotes the product to its dtype.
+            # With as many dimensions as the tensor, the coefficient decides the product's dtype.
             tensor.mul_(coef.reshape([1] * tensor.dim()))
 
 
 def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Write zeros if `coef` is -0.0, by multiplying integer views by 0, since 0 * NaN is NaN."""
+    """Write zeros if `coef` is -0.0: multiply integer views by 0, because 0 * NaN is NaN."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
     # The bits of -0.0 are those of the least integer.
@@ -205,7 +205,7 @@ def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
     if is_host_readable(coefs) and bool((coefs == 1).all()):
         return
     coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
-    # A few rows at once, as torch on the CPU copies half precision to multiply it by float32.
+    # A few rows at once: to multiply half precision by float32, torch on the CPU copies it.
     count = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
     for i in range(0, len(tensor), count):
         tensor[i : i + count].mul_(coefs[i : i + count])

@@ -26,7 +26,7 @@ def define(
     default: Callable[..., Any],
 ) -> None:
     libraries: dict[str, torch.library.Library] = once("libraries", dict)
-    # If an earlier import of this package defined the op, it is gone once its library is freed.
+    # If an earlier import of this package defined the op, freeing its library undoes that.
     libraries.pop(name, None)
     libraries[name] = library = torch.library.Library("fastclip", "FRAGMENT")
     library.define(name + schema)
@@ -119,7 +119,7 @@ define(
 
 
 def _op(name: str) -> Callable[..., Any]:
-    """Return a function that looks up the op at each call, as a package reload redefines it."""
+    """Return a function that looks up the op at each call: a reload of the package redefines it."""
 
     def op(*args: Any, **kwargs: Any) -> Any:
         return getattr(torch.ops.fastclip, name)(*args, **kwargs)

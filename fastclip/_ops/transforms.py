@@ -1,7 +1,7 @@
-"""Whether the host can read a tensor, in `torch.vmap` and other transforms, graphs and modes.
+"""What the host can read in transforms such as `torch.vmap`, in graphs and under modes.
 
-Inside a transform every op runs its default in plain PyTorch, which is all that a transform can
-trace; so norms have derivatives, and a clip can be differentiated like any function.
+Inside a transform every op runs its default in plain PyTorch: a transform can trace nothing else.
+So norms have derivatives, and a clip can be differentiated like any function.
 """
 
 import torch
@@ -22,7 +22,7 @@ def is_transformed() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether this stands for a tensor without having its values, in a graph or a mode."""
+    """Return whether this only stands for a tensor, without values, as in a graph or a mode."""
     if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
         return False
     return isinstance(tensor, (_FakeTensor, _FunctionalTensor))

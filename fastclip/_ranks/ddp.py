@@ -1,4 +1,4 @@
-"""`DistributedDataParallel`: the buckets in which it averages gradients, while backward runs."""
+"""A hook on the buckets in which `DistributedDataParallel` averages gradients during backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ _task_id = private("torch._C._current_graph_task_id")
 
 
 def is_data_parallel(module: object) -> bool:
-    """Return whether this is a DDP module that averages in buckets, in the C++ reducer."""
+    """Return whether this is a DDP module whose C++ reducer averages in buckets."""
     kind = torch.nn.parallel.DistributedDataParallel
     return isinstance(module, kind) and not attribute(module, "_use_python_reducer")
 
@@ -26,7 +26,7 @@ def on_reduced_buckets(
     finish: Callable[[], None],
     forget: Callable[[], None],
 ) -> None:
-    """Register a hook that averages as a `DistributedDataParallel` does, and call these functions.
+    """Register a hook that averages as `DistributedDataParallel` does, and calls these functions.
 
     `measure(number, parameters, bucket)` is called for each averaged bucket, and `finish()` at the
     end of backward, when every `.grad` is set. `forget()` is called instead if this rank has run
@@ -35,7 +35,7 @@ def on_reduced_buckets(
     Raises:
         ValueError: the module already has a communication hook, and cannot have two.
     """
-    # Not passed as the hook's state: the module keeps that, and a process group cannot be copied.
+    # Not passed as the hook's state: a module that keeps a process group there cannot be copied.
     group = module.process_group
 
     # register_comm_hook checks these annotations.
@@ -56,10 +56,10 @@ def on_reduced_buckets(
         if has_joined:
             forget()
         elif bucket.is_last():
-            # Queued twice, to run after the callback that the module queues after this line.
+            # Queued twice: `finish` must follow the callback that the module queues later.
             _queue(lambda: _queue(finish))
         count = _divisor(module, group, has_joined)
-        # The same operations, to the bit, as the module's without a hook.
+        # Bit for bit what the module computes without a hook.
         buffer = bucket.buffer()
         buffer = buffer.div_(count) if buffer.is_sparse else buffer.mul_(1 / count)
         future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
@@ -78,8 +78,8 @@ def on_reduced_buckets(
 def _divisor(module: Any, group: Any, has_joined: bool) -> int:
     """Return the number of ranks by which a `DistributedDataParallel` divides.
 
-    In `module.join()` it may divide by the number of ranks that still have batches. It counts them
-    in a collective whose result hooks cannot read, so this counts them in a second one.
+    In `module.join()` the module may divide by the number of ranks that still have batches. A hook
+    cannot read the module's count of these ranks, so this counts them in a second collective.
     """
     join = attribute(module, "_join_config")
     may_ask = join.enable and join.is_first_joinable

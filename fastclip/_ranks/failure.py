@@ -1,8 +1,8 @@
 """How a rank that cannot take part in a sum announces that to the ranks that wait for it.
 
-It takes part in every collective, with NaN for its norms. Two numbers follow the norms and are
-summed apart from them, and are 0 on a rank without a failure. A rank whose host can read their sums
-without a wait gets the reason from the job's store, and raises too.
+It takes part in every collective, with NaN for its norms. Two numbers follow the norms and have
+sums of their own; a rank that has not failed sends 0 for both. A rank whose host can read these
+sums without a wait gets the reason from the job's store, and raises too.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from torch import Tensor
 from .._ops import is_host_readable, widest
 from .._private import private
 
-# The number of failed ranks, and the sum of the marks that are their keys in the store.
+# How many ranks failed, and the sum of their marks; a mark is a failed rank's key in the store.
 NUMBERS = 2
-# A failed rank stores its reason right after the last sum. Ranks that wait longer than this for it
-# raise without the reason.
+# A failed rank stores its reason right after the last sum. Other ranks wait at most this long for
+# the reason, then raise without it.
 PATIENCE = datetime.timedelta(seconds=5)
 
 
@@ -30,20 +30,20 @@ class Failure:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-        # At 28 bits, sums of marks are exact in float64.
+        # With marks of 28 bits, their sums are exact in float64.
         self.mark = 1 + secrets.randbits(28)
 
     def parts(self, count: int, device: torch.device | None) -> Tensor:
-        """Return NaN for `count` parts, then the two numbers, to send instead of norms."""
+        """Return what to send instead of norms: NaN for `count` parts, then the two numbers."""
         device = device or torch.device("cpu")
         parts = torch.full((count + NUMBERS,), math.nan, dtype=widest(device), device=device)
         parts[-NUMBERS], parts[-NUMBERS + 1] = 1, self.mark
         return parts
 
     def announce(self) -> None:
-        """Store the reason for the other ranks, and raise the error; call this after the sums.
+        """Store the reason for the other ranks, then raise the error; call this after the sums.
 
-        The store may be gone, and before the sums a wait for it would hold up all ranks.
+        If the store is gone, a wait for it before the sums would hold up all ranks.
         """
         with contextlib.suppress(Exception):
             text = f"{type(self.error).__name__}: {self.error} (on rank {dist.get_rank()})"
@@ -52,15 +52,15 @@ class Failure:
 
 
 def raise_if_failed(numbers: Tensor) -> None:
-    """Raise if `numbers` say that a rank failed and the host can read them without a wait."""
+    """Raise if `numbers` say that a rank failed; do nothing if the host cannot read them yet."""
     if not is_host_readable(numbers):
         return
     failures, marks = map(int, numbers.tolist())
     if not failures:
         return
     why = "see the error that it raised"
-    # If one rank failed, the sums may count it k times, and `marks` is k times its mark. The marks
-    # of several failed ranks cannot be told apart.
+    # If one rank failed, the sums may count it k times; `marks` is then k times its mark. If
+    # several ranks failed, their marks cannot be told apart.
     mark, rest = divmod(marks, failures)
     with contextlib.suppress(Exception):
         if not rest:

@@ -27,7 +27,7 @@ Groups = dict[Key, Any]
 
 
 class Step(NamedTuple):
-    """A collective: its process group (in a graph, the name), its device, the parts it sums."""
+    """A collective: its process group (in a graph, the group's name), its device, what it sums."""
 
     group: Any
     device: torch.device
@@ -38,7 +38,7 @@ def as_groups(process_group: Any) -> tuple[Any, ...]:
     if process_group is None:
         return ()
     kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh)
-    # Sums run over the groups in the given order; that of a set would differ between processes.
+    # Sums run over the groups in the given order; a set's order would differ between processes.
     several = isinstance(process_group, Sequence) and not isinstance(process_group, str)
     asked = tuple(process_group) if several else (process_group,)
     for group in asked:
@@ -61,7 +61,7 @@ def groups_of(asked: Iterable[Any]) -> list[Any]:
 
 
 def reachable_ranks(asked: Iterable[Any]) -> frozenset[int]:
-    """Return the ranks whose values a sum over each of `asked` in turn brings to this rank."""
+    """Return the ranks whose values reach this rank when sums run over each of `asked` in turn."""
     if not asked:
         return frozenset()
     me = dist.get_rank()
@@ -70,13 +70,13 @@ def reachable_ranks(asked: Iterable[Any]) -> frozenset[int]:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
-        # Assume that groups of different ranks have the same offsets, as in a grid.
+        # Assume a grid: the groups of other ranks have the same offsets as those of this rank.
         reach = frozenset(rank + other - me for rank in reach for other in ranks)
     return reach
 
 
 def by_key(groups: Iterable[Any]) -> Groups:
-    """Return process groups by their keys, in the given order, without groups of a single rank.
+    """Return a dict from key to process group, in the given order, without groups of one rank.
 
     Raises:
         ValueError: two of the groups have more than this rank in common.
@@ -92,7 +92,7 @@ def by_key(groups: Iterable[Any]) -> Groups:
 
 
 def group_steps(process_groups: Sequence[list[Any]]) -> list[Step]:
-    """Return the collectives over process groups, listed for each group of gradients, in order.
+    """Return the collectives. Each group of gradients has a list in `process_groups`.
 
     Raises:
         ValueError: two process groups of one list have more than this rank in common.
@@ -116,7 +116,7 @@ def age_of(group: Any) -> int:
     Ranks create a group together, so all ranks of two groups agree on which is older. Only the
     private dict that `get_process_group_ranks` reads has this order.
     """
-    # Looked up at each call, as code that runs ranks as threads replaces `_world`.
+    # Looked up at each call, because code that runs ranks as threads replaces `_world`.
     world = private("torch.distributed.distributed_c10d._world")
     return list(attribute(world, "pg_group_ranks")).index(group)
 
@@ -124,8 +124,8 @@ def age_of(group: Any) -> int:
 def device_of(group: Any, wanted: str | None = None) -> torch.device:
     """Return the device on which a process group communicates, the same on all its ranks.
 
-    It has the `wanted` type if the group has a backend for that; else it is the accelerator if the
-    group has a backend for it alone, such as NCCL; else the CPU.
+    It is of the `wanted` type if the group has a backend for that type. If not, it is the
+    accelerator if the group has a backend for the accelerator alone, such as NCCL; else the CPU.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     if wanted in backends:
@@ -147,7 +147,7 @@ def rank() -> int | None:
 
 
 def all_reduce(step: Step, values: Tensor, op: str) -> Tensor:
-    """Return `values` reduced over the step's ranks; in place if they are on its device."""
+    """Return `values` reduced over the step's ranks; values on its device change in place."""
     elsewhere = values.device.type != step.device.type
     moved = values.to(step.device) if elsewhere else values
     # What dist.all_reduce calls in the end, without its ten microseconds of argument checks.
@@ -163,7 +163,7 @@ def _options(op: str) -> Any:
 
 
 def find_differing(numbers: list[int], steps: Iterable[Step]) -> int | None:
-    """Return the index of the first number that differs between ranks; wait for the device."""
+    """Return the index of the first number that ranks differ in; this waits for the device."""
     with without_modes():
         own = torch.tensor([*numbers, *(-n for n in numbers)], dtype=torch.float64, device="cpu")
         most = own.clone()

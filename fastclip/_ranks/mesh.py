@@ -15,8 +15,8 @@ from .._ops import without_modes
 from .._private import attribute, private
 from .groups import Groups, Key, Step, age_of, device_of, ranks_of
 
-# The attributes of a DTensor for its layout and its local tensor; a gradient's layout must equal
-# its parameter's in FIELDS.
+# The attributes of a DTensor that hold its layout and its local tensor. In the attributes FIELDS, a
+# gradient's layout must equal its parameter's.
 LAYOUT = "_spec"
 INNER = "_local_tensor"
 FIELDS = ("mesh", "placements")
@@ -25,8 +25,8 @@ FIELDS = ("mesh", "placements")
 class Slot(NamedTuple):
     """The gradients of one mesh that are sharded over the same process groups.
 
-    Ranks send the parts of slots without names, so slots are identified by facts that all ranks of
-    a mesh know. `number` stands for the set of ranks of the mesh; it is 0 if nothing is sent.
+    Ranks send a number for each slot but no name, so slots are identified by facts that all ranks
+    of a mesh know. `number` stands for the mesh's set of ranks; it is 0 if nothing is sent.
     `counts_for_mesh` is true on the one rank that adds the sum over the mesh to later sums over
     process groups.
     """
@@ -46,8 +46,8 @@ class Mesh:
         2 3      dimension 1: groups {0, 1} and {2, 3}, distances 0, 1
 
     all ranks begin with dimension 1. Groups are sorted by the distances of their ranks from the
-    first, if all groups of a dimension have the same distances. Otherwise the key is the index of
-    the dimension with the mesh's shape and ranks, which sorts after all distances.
+    first, if all groups of a dimension have the same distances. Otherwise the key is the
+    dimension's index with the mesh's shape and ranks; such keys sort after all distances.
     """
 
     def __init__(self, mesh: Any, others: Collection["Mesh"]) -> None:
@@ -74,9 +74,9 @@ class Mesh:
                 self.groups[key] = group
 
     def slot(self, placements: Sequence[Any], rows: bool, reach: frozenset[int]) -> Slot:
-        """Return the slot of a gradient with these placements, or with `rows` that of its rows.
+        """Return the slot of a gradient with these placements; with `rows`, the slot of its rows.
 
-        All ranks of the mesh have the same sums, so only the first one in `reach` counts for it.
+        Sums over the mesh are the same on all its ranks, so only its first rank in `reach` counts.
         """
         me = dist.get_rank()
         counts_for_mesh = me == min(reach.intersection(self.ranks), default=me)
@@ -105,9 +105,9 @@ def mesh_steps(meshes: Collection[Mesh], slots: Sequence[Slot]) -> list[Step]:
 
 
 def _precedence(choice: tuple[str, Any]) -> Any:
-    """Return a key by which all ranks sort process groups of the same ranks in the same order.
+    """Return a sort key that orders process groups of the same ranks alike on all these ranks.
 
-    The name of a group would not do: it may differ between its ranks.
+    The name of a group would not do: the group's ranks may have different names for it.
     """
     device_type, group = choice
     return device_type == "cpu", device_type, age_of(group)
@@ -118,7 +118,7 @@ def find_crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None
 
     Two meshes with only this rank in common must be lines of one grid. Otherwise ranks would
     measure different sets of gradients, and scale shards of one gradient differently. Meshes are
-    lines of a grid if they have one root mesh, or no distance between ranks in common.
+    lines of a grid if they have the same root mesh, or if no distance between ranks occurs in both.
     """
     even = [mesh for mesh in meshes if mesh.is_even]
     for one, other in itertools.combinations(even, 2):
@@ -138,7 +138,7 @@ def find_crossing(meshes: Collection[Mesh], reach: frozenset[int]) -> str | None
 
 
 def is_dtensor(value: object) -> TypeGuard["dist.tensor.DTensor"]:
-    # Where a DTensor exists, this module is imported; do not import it for other users.
+    # If a DTensor exists, this module is imported already; users without one need not import it.
     module = getattr(dist, "tensor", None)
     return module is not None and isinstance(value, module.DTensor)
 
@@ -157,7 +157,7 @@ def value_of(tensor: Tensor) -> Tensor:
 
 
 def place_as(tensor: Tensor, layout: Any, name: str) -> Tensor:
-    """Return `tensor`, redistributed if its placements differ; Partial ones become Replicate.
+    """Return `tensor`, redistributed if `layout` has other placements; Partial becomes Replicate.
 
     Raises:
         TypeError: the meshes of `tensor` and `layout` differ, or only one of the two has a mesh.

@@ -5,8 +5,8 @@ All ranks of a step send one float64 vector of the same length and order:
     over a mesh           a part of each slot | a flag of each group | the numbers of failure.py
     over process groups   a part of each group | the numbers | whether a gradient is float64
 
-Slots and groups are defined in `Reduction`. A flag is 0, or infinite or NaN if the group's norm is
-infinite or NaN on a rank.
+Slots and groups are defined in `Reduction`. A flag is 0 unless its group's norm is infinite or NaN
+on some rank; then the flag is, too.
 
 To add an order of norms, add a case to `as_parts`, `add_parts`, `_reduce` and `as_norms`.
 """
@@ -24,10 +24,10 @@ from .groups import Step
 
 _traced_all_reduce = private("torch.distributed._functional_collectives.all_reduce")
 
-# The version of the protocol, to increase whenever the numbers that ranks send change.
+# The version of the protocol: increase it whenever the numbers that ranks send change.
 PROTOCOL = 2
-# Up to this order, powers of norms of float32 gradients, from 2^-149 to 2^128, fit float64 and are
-# added up. Norms of higher orders are first divided by the largest.
+# Norms of float32 gradients are from 2^-149 to 2^128. Up to this order their powers fit float64 and
+# are added up; norms of higher orders are first divided by the largest.
 MOST_ADDED = 6
 
 
@@ -36,9 +36,9 @@ def _adds(p: float) -> bool:
 
 
 def as_parts(norms: Tensor, p: float) -> Tensor:
-    """Return the parts of norms: their |p|-th powers, if powers of that order fit float64.
+    """Return the parts of norms: their |p|-th powers if these fit float64, else the norms.
 
-    For p < 0 the reciprocals are taken first, as 1 / norm is the norm of order |p| of 1 / elements.
+    For p < 0 the reciprocals are taken first: 1 / norm is the norm of order |p| of 1 / elements.
     """
     norms = norms.reciprocal() if p < 0 else norms
     return norms ** abs(p) if p and _adds(abs(p)) else norms
@@ -57,9 +57,9 @@ def as_norms(parts: Tensor, p: float) -> Tensor:
 
 
 def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
-    """Make all parts of a group infinite or NaN if one is; `counts` holds its number of slots.
+    """Make all parts of a group infinite or NaN if one is; `counts` says how many slots each has.
 
-    The group's flag becomes infinite or NaN too, for ranks that have different slots.
+    The group's flag becomes infinite or NaN too: it tells ranks that have other slots.
     """
     slots, flags, numbers = parts.split([parts.numel() - beside, len(counts), NUMBERS])
     if is_host_readable(parts) and math.isfinite(float(parts.sum())):
@@ -73,7 +73,7 @@ def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
 def combine_slots(
     parts: Tensor, members: list[list[int]], beside: int, p: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of each group's members, one of which is its flag; and the numbers."""
+    """Return the sum of each group's members, its flag among them; and the failure numbers."""
     numbers = parts[parts.numel() - min(beside, NUMBERS) :]
     slots = parts[: parts.numel() - numbers.numel()]
     sums = [add_parts(_pick(slots, some), p) for some in members]
@@ -81,7 +81,7 @@ def combine_slots(
 
 
 def _pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> Tensor:
-    """Return the parts of `members`, or one 0 if empty, without copying indices to the device."""
+    """Return the parts of `members`; one 0 if there are none. No index is copied to the device."""
     if not members:
         return parts.new_zeros(1)
     first, end = members[0], members[-1] + 1
@@ -118,17 +118,17 @@ def _reduce(step: Step, parts: Tensor, p: float, beside: int) -> Tensor:
     if math.isinf(p) or most.numel() == beside:
         return most
     norms, rest = most.split([most.numel() - beside, beside])
-    # Divided by the largest, so that no power overflows.
+    # A division by the largest keeps the powers from overflowing.
     unit = norms.where((norms > 0) & norms.isfinite(), 1)
     powers = _all_reduce(step, (parts[: norms.numel()] / unit) ** p, "SUM")
     return torch.cat([(unit * powers ** (1 / p)).where(norms.isfinite(), norms), rest])
 
 
 def _largest(step: Step, parts: Tensor) -> Tensor:
-    """Return the largest of each part over ranks; a NaN wins, which a float MAX may not ensure.
+    """Return the largest of each part over ranks; NaN wins, which it may not in a MAX of floats.
 
-    Viewed as integers, floats >= 0 keep their order, and NaN is the largest. The sign bit, which a
-    NaN may have, is cleared.
+    Viewed as integers, floats >= 0 keep their order, and NaN is the largest. The sign bit is
+    cleared, because a NaN may have one.
     """
     whole = torch.int64 if parts.dtype == torch.float64 else torch.int32
     bits = parts.view(whole) & torch.iinfo(whole).max

@@ -1,4 +1,4 @@
-"""Plans: the reduction of a list of parameters and the extension's reader, kept between calls.
+"""Plans, kept between calls: the `Reduction` of a list of parameters, and how C++ reads them.
 
 A plan depends on the parameters alone, never on gradients, so that every rank takes part in the
 same collectives in the same order, whichever gradients it has. A gradient whose placements differ
@@ -31,7 +31,7 @@ from .reduction import Asked, Kind, reduction
 
 
 class Plan:
-    """How to read and reduce a list of tensors; valid as long as it has the same layout objects."""
+    """How to read and reduce a list of tensors; valid while these keep their layout objects."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Plan:
         self.sizes: list[int] | None = None
         dtensors = [layout for layout in layouts if layout]
         wide = (torch.float64, torch.complex128)
-        # From layouts, as this rank may have no gradients.
+        # Found from layouts, because this rank may have no gradients.
         self.wide = any(layout.tensor_meta.dtype in wide for layout in dtensors)
         one = len(dtensors) == len(layouts) > 0 and all(
             layout.mesh == layouts[0].mesh for layout in layouts
@@ -62,7 +62,7 @@ class Plan:
             of = self.reduction.slot_of
             self._wrapped = _ops.extension.Wrapped(layouts, of, LAYOUT, INNER, FIELDS)
         # Layouts are compared by address, so the plan is valid only while all of them are alive.
-        # Callbacks refer to `alive`, not to the plan: that cycle would last until the GC runs.
+        # Callbacks refer to `alive`: with the plan they would be a cycle, which only the GC ends.
         self._addresses = list(map(id, layouts))
         self._alive = alive = [True]
         self._watched = {
@@ -71,9 +71,9 @@ class Plan:
         self._has_warned = False
 
     def read(self, items: Sequence[Tensor], write: bool) -> Any:
-        """Return the gradients that the extension reads; None if Python has to read each item.
+        """Return the gradients as the extension reads them; None if Python has to read each item.
 
-        The result is None also if `items` are not those that the plan was made for.
+        The result is also None if the plan was made for other items.
         """
         if self._wrapped is None or _ops.extension is None:
             return None
@@ -97,7 +97,7 @@ class Plan:
         )
 
     def local(self, item: Tensor, tensor: Any, name: str, write: bool) -> tuple[Tensor, Tensor]:
-        """Return `tensor`, an item or its gradient, placed like the item; and its local tensor."""
+        """Place `tensor`, `item` or its gradient, like `item`; return it and its local tensor."""
         wrapper: Any = place_as(tensor, layout_of(item), name)
         if wrapper is not tensor:
             if not self._has_warned:
@@ -122,8 +122,8 @@ class Plan:
 
 
 # The plans by the address of the first DTensor's layout, each with a weak reference that removes it
-# when that layout dies. The reference is not to the tensor, because `torch.utils.swap_tensors`, by
-# which Module.to() may exchange parameters, refuses tensors with weak references.
+# when that layout dies. The reference is not to the tensor, because `torch.utils.swap_tensors`,
+# which Module.to() may call, refuses tensors that have weak references.
 _plans: tuple[dict[int, tuple[Plan, Any]], ...] = tuple({} for _ in Kind)
 
 
@@ -132,7 +132,7 @@ def is_spread(items: Sequence[Any]) -> bool:
 
 
 def plan_of_plain(items: Sequence[Tensor], asked: Asked) -> Plan:
-    """Return the plan for one group without DTensors, which is the same for any length."""
+    """Return the plan for one group without DTensors; it is the same for any number of items."""
     return Plan(items[:1], [None] * len(items[:1]), asked)
 
 
@@ -159,7 +159,7 @@ def follow(
     kind: Kind = Kind.TOTAL,
     group_of: Sequence[int] | None = None,
 ) -> tuple[Plan, Any]:
-    """Do as `find_plan`, with the given `plan` if it is for these items, else with a new one."""
+    """Do what `find_plan` does, with `plan` if it is for these items, else with a new one."""
     if plan is not None and not plan.is_for(asked):
         plan = None
     grads = None if plan is None else plan.read(items, write)

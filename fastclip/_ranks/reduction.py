@@ -1,8 +1,8 @@
 """Which ranks add up the norms of which gradients: a pure function of where gradients are placed.
 
-The gradients of one group that are sharded over the same ranks form a slot, which has one number
-to add up: first over the dimensions of its mesh; then, together with the other slots of the group,
-over the process groups that the caller passed. The collectives are in parts.py.
+A slot is a set of gradients of one group that are sharded over the same ranks. It has one number,
+which is first added up over the dimensions of its mesh. All slots of a group are then added up
+together, over the process groups that the caller passed. The collectives are in parts.py.
 """
 
 import enum
@@ -21,9 +21,9 @@ NONE: Asked = ((),)
 
 
 class Kind(enum.IntEnum):
-    """Which norms a plan is for: that of all tensors together, of each tensor, or of each row.
+    """Which norms a plan is for: of all tensors together (TOTAL), of each one, or of each row.
 
-    COUNT is for one norm of order 0, which is the number of tensors with a nonzero norm.
+    COUNT is for one norm of order 0: the number of tensors with a nonzero norm.
     """
 
     TOTAL = 0
@@ -43,7 +43,7 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Reduction:
-    """The collectives that this rank takes part in; the other ranks of a step plan the same ones.
+    """The collectives that this rank takes part in; the other ranks in them plan the same ones.
 
     A group is a set of gradients with one norm. A slot holds the gradients of a group that are
     sharded over the same process groups.
@@ -55,13 +55,13 @@ class Reduction:
     # The slot of each item, and the group of each slot.
     slot_of: list[int]
     group_of: list[int]
-    # For each group, the number of its slots; and the indices of those that this rank contributes
-    # to sums over process groups, followed by that of the group's flag, if there are flags.
+    # For each group, how many slots it has; and what this rank adds to sums over process groups:
+    # the indices of some of these slots, then that of the group's flag, if there are flags.
     counts: list[int]
     members: list[list[int]]
-    # The number of values that are sent after the parts of slots over meshes: see parts.py.
+    # How many values follow the parts of slots in sums over meshes: see parts.py.
     beside: int
-    # First the sums of slots over meshes. Steps in which no slot is sharded only let ranks agree.
+    # First the sums of slots over meshes. A step in which no slot is sharded only lets ranks agree.
     mesh_steps: list[Step]
     # Then the sums of groups over the process groups that the caller passed.
     group_steps: list[Step]
@@ -81,7 +81,7 @@ class Reduction:
 def reduction(
     layouts: Sequence[Any], asked: Asked, kind: Kind, group_of: Sequence[int] | None = None
 ) -> Reduction:
-    """Plan the sums for items with these layouts, which are None for plain tensors.
+    """Plan the sums for items with these layouts; the layout of a plain tensor is None.
 
     `group_of` is the group of each item, by default 0. For EACH and ROWS each item is a group.
 
@@ -92,7 +92,7 @@ def reduction(
     if kind.is_each:
         group_of, asked = range(len(layouts)), [()] * len(layouts)
     group_of = [0] * len(layouts) if group_of is None else group_of
-    # Items with one owner share a slot if they are placed alike.
+    # An owner is a group (TOTAL) or an item. Items of one owner share a slot if placed alike.
     owners = group_of if kind is Kind.TOTAL else range(len(layouts))
     reaches = list(map(reachable_ranks, asked))
     places = _places(layouts, kind)
@@ -140,7 +140,7 @@ class Place:
 
 
 def _places(layouts: Sequence[Any], kind: Kind) -> list[Place]:
-    """Return the place of each item. Slots are computed once for each of the few places."""
+    """Return the place of each item; places are few, and a slot is computed once for each."""
     plain = Place(None, (), False)
     meshes: dict[int, Mesh] = {}
     found: dict[Any, Place] = {}
@@ -174,15 +174,15 @@ def _collectives(
 
 
 def _in_order(found: dict[tuple[int, Place], Slot]) -> list[tuple[int, Slot]]:
-    """Return pairs of owner and slot in an order that ranks agree on, as they send no names.
+    """Return pairs of owner and slot in an order that ranks agree on, since ranks send no names.
 
-    The order depends on facts that all ranks of a mesh know, so that all sum in the same order.
+    The order follows from facts that all ranks of a mesh know.
     """
     known: dict[Slot, tuple[Any, ...]] = {}
     for slot, place in {(slot, place) for (_, place), slot in found.items()}:
         mesh = place.mesh.known if place.mesh is not None else ()
         known[slot] = min(mesh, known.get(slot, mesh))
-    # By the last step first: the members of the first steps are then often consecutive, at the end.
+    # Slots are sorted by their last step: the members of first steps are then often consecutive.
     orders = {slot: sorted((o for o, _ in slot.groups), reverse=True) for slot in known}
     order = {slot: (orders[slot], mesh) for slot, mesh in known.items()}
     pairs = {(owner, slot) for (owner, _), slot in found.items()}

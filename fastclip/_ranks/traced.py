@@ -1,4 +1,4 @@
-"""Plans for DTensors in a graph of `torch.compile`, which holds them as constants."""
+"""Plans for DTensors in a graph of `torch.compile`; the graph holds the plans as constants."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ Dims = tuple[int, ...]
 
 
 class Constants(NamedTuple):
-    """The fields of a `Reduction` of one norm that a graph needs."""
+    """The fields that a graph needs of a `Reduction` for one norm."""
 
     kind: Kind
     slot_of: Dims
@@ -47,7 +47,7 @@ class PlanOfGraph:
 
 
 def plan_of_graph(items: Sequence[Tensor], write: bool) -> PlanOfGraph | None:
-    """Return a plan; None if a graph cannot hold these items, or if `write` their gradients."""
+    """Return a plan; None if a graph cannot hold these items, or their gradients if `write`."""
     found = _sharded_dims(items, write)
     constants = None if found is None else _constants_of(*found)
     return None if found is None or constants is None else PlanOfGraph(items, found[0], constants)
@@ -78,7 +78,7 @@ def _sharded_dims(items: Sequence[Tensor], write: bool) -> tuple[Any, tuple[Dims
 
 
 def _constants_of(mesh: Any, cuts: tuple[Dims, ...]) -> Constants | None:
-    """Return None if a collective would not run on the mesh's type of device."""
+    """Return the constants; None if a collective would not run on the mesh's type of device."""
     found = _constants(mesh, cuts)
     if found is None:
         return None

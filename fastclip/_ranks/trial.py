@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .mesh import value_of
 
-# A rank that waits longer for another one ends with an error.
+# A rank that waits longer than this for another rank ends with an error.
 PATIENCE = datetime.timedelta(seconds=120)
 
 
@@ -28,7 +28,7 @@ def join(device_type: str) -> bool:
 
 
 def leave() -> None:
-    """Wait for all ranks, then leave: torchrun ends all when the first ends with an error."""
+    """Wait for all ranks, then leave: once one rank ends with an error, torchrun ends them all."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -52,7 +52,7 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 
 
 def clip_models(clip: Callable[[Any, float], Tensor], device_type: str) -> dict[str, str]:
-    """Clip a model under DDP, FSDP2 and FSDP2 on a 2-d mesh; return the error of each by its name.
+    """Clip a model under DDP, under FSDP2, and under FSDP2 on a 2-d mesh; return errors by name.
 
     The error is "" if the clip is correct. Each rank runs its own batch through the model, and
     computes the expected gradients of all batches in float64.
