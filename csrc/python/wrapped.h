@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -40,6 +41,7 @@ class Wrapped {
     grads.reserve(count);
     Addresses seen(source == Source::kGrads ? count : 0);
     for (size_t i = 0; i < count; ++i) {
+      if (i % kTogether == 0) prefetch_batch<source>(items, i);
       const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
       const bool wraps = !layouts_[i].is_none();
       if (!is_tensor(item) || (wraps ? !is_laid_out(item, i) : !is_exact_tensor(item)))
@@ -63,6 +65,22 @@ class Wrapped {
   }
 
  private:
+  // Fetches the objects of some items from `begin` on, as far as they are tensors.
+  template <Source source>
+  static void prefetch_batch(const py::tuple& items, size_t begin) {
+    const at::Tensor* found[kTogether];
+    Py_ssize_t count = 0;
+    for (size_t i = begin; i < std::min(begin + kTogether, items.size()); ++i) {
+      const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
+      if (!is_tensor(item)) break;
+      found[count] = &unpack(item);
+      prefetch(found[count++]->unsafeGetTensorImpl(), 64);
+    }
+    if (source == Source::kGrads) follow_grads(found, count);
+    for (Py_ssize_t i = 0; i < count; ++i)
+      prefetch(found[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+
   // Null if the object has no such attribute.
   static py::object attribute(py::handle object, const py::str& name) {
     PyObject* value = PyObject_GetAttr(object.ptr(), name.ptr());

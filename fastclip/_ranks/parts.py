@@ -41,7 +41,7 @@ def as_parts(norms: Tensor, p: float) -> Tensor:
     For p < 0 the reciprocals are taken first: 1 / norm is the norm of order |p| of 1 / elements.
     """
     norms = norms.reciprocal() if p < 0 else norms
-    return norms ** abs(p) if p and _adds(abs(p)) else norms
+    return norms.pow(abs(p)) if p and _adds(abs(p)) else norms
 
 
 def add_parts(parts: Tensor, p: float) -> Tensor:
@@ -52,7 +52,7 @@ def add_parts(parts: Tensor, p: float) -> Tensor:
 
 
 def as_norms(parts: Tensor, p: float) -> Tensor:
-    norms = parts ** (1 / abs(p)) if p and _adds(abs(p)) else parts
+    norms = parts.pow(1 / abs(p)) if p and _adds(abs(p)) else parts
     return norms.reciprocal() if p < 0 else norms
 
 
@@ -74,8 +74,8 @@ def combine_slots(
     parts: Tensor, members: list[list[int]], beside: int, p: float
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of each group's members, its flag among them; and the failure numbers."""
-    numbers = parts[parts.numel() - min(beside, NUMBERS) :]
-    slots = parts[: parts.numel() - numbers.numel()]
+    last = min(beside, NUMBERS)
+    slots, numbers = parts.split([parts.numel() - last, last])
     sums = [add_parts(_pick(slots, some), p) for some in members]
     return torch.stack(sums) if sums else slots, numbers
 
@@ -89,7 +89,7 @@ def _pick(parts: Tensor, members: list[int], sizes: list[int] | None = None) -> 
         # They are consecutive.
         if sizes is not None:
             first, end = sum(sizes[:first]), sum(sizes[:end])
-        return parts[first:end]
+        return parts if end - first == parts.numel() else parts[first:end]
     each = parts.split(1 if sizes is None else sizes)
     return torch.cat([each[i] for i in members])
 
