@@ -23,6 +23,8 @@ def clip_by_norm_(
         return grads.clip_norm_(max_norm, p)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
     limit = limit_of(max_norm, norm)
+    if nonfinite == "propagate" and factor is None:
+        return grads.clip_norm_(limit, p, norm)
     grads.scale_(decide(norm, limit, p, grads.is_wide(), nonfinite, factor))
     return grads.result(norm)
 

@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -123,7 +124,8 @@ class PlainGrads {
                         const std::optional<at::Tensor>& norm) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
     const Norms norms = norm ? Norms(*norm) : known_ ? Norms(*known_) : std::nullopt;
-    at::Tensor total_norm = call(op, tensors_, max_norm, p, norms);
+    // The norm of order infinity of one norm is that norm.
+    at::Tensor total_norm = call(op, tensors_, max_norm, norm ? INFINITY : p, norms);
     bump_versions(wrappers_);
     return total_norm;
   }

@@ -5,6 +5,7 @@ memory, or inside wrapper subclasses. For an opaque tensor (see `is_opaque`) tor
 are called. If `are_plain` is true, methods pass the whole list to an op without a loop over it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -124,8 +125,9 @@ class LocalGrads:
             _are_on_several_devices(self.tensors) or any(map(_needs_conversion, self.tensors))
         ):
             with torch.set_grad_enabled(is_differentiated()):
-                known = None if norm is None else [norm]
-                clipped = _ops.clip_norm_(self.tensors, max_norm, p, known)
+                # The norm of order infinity of one norm is that norm.
+                how = (p, None) if norm is None else (math.inf, [norm])
+                clipped = _ops.clip_norm_(self.tensors, max_norm, *how)
                 self._bump_versions()
                 return clipped
         total_norm = self.norm(p) if norm is None else norm

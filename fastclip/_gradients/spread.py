@@ -1,7 +1,6 @@
 """Gradients measured by a `Plan` (see _ranks/plan.py): over ranks, in groups, or both."""
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -142,8 +141,7 @@ class SpreadGrads:
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
         norm = self.norm(p) if norm is None else norm
         if len(self.local) and self.wide == self.local.is_wide():
-            # Of one number the norm of this order is that number.
-            clipped: Tensor = self.plan.result(self.local.clip_norm_(max_norm, math.inf, norm))
+            clipped: Tensor = self.plan.result(self.local.clip_norm_(max_norm, p, norm))
             return clipped
         self.scale_(clip_coef(norm, max_norm, self.wide))
         return self.result(norm)
