@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._arguments import Threshold, threshold_from_rule
 from ._gradients import Gradients
-from ._ops import ZEROS, clip_coef
+from ._ops import ZEROS, clip_coef, is_host_readable
 
 
 def clip_by_norm_(
@@ -22,28 +22,27 @@ def clip_by_norm_(
     if nonfinite == "propagate" and factor is None and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
+    if nonfinite == "error":
+        raise_if_nonfinite(norm, p)
     limit = limit_of(max_norm, norm)
     if nonfinite == "propagate" and factor is None:
         return grads.clip_norm_(limit, p, norm)
-    grads.scale_(decide(norm, limit, p, grads.is_wide(), nonfinite, factor))
+    grads.scale_(decide(norm, limit, grads.is_wide(), nonfinite, factor))
     return grads.result(norm)
 
 
 def decide(
     norms: Tensor,
     limit: float | Tensor,
-    p: float,
     wide: bool,
     nonfinite: str = "propagate",
     factor: float | Tensor | None = None,
 ) -> Tensor:
     """Return the coefficients of the gradients: factor * min(1, limit / (norm + 1e-6)).
 
-    `norms`, 0-d or 1-d, are the norms of order p of the gradients times `factor`; `wide` says
-    whether any gradient is float64. The result has the shape of `norms`.
+    `norms`, 0-d or 1-d, are the norms of the gradients times `factor`; `wide` says whether any
+    gradient is float64. The result has the shape of `norms`.
     """
-    if nonfinite == "error":
-        raise_if_nonfinite(norms, p)
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
         # A tensor `factor` is not checked on the host; a negative one would reverse the step.
@@ -64,8 +63,16 @@ def limit_of(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
 def limits_of(thresholds: Iterable[Threshold], norms: Tensor) -> Tensor:
     """Return the thresholds of all norms in a tensor like `norms`."""
     each = map(limit_of, thresholds, norms.unbind())
-    limits = [t.to(norms) if isinstance(t, Tensor) else norms.new_full((), t) for t in each]
+    limits = [limit_on(norms, limit) for limit in each]
     return torch.stack(limits) if limits else norms
+
+
+def limit_on(norm: Tensor, limit: float | Tensor) -> Tensor:
+    """Return a threshold as a 0-d tensor of the norm's device, without a wait for that."""
+    if isinstance(limit, Tensor) and not (is_host_readable(limit) and not norm.is_cpu):
+        return limit.detach().to(norm).reshape(())
+    # A copy from the CPU would wait; a number is written by a kernel.
+    return norm.new_full((), float(limit))
 
 
 def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:

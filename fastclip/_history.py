@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._decide import apply_policy
+from ._decide import apply_policy, limit_on
 from ._state import CPU, State
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
@@ -40,8 +40,8 @@ class Ring(State):
     def add(self, norms: Tensor, limits: float | Tensor) -> None:
         """Add a step: the norm of each group, and their thresholds, or one number for all."""
         rows, steps = self._on(norms.device)
-        if not isinstance(limits, Tensor):
-            limits = rows.new_full(norms.shape, limits)
+        if not isinstance(limits, Tensor) or limits.dim() == 0:
+            limits = limit_on(rows, limits).expand_as(norms)
         row = torch.cat([some.detach().to(rows).reshape(1, -1) for some in (norms, limits)], 1)
         rows.index_copy_(0, steps.remainder(self.history), row)
         steps.add_(1)

@@ -42,9 +42,12 @@ def run(command: Sequence[str], stats: bool, plot: Path | None) -> None:
     os.environ["PYTHONPATH"] = here + os.pathsep + before if before else here
     sys.stdout.flush()
     sys.stderr.flush()
-    # This function, which multiprocessing uses too, returns Python's options except -u and -i.
+    # This function, which multiprocessing uses too, returns most of Python's own options.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags += ["-u"] * getattr(sys.stdout, "write_through", False) + ["-i"] * sys.flags.interactive
+    for name, value in sys._xoptions.items():
+        option = name if value is True else f"{name}={value}"
+        flags += [] if option in flags else ["-X", option]
     os.execv(sys.executable, [sys.executable, *flags, *options, *command])
 
 

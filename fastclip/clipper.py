@@ -23,7 +23,7 @@ from ._arguments import (
     policy,
     positive_order,
 )
-from ._decide import decide, limits_of
+from ._decide import decide, limits_of, raise_if_nonfinite
 from ._gradients import clip_at_once_
 from ._grouped import Grouped
 from ._history import History, Ring, draw, histories, last_of, stats_of
@@ -47,9 +47,8 @@ class GradClipper:
         groups: instead of `parameters` and `max_norm`, dicts with `"params"`, `"max_norm"` (None to
             leave the group out) and optionally `"process_group"` and `"name"` (else its index).
         process_group: ranks that hold other parameters, as in `clip_grad_norm_`.
-        each: measure each gradient by itself and compute the groups' norms from these norms. Then
-            `norms_by_parameter` reads nothing: it returns the norms of the last step. Needs
-            norm_type > 0 and no `process_group`.
+        each: measure each gradient by itself, and groups by these norms, which
+            `norms_by_parameter` then returns; norm_type > 0, and no `process_group`.
         history: number of recorded steps, >= 1; by default 8192, or fewer to fit into 16 MiB.
 
     `clipper.max_norm` is the threshold, and may be changed between steps; with groups it maps names
@@ -58,9 +57,8 @@ class GradClipper:
     ranks have the same names, thresholds, rules, step counts of rules, and versions. After that,
     `torch.compile` traces `clip_` without a graph break, except with groups or a `process_group`.
 
-    Call `clip_` once before a CUDA graph captures it, because the first call allocates tensors. A
-    copy, also by `pickle`, continues from the same state; a clipper copied as part of a module
-    clips the copied module.
+    Call `clip_` once before a CUDA graph captures it: the first call makes tensors. A copy, also
+    by `pickle`, continues from the same state; copied with a module it clips the copied one.
 
     Raises:
         TypeError, ValueError: bad arguments, which the message names; a parameter in two groups.
@@ -155,8 +153,10 @@ class GradClipper:
             self._is_compared = True
         grads = grouped.read(agree)
         norms = grouped.norms(grads, scale)
+        if nonfinite == "error":
+            raise_if_nonfinite(norms, grouped.p)
         limits = limits_of(self._thresholds.values(), norms)
-        grouped.scale_(grads, decide(norms, limits, grouped.p, grads.is_wide(), nonfinite, scale))
+        grouped.scale_(grads, decide(norms, limits, grads.is_wide(), nonfinite, scale))
         total_norm = grads.result(norms[0] if grouped.is_one else norms)
         self._ring.add(value_of(total_norm), limits)
         return total_norm

@@ -180,7 +180,7 @@ def _read_and_measure(
     scaled = grads.norm(p)
     norm = scaled if inv_scale is None else scaled * inv_scale.to(scaled)
     limit = limit_of(max_norm, norm)
-    return grads, norm, decide(norm, limit, p, grads.is_wide()), is_bad(scaled, limit).float()
+    return grads, norm, decide(norm, limit, grads.is_wide()), is_bad(scaled, limit).float()
 
 
 def _inverse_scale(scaler: GradScaler, given: list[Optimizer]) -> Tensor | None:

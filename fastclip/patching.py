@@ -7,9 +7,11 @@ is assigned to all its names in imported modules. Functions of another library a
 is imported: each library has a file in `integrations`, and `_LIBRARIES` lists them.
 """
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -33,9 +35,13 @@ class Patch:
 
     def __init__(self, wrap: Wrap) -> None:
         self.wrap = wrap
+        self._was_entered = False
 
     def __enter__(self) -> "Patch":
-        _patches.add(self)
+        # The first `with` takes over the call of `patch()`, if nobody has undone that.
+        if self._was_entered or self not in _patches.held:
+            _patches.add(self)
+        self._was_entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,6 +84,12 @@ def unpatch() -> None:
 
 def patch_with(wrap: Wrap) -> Patch:
     """Patch with `wrap(f)` for each function f of fastclip; if already patched, ignore `wrap`."""
+    # Wait until libraries that another thread is importing are complete; not under the lock, which
+    # such an import may need.
+    for library in _LIBRARIES:
+        if library.MODULE in sys.modules:
+            with suppress(ImportError):
+                importlib.import_module(library.MODULE)
     _patches.add(new := Patch(wrap))
     return new
 
@@ -99,8 +111,7 @@ class _Patches:
         with self._lock:
             if not self.held:
                 self._replace(new.wrap)
-            if new not in self.held:
-                self.held.append(new)
+            self.held.append(new)
 
     def remove(self, one: Patch | None = None) -> None:
         """Remove a patch, by default the latest; if none is left, restore the originals."""

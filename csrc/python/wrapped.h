@@ -57,7 +57,7 @@ class Wrapped {
         if (!inner || !is_exact_tensor(inner)) return std::nullopt;
         if (!is_laid_out(wrapper, i) && !is_equal(wrapper, i)) return std::nullopt;
         if (!grads.add(unpack(inner))) return std::nullopt;
-        grads.add_wrapper(found);
+        grads.add_wrapper(unpack(wrapper));
       }
       grads.add_group(groups_[i]);
     }

@@ -55,9 +55,9 @@ def each(tensors: Sequence[Tensor], p: float) -> Tensor:
     measure = _each_at_once if p in (1, 2, math.inf) and not is_transformed() else _each_alone
     if len({t.device for t in tensors}) == 1:
         return measure(tensors, p)
-    places: dict[torch.device, list[int]] = defaultdict(list)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        places[tensor.device].append(i)
+        places[tensor.device, tensor.dtype].append(i)
     device = tensors[0].device
     norms: dict[int, Tensor] = {}
     for some in places.values():
@@ -96,7 +96,9 @@ def _each_at_once(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the norms of tensors on one device, in one call after long ones were shortened."""
     dtype = widest(tensors[0].device)
     short = [t if 0 < t.numel() <= SHORT else _shorten(t, p, dtype) for t in tensors]
-    norms = torch.stack(foreach_norm(short, p, dtype=dtype))
+    # The largest element needs no wider dtype, to which whole tensors would be copied.
+    found = foreach_norm(short, p, dtype=None if p == math.inf else dtype)
+    norms = torch.stack(found).to(dtype)
     if is_host_readable(norms) and bool(norms.isinf().any()):
         # The squares of float64 elements may overflow, although their norm would not.
         for i in norms.isinf().nonzero().flatten().tolist():
@@ -161,7 +163,8 @@ def _norms_of_pieces_in(dtype: torch.dtype, tensor: Tensor, p: float) -> Tensor:
         for block in slices.flatten(1).split(at_once, 1):
             if is_reused:
                 block = room[: block.numel()].view(block.shape).copy_(block)
-            block = block.to(dtype)
+            # Over gaps torch would add one element after the other.
+            block = block.to(dtype).contiguous()
             whole = block.size(1) // size * size
             if whole:
                 norms.append(_norms_of_rows(block[:, :whole].unflatten(1, (-1, size)), p))

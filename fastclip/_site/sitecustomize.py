@@ -13,6 +13,7 @@ import os
 import sys
 from _thread import get_ident
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 
 # Importing typing would take time at the start of every process.
@@ -25,15 +26,22 @@ RUN, STATS, PLOT = "fastclip_run", "fastclip_stats", "fastclip_plot"
 
 # The variables in which torchrun, Slurm's srun, Open MPI and MPICH tell a process its rank.
 _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def is_first_rank() -> bool:
     """Whether a launcher has started this process as rank 0, or no launcher has."""
-    return next(filter(None, map(os.environ.get, _RANK)), "0") == "0"
+    return _first_of(_RANK, "0") == "0"
+
+
+def _first_of(names: tuple[str, ...], otherwise: str) -> str:
+    return next(filter(None, map(os.environ.get, names)), otherwise)
 
 
 class After:
     """A finder that calls `action` when a module has been imported, before anybody uses it."""
+
+    file = __file__
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
@@ -63,7 +71,7 @@ class After:
         return spec
 
     def _follow(self, loader: Any) -> None:
-        execute = loader.exec_module
+        execute: Any = getattr(loader, "exec_module", None)
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
@@ -72,17 +80,19 @@ class After:
                 self.remove()
                 self.action(module)
 
-        loader.exec_module = exec_module
+        # A loader that is a class loads other modules too, and one with slots takes no attribute.
+        if execute is not None and not isinstance(loader, type):
+            with suppress(AttributeError):
+                loader.exec_module = exec_module
 
 
 def _start() -> None:
     """Wait for torch, and run the `sitecustomize` that Python would find without this folder."""
     here = os.path.dirname(__file__)
     # The `sitecustomize` of another package may run the next one on the path, and so rerun this.
-    if here not in sys.path:
+    if any(getattr(finder, "file", None) == __file__ for finder in sys.meta_path):
         return
-    later = sys.path[sys.path.index(here) + 1 :]
-    sys.path.remove(here)
+    later = sys.path[sys.path.index(here) + 1 :] if here in sys.path else sys.path
 
     def patch(_: ModuleType) -> None:
         after_fastclip.remove()
@@ -98,7 +108,7 @@ def _start() -> None:
     after_fastclip.install()
     After("torch", patch_unless_too_early).install()
     if RUN in sys._xoptions:
-        atexit.register(_announce_no_patch)
+        atexit.register(_announce_no_patch, os.getpid())
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", later)
     if spec and spec.loader:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -122,14 +132,15 @@ def _patch_torch() -> None:
     except Exception as error:
         why = f"fastclip run: torch is not patched in {sys.executable}: {error}"
         # A patched rank would wait for sums that an unpatched one never sends.
-        if RUN in sys._xoptions or any(map(os.environ.get, _RANK)):
+        if RUN in sys._xoptions or _first_of(_SIZE, "1") not in ("0", "1"):
             sys.exit(why)
         # A child may well be run by another Python, whose torch fastclip does not know.
         print(why, file=sys.stderr)
 
 
-def _announce_no_patch() -> None:
-    if is_first_rank():
+def _announce_no_patch(process: int) -> None:
+    # Forked children run this too.
+    if os.getpid() == process and is_first_rank():
         done = "patch" if "torch" in sys.modules else "import"
         why = f"this process did not {done} torch; its children are not counted here"
         print(f"fastclip run: {why}", file=sys.stderr)
