@@ -22,7 +22,8 @@ LAUNCHES = (BENCHMARKS / "launches.cu").read_text()
 @pytest.fixture(autouse=True)
 def _runs_alone(monkeypatch):
     """Have pytest-benchmark measure in the steps, also where this test is run beside others."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -250,8 +250,9 @@ def test_a_script_and_a_rank_that_cannot_be_patched_stop_and_another_child_goes_
     child = ["-c", "import subprocess, sys; subprocess.run([sys.executable, 'fails.py'])"]
     for command, rank, trained in (
         (["fails.py"], {}, False),
-        (["fails.py"], {"RANK": "1"}, False),
-        (child, {"RANK": "1"}, False),
+        (["fails.py"], {"RANK": "1", "WORLD_SIZE": "2"}, False),
+        (child, {"RANK": "1", "WORLD_SIZE": "2"}, False),
+        (child, {"RANK": "0", "WORLD_SIZE": "1"}, True),
         (child, {}, True),
     ):
         ran = python(folder, "-m", "fastclip", "run", *command, **rank)

@@ -41,7 +41,7 @@ def _first_of(names: tuple[str, ...], otherwise: str) -> str:
 class After:
     """A finder that calls `action` when a module has been imported, before anybody uses it."""
 
-    file = __file__
+    ran: set[str]  # the files that were run as `sitecustomize`
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.awaited, self.action = name, action
@@ -88,12 +88,21 @@ class After:
 
 def _start() -> None:
     """Wait for torch, and run the `sitecustomize` that Python would find without this folder."""
-    here = os.path.dirname(__file__)
     # The `sitecustomize` of another package may run the next one on the path, and so rerun this.
-    if any(getattr(finder, "file", None) == __file__ for finder in sys.meta_path):
-        return
-    later = sys.path[sys.path.index(here) + 1 :] if here in sys.path else sys.path
+    ran = next((finder.ran for finder in sys.meta_path if hasattr(finder, "ran")), None)
+    if ran is None:
+        ran = {__file__}
+        _wait_for_torch(ran)
+    here = os.path.dirname(__file__)
+    for path in sys.path[sys.path.index(here) + 1 if here in sys.path else 0 :]:
+        spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [path])
+        if spec and spec.loader and spec.origin and spec.origin not in ran:
+            ran.add(spec.origin)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            return
 
+
+def _wait_for_torch(ran: set[str]) -> None:
     def patch(_: ModuleType) -> None:
         after_fastclip.remove()
         _patch_torch()
@@ -104,14 +113,12 @@ def _start() -> None:
         if not getattr(spec, "_initializing", False):
             patch(module)
 
-    after_fastclip = After("fastclip", patch)
+    after_fastclip, after_torch = After("fastclip", patch), After("torch", patch_unless_too_early)
+    after_fastclip.ran = ran
     after_fastclip.install()
-    After("torch", patch_unless_too_early).install()
+    after_torch.install()
     if RUN in sys._xoptions:
         atexit.register(_announce_no_patch, os.getpid())
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", later)
-    if spec and spec.loader:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def _patch_torch() -> None:
