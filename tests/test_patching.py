@@ -430,3 +430,14 @@ def test_megatron_measures_and_scales_with_ours(monkeypatch):
     assert tensors[0].tolist() == [1.5, 2.0]
     assert counted.calls == {"multi_tensor_l2norm": 1, "multi_tensor_scale": 1}
     assert {name: getattr(clip_grads, name) for name in theirs} == theirs
+
+
+def test_blocks_of_one_patch_lie_in_each_other():
+    undone = fastclip.patch()
+    fastclip.unpatch()
+    for make in (lambda: undone, fastclip.patch):
+        with make() as outer:
+            with outer:
+                assert patching.is_patched()
+            assert patching.is_patched()
+        assert not patching.is_patched()

@@ -177,3 +177,10 @@ def test_the_default_and_the_kernels_agree_on_what_they_return():
         assert ops.norm(tensors, 2.0).item() == math.inf
         assert ops.norm(tensors, 2.0, True).dtype == torch.float64
         assert ops.norm([], 2.0, True).dtype == torch.float64
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_elements_with_gaps_are_added_as_exactly_as_others(p):
+    values = torch.empty(1 << 15).fill_(1.0345258)[::2]
+    norm = float(fastclip.get_total_norm([values], p))
+    assert norm == pytest.approx(float(values.double().norm(p)), rel=1e-6, abs=0)

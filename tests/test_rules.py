@@ -315,3 +315,18 @@ def test_a_norm_of_0_tells_a_rule_nothing(make):
         weight.grad = torch.tensor([value])
         fastclip.clip_grad_norm_([weight], rule)
         assert (weight.grad > 0) == (value > 0)
+
+
+def test_a_rule_sees_no_norm_that_is_refused():
+    w = torch.nn.Parameter(torch.zeros(2))
+    w.grad = torch.tensor([math.inf, 1.0])
+    rule = AutoClip(percentile=50)
+    clipper = fastclip.GradClipper([w], rule, nonfinite="error")
+    for call in (
+        clipper.clip_,
+        lambda: fastclip.clip_grad_norm_([w], rule, error_if_nonfinite=True),
+        lambda: fastclip.clip_grad_norm_([w], lambda norm: 1 / 0, error_if_nonfinite=True),
+    ):
+        with pytest.raises(RuntimeError, match="non-finite"):
+            call()
+    assert int(rule.state_dict()["count"]) == 0
