@@ -36,9 +36,9 @@ def clip_grad_norms_(
         TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
             untouched.
 
-    Reference: `tf.clip_by_norm`, Keras `clipnorm`; with a threshold for each, AdaGC
-        (arXiv:2502.11034) and `optax.clip_by_block_rms`: `max_norm` is optax's threshold times the
-        square root of the number of elements.
+    Reference: `tf.clip_by_norm`, Keras `clipnorm`. With one threshold per tensor: AdaGC
+        (arXiv:2502.11034), `optax.clip_by_block_rms` (`max_norm` is its threshold times the square
+        root of the number of elements).
 
     >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     >>> a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.0])

@@ -29,8 +29,8 @@ struct Clamp {
   }
 };
 
-// Applies a change with number(group) to every tile, from the last span to the first: the data that
-// the norm phase has read last is still in the L2 cache. All blocks of the grid must call this.
+// Changes each tile by number(its group). Spans (runs of tiles) go last to first: what the norm
+// phase has read last is still in the L2 cache. All blocks of the grid must call this.
 template <class Change, class Table, class Number>
 __device__ void change_phase(const Table& table, Number&& number) {
   for (int span = table.spans - 1 - static_cast<int>(blockIdx.x); span >= 0; span -= gridDim.x) {

@@ -124,7 +124,7 @@ class PlainGrads {
                         const std::optional<at::Tensor>& norm) const {
     static const auto op = find_op<ClipNormOp>("fastclip::clip_norm_");
     const Norms norms = norm ? Norms(*norm) : known_ ? Norms(*known_) : std::nullopt;
-    // The norm of order infinity of one norm is that norm.
+    // With order infinity the op takes a given norm as it is.
     at::Tensor total_norm = call(op, tensors_, max_norm, norm ? INFINITY : p, norms);
     bump_versions(wrappers_);
     return total_norm;

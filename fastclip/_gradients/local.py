@@ -125,7 +125,7 @@ class LocalGrads:
             _are_on_several_devices(self.tensors) or any(map(_needs_conversion, self.tensors))
         ):
             with torch.set_grad_enabled(is_differentiated()):
-                # The norm of order infinity of one norm is that norm.
+                # With order infinity the op takes a given norm as it is.
                 how = (p, None) if norm is None else (math.inf, [norm])
                 clipped = _ops.clip_norm_(self.tensors, max_norm, *how)
                 self._bump_versions()

@@ -135,8 +135,8 @@ def check_groups(count: int, group: Sequence[int] | None, rows: bool) -> None:
 
 
 def _note_writes(tensors: Sequence[Tensor]) -> None:
-    """Bump every version counter. If a tensor may not be written, raise before any is; torch would
-    first write some."""
+    """Bump every version counter. If any tensor is not writable, raise before writing at all;
+    torch would write some first."""
     if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
         raise RuntimeError(
             "a tensor made in inference mode cannot be changed in place outside of it; clone it"
@@ -192,7 +192,7 @@ def _multiply(tensors: list[Tensor], coef: Tensor) -> None:
 
 
 def _zero_unless_kept(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Write zeros if `coef` is -0.0: multiply integer views by 0, because 0 * NaN is NaN."""
+    """Write zeros if `coef` is -0.0 (Note [coef]): as integers, since 0 * NaN would stay NaN."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     own, theirs = whole[coef.element_size()], whole[tensors[0].element_size()]
     # The bits of -0.0 are those of the least integer.
@@ -205,7 +205,7 @@ def _scale_rows(tensor: Tensor, coefs: Tensor) -> None:
     if is_host_readable(coefs) and bool((coefs == 1).all()):
         return
     coefs = coefs.to(tensor.device, _wide(tensor)).view(-1, *[1] * (tensor.dim() - 1))
-    # A few rows at once: to multiply half precision by float32, torch on the CPU copies it.
+    # A few rows at once: on the CPU torch copies a half-precision tensor to float32 first.
     count = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
     for i in range(0, len(tensor), count):
         tensor[i : i + count].mul_(coefs[i : i + count])

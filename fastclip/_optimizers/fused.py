@@ -34,7 +34,7 @@ def check(outer: Optimizer) -> None:
         need = f"a fused step; torch has none of {name}"
     raise ValueError(
         f"optimizer: clipped_step needs {need}. Or call unscale_and_clip_(optimizer, max_norm, "
-        "scaler), without a scaler clip_grad_norm_, and then step"
+        "scaler), or clip_grad_norm_ if you have no scaler, and then step"
     )
 
 
@@ -94,7 +94,7 @@ def step(
         _clear_buffers(inner, fresh, found_inf)
     finally:
         hook.remove()
-        # Remove attributes that are new: a scaler multiplies by any `grad_scale`, even by None.
+        # Remove attributes that were not there: a scaler would use a `grad_scale` left as None.
         for name in FLAGS:
             attributes.pop(name, None)
         attributes.update(before)

@@ -70,7 +70,7 @@ def reachable_ranks(asked: Iterable[Any]) -> frozenset[int]:
         mesh = isinstance(some, dist.device_mesh.DeviceMesh)
         with without_modes():
             ranks = some.mesh.flatten().tolist() if mesh else ranks_of(some)
-        # Assume a grid: the groups of other ranks have the same offsets as those of this rank.
+        # Assume a grid: from each rank reached so far, its group lies at the same offsets as ours.
         reach = frozenset(rank + other - me for rank in reach for other in ranks)
     return reach
 
