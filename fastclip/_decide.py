@@ -19,13 +19,14 @@ def clip_by_norm_(
     factor: float | Tensor | None = None,
 ) -> Tensor:
     """Clip gradients in place by their norm; return the norm as `clip_grad_norm_` does."""
-    if nonfinite == "propagate" and factor is None and not callable(max_norm):
+    needs_coef = nonfinite != "propagate" or factor is not None
+    if not needs_coef and not callable(max_norm):
         return grads.clip_norm_(max_norm, p)
     norm = grads.norm(p) if factor is None else grads.norm(p) * factor
     if nonfinite == "error":
         raise_if_nonfinite(norm, p)
     limit = limit_of(max_norm, norm)
-    if nonfinite == "propagate" and factor is None:
+    if not needs_coef:
         return grads.clip_norm_(limit, p, norm)
     grads.scale_(decide(norm, limit, grads.is_wide(), nonfinite, factor))
     return grads.result(norm)
@@ -69,9 +70,11 @@ def limits_of(thresholds: Iterable[Threshold], norms: Tensor) -> Tensor:
 
 def limit_on(norm: Tensor, limit: float | Tensor) -> Tensor:
     """Return a threshold as a 0-d tensor of the norm's device, without a wait for that."""
-    if isinstance(limit, Tensor) and not (is_host_readable(limit) and not norm.is_cpu):
-        return limit.detach().to(norm).reshape(())
-    # A copy from the CPU would wait; a number is written by a kernel.
+    if isinstance(limit, Tensor):
+        limit = limit.detach().reshape(())
+        if norm.is_cpu or not is_host_readable(limit):
+            return limit.to(norm)
+    # To copy a tensor from the CPU would wait for the device; to fill in a number does not.
     return norm.new_full((), float(limit))
 
 

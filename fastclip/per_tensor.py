@@ -88,7 +88,7 @@ def clip_grad_agc_(
     clip_factor, eps = at_least_zero("clip_factor", clip_factor), at_least_zero("eps", eps)
     items = as_list(parameters, "parameters")
     grads = read(items, kind=Kind.ROWS)
-    weights, norms = each_norms_of([take_weights(items, Kind.ROWS), grads], 2.0, rows=True)
+    weights, norms = each_norms_of([take_weights(items), grads], 2.0, rows=True)
     most = torch.finfo(norms.dtype).max
     limits = weights.clamp(min=min(eps, most)) * min(clip_factor, most)
     # The comparison is false for infinite and NaN norms: those gradients are scaled too.

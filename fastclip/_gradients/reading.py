@@ -89,15 +89,17 @@ def take(
     return _read(items, foreach, _asked(process_group), False, kind, agree)
 
 
-def take_weights(parameters: list[Tensor], kind: Kind) -> Gradients:
-    """Read the parameters themselves, as `take` does: those whose gradients `read` finds."""
+def take_weights(parameters: list[Tensor]) -> Gradients:
+    """Read, by rows, the parameters themselves whose gradients `read` finds."""
     # Over ranks all weights are measured, as each may have a gradient on another rank; otherwise
     # only those that have a gradient here.
     positions = present(parameters if is_spread(parameters) else (), parameters)
     weights = [parameters[i] for i in positions]
-    return _read(
-        weights, None, NONE, False, kind, False, lambda i: f"the weight parameters[{positions[i]}]"
-    )
+
+    def name_of(i: int) -> str:
+        return f"the weight parameters[{positions[i]}]"
+
+    return _read(weights, None, NONE, False, Kind.ROWS, False, name_of)
 
 
 @torch.compiler.disable

@@ -140,6 +140,7 @@ class SpreadGrads:
     @_outside_of_graphs
     def clip_norm_(self, max_norm: float | Tensor, p: float, norm: Tensor | None = None) -> Tensor:
         norm = self.norm(p) if norm is None else norm
+        # One op computes the coefficient and scales, if it returns the norm in the right dtype.
         if len(self.local) and self.wide == self.local.is_wide():
             clipped: Tensor = self.plan.result(self.local.clip_norm_(max_norm, p, norm))
             return clipped
