@@ -68,7 +68,9 @@ def _device(value: str) -> torch.device:
 def _file(value: str) -> Path:
     path = Path(value)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {value!r}: no such folder or permission")
+        raise argparse.ArgumentTypeError(
+            f"cannot write {value!r}: it is a folder or not writable, or its folder is missing"
+        )
     return path
 
 
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="fastclip-demo.png",
         help="picture path (default: %(default)s)",
     )
-    what = "compare every op with float64, and its speed with torch's; under torchrun on all ranks"
+    what = "compare every op with float64, and time a clip; under torchrun compare the ranks"
     add = commands.add_parser("check", help=what, description=what).add_argument
     add("--device", type=_device, default=best, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--json", type=_file, dest="json_path", metavar="FILE", help="write all results")
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usage = "%(prog)s [--stats] [--plot FILE] script | -m module | -c code [arguments ...]"
     running = commands.add_parser("run", help=what, description=what, usage=usage)
     add = running.add_argument
-    add("--stats", action="store_true", help="at the end, print calls and clips")
+    add("--stats", action="store_true", help="at the end, print the numbers of calls and clips")
     add("--plot", type=_picture, metavar="FILE", help="draw the norms")
     given, command = _split(sys.argv[1:] if arguments is None else list(arguments))
     options = vars(parser.parse_args(given))

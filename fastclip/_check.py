@@ -73,8 +73,8 @@ def _median_ms(device: str, calls: dict[str, Callable[[], Any]]) -> dict[str, fl
 def speed(device: str) -> list[dict[str, Any]]:
     """Return the milliseconds of a clip by fastclip and by torch, and of a read and a copy.
 
-    All four are timed for three lists of gradients. The read and the copy are those of one tensor
-    with as many bytes as the list.
+    All four are timed for three lists of gradients. The read and the copy are of one tensor that
+    has as many bytes as the whole list.
     """
     type_ = torch.device(device).type
     size = {"cuda": 1 << 30, "cpu": 1 << 26}.get(type_, 1 << 18)
@@ -130,7 +130,7 @@ def _describe(device: torch.device, is_served: bool) -> dict[str, str]:
 
 
 def _replay(device: str) -> str:
-    """Compare a replayed CUDA graph of a clip with a call; say what differs, or return ""."""
+    """Compare a replayed CUDA graph of a clip with a call; say that they differ, or return ""."""
     case = Case(device, "clip_norm_", "mixed")
     called, captured = Canvas(case), Canvas(case)
     total_norm = _ops.clip_norm_(called.tensors, 1.0, 2.0)
@@ -205,7 +205,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
 
 
 def _compare_ranks(record: dict[str, Any], device_type: str) -> None:
-    """Add to this record all ranks' records and errors, and the results of clipping models."""
+    """Add every rank's record and errors to `record`; if nothing is wrong, clip models as well."""
     record["ranks"] = ranks = _ranks.gather(record)
     record["wrong"] = [f"rank {i}: {why}" for i, one in enumerate(ranks) for why in one["wrong"]]
     record["wrong"] += _ranks.differing([one["facts"] for one in ranks])
@@ -226,7 +226,7 @@ def _print(record: dict[str, Any]) -> None:
         ms = {name: row[name] for name in ("fastclip", "torch", "read", "copy")}
         times = ", ".join(f"{name} {value:.3f} ms" for name, value in ms.items())
         ratio, share = ms["torch"] / ms["fastclip"], 100 * ms["read"] / ms["fastclip"]
-        print(f"{'fast':9} {row['list']}: {times}: {ratio:.1f} x torch, {share:.0f} % of a read")
+        print(f"{'fast':9} {row['list']}: {times}: {ratio:.1f} x torch, {share:.0f}% of read speed")
     for why in wrong:
         print(f"{'WRONG':9} {why}")
     print(f"{'verdict':9} {'WRONG' if wrong else 'right'}, after {record['seconds']} s")

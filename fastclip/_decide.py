@@ -41,12 +41,13 @@ def decide(
 ) -> Tensor:
     """Return the coefficients of the gradients: factor * min(1, limit / (norm + 1e-6)).
 
-    `norms`, 0-d or 1-d, are the norms of the gradients times `factor`; `wide` says whether any
-    gradient is float64. The result has the shape of `norms`.
+    `norms`, 0-d or 1-d, are already multiplied by `factor`; `wide` says whether any gradient is
+    float64. The result has the shape of `norms`.
     """
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
-        # A tensor `factor` is not checked on the host; a negative one would reverse the step.
+        # A tensor `factor` is not checked on the host; a negative one, which makes `norms` negative,
+        # gives NaN: it would reverse the step.
         coef = (coef * factor).masked_fill(norms < 0, math.nan)
     if nonfinite == "error" and isinstance(limit, Tensor) and limit.isnan().any():
         raise RuntimeError(
@@ -57,19 +58,19 @@ def decide(
 
 
 def limit_of(max_norm: Threshold, total_norm: Tensor) -> float | Tensor:
-    """Return what a rule returns for the norm; return a number or a tensor unchanged."""
+    """Return the threshold for a norm: what the rule returns for it, or `max_norm` unchanged."""
     return threshold_from_rule(max_norm(total_norm)) if callable(max_norm) else max_norm
 
 
 def limits_of(thresholds: Iterable[Threshold], norms: Tensor) -> Tensor:
-    """Return the thresholds of all norms in a tensor like `norms`."""
+    """Return a tensor like `norms` that holds the threshold of each norm."""
     each = map(limit_of, thresholds, norms.unbind())
     limits = [limit_on(norms, limit) for limit in each]
     return torch.stack(limits) if limits else norms
 
 
 def limit_on(norm: Tensor, limit: float | Tensor) -> Tensor:
-    """Return a threshold as a 0-d tensor of the norm's device, without a wait for that."""
+    """Return a threshold as a 0-d tensor on the norm's device, without waiting for the device."""
     if isinstance(limit, Tensor):
         limit = limit.detach().reshape(())
         if norm.is_cpu or not is_host_readable(limit):
@@ -85,7 +86,7 @@ def is_bad(norms: Tensor, limit: float | Tensor) -> Tensor:
 
 
 def apply_policy(coef: Tensor, norms: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """Return `coef`, but in a bad step 1 for "keep", and ZEROS (write zeros) for "zero"."""
+    """Return `coef`; in a bad step, 1 if `nonfinite` is "keep", ZEROS (write zeros) if "zero"."""
     if nonfinite not in ("keep", "zero"):
         return coef
     return coef.where(~is_bad(norms, limit), 1 if nonfinite == "keep" else ZEROS)

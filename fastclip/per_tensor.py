@@ -1,4 +1,4 @@
-"""Clipping in which each tensor, or each unit of it, has a norm of its own; and normalisation."""
+"""Clipping each tensor, or each slice of it, by its own norm; scaling all to a given norm."""
 
 import math
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def clip_grad_norms_(
 
     Returns:
         The n norms before clipping, 1-d, in the order of the n `parameters`: float64 if any
-        gradient is, else float32. A parameter that has no gradient, or is repeated, gets 0.
+        gradient is, else float32; 0 if it has no gradient or repeats an earlier parameter.
 
     Raises:
         TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are
@@ -68,9 +68,9 @@ def clip_grad_agc_(
 
     Args:
         parameters: weights with a `.grad`, of any shapes, floating dtypes, devices and meshes. Pass
-            DTensors in the same order on every rank. The paper leaves out the last linear layer.
-        clip_factor: >= 0, the lambda of the paper.
-        eps: >= 0; weights whose norm is below it, such as 0 at first, count as having norm eps.
+            DTensors in the same order on every rank. Brock et al. leave out the last linear layer.
+        clip_factor: >= 0, the lambda of Brock et al.
+        eps: >= 0; weights with a smaller norm (0, if they start as zeros) count as having norm eps.
 
     Raises:
         TypeError, ValueError, RuntimeError: bad input, which the message names; gradients are

@@ -1,7 +1,9 @@
 """Fixtures, the float64 oracle, and the tolerances, derived once from eps and the sizes."""
 
 import functools
+import itertools
 import math
+import os
 import tempfile
 import zlib
 from pathlib import Path
@@ -27,20 +29,59 @@ def name_of(value: object) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "emulated: runs the CUDA kernels on the CPU")
+    config.addinivalue_line("markers", "slow: left out unless `-m ''` is given, as CI does")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Test in as many processes as there are cores, four at most, unless `-n` or `--pdb` is given.
+
+    This is not in pyproject.toml because benchmarks run in one process and need no pytest-xdist.
+    """
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    if has_xdist and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not slow" and not hasattr(config, "workerinput"):
+        line = "Slow tests were left out; `pytest -m ''` runs all, in some 20 minutes on two cores."
+        config.get_terminal_writer().line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The default ops are no other on an emulated device than on the CPU."""
-    params = [(i, getattr(i, "callspec", None)) for i in items]
-    items[:] = [
-        item
-        for item, spec in params
-        if not (
-            spec
-            and spec.params.get("ops") is reference
-            and str(spec.params.get("device")).startswith("emulated")
-        )
-    ]
+    """Leave out repeated tests, and of each product of parameters all but a covering array."""
+    functions: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.slow)
+        place = "cuda" if item.get_closest_marker("cuda") else "emulated" in item.keywords
+        spec = getattr(item, "callspec", None)
+        # The default ops are no other on an emulated device than on the CPU.
+        if not (spec and spec.params.get("ops") is reference and place is True):
+            functions.setdefault((item.parent, item.originalname, place), []).append(item)
+    kept = {item for cases in functions.values() for item in covering(cases)}
+    items[:] = [item for item in items if item in kept]
+
+
+def covering(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Choose cases of one test in which every pair of values of two parameters appears."""
+    pairs = {}
+    for case in cases:
+        values = case.callspec.params if hasattr(case, "callspec") else {}
+        named = [(name, id(value)) for name, value in sorted(values.items())]
+        pairs[case] = {*itertools.combinations(named, 2)}
+    missing = set().union(*pairs.values())
+    if not missing:
+        return cases
+    chosen = []
+    while missing:
+        case = max(pairs, key=lambda case: len(pairs[case] & missing))
+        missing -= pairs[case]
+        chosen.append(case)
+    return chosen
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,7 +19,7 @@ def look(
     plan: Plan | None,
     name_of: Callable[[int], str] | None = None,
 ) -> LocalGrads:
-    """Read the gradients if `write`, else the items themselves, and check each."""
+    """Return the gradients if they will be written (`write`), else the items; check each."""
     # Keyed by parameter: a compiled graph can guard on its id, but a gradient is new in each step.
     found: dict[int, tuple[Tensor, int]] = {}
     wrappers: list[Tensor] = []
@@ -50,7 +50,7 @@ def look(
 
 
 def look_at_once(items: list[Tensor], write: bool) -> LocalGrads | None:
-    """If all are plain, read the gradients, or the items themselves, without checking each.
+    """If all are plain, return the gradients (if `write`) or the items, without checking each.
 
     Return None if any is not plain or cannot be clipped; `look` then reads them or raises.
     """
