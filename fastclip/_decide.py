@@ -46,8 +46,8 @@ def decide(
     """
     coef = clip_coef(norms, limit, wide)
     if factor is not None:
-        # A tensor `factor` is not checked on the host; a negative one, which makes `norms` negative,
-        # gives NaN: it would reverse the step.
+        # A tensor `factor` is not checked on the host. A negative one makes `norms` negative; it
+        # gives NaN because it would reverse the step.
         coef = (coef * factor).masked_fill(norms < 0, math.nan)
     if nonfinite == "error" and isinstance(limit, Tensor) and limit.isnan().any():
         raise RuntimeError(

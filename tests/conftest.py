@@ -40,9 +40,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     This is not in pyproject.toml because benchmarks run in one process and need no pytest-xdist.
     """
+    option = config.option
+    # A process that pytest-xdist has started comes here too, and must start no others.
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
     has_xdist = config.pluginmanager.hasplugin("xdist")
-    if has_xdist and config.option.numprocesses is None and not config.option.usepdb:
-        config.option.numprocesses = min(4, len(os.sched_getaffinity(0)))
+    if has_xdist and option.numprocesses is None and not (is_worker or option.usepdb):
+        option.numprocesses = min(4, len(os.sched_getaffinity(0)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
