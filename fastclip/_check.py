@@ -145,7 +145,7 @@ def _replay(device: str) -> str:
     return "" if same else "a CUDA graph, replayed, gave other bits than a call"
 
 
-def _find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[str]]:
+def find_first_wrong(device: torch.device, is_alone: bool) -> tuple[int, list[str]]:
     """Return the number of right cases, and in a list the error of the first wrong one, if any."""
     every = list(cases(str(device)))
     last = torch.cuda.device_count() - 1
@@ -186,7 +186,7 @@ def check(device: torch.device, json_path: Path | None) -> None:
     start = time.perf_counter()
     is_served = uses_kernels(str(device))
     record: dict[str, Any] = {"facts": _describe(device, is_served)}
-    record["cases"], record["wrong"] = _find_first_wrong(device, not is_many)
+    record["cases"], record["wrong"] = find_first_wrong(device, not is_many)
     if not is_served and why_plain(device) is None:
         record["wrong"].append("kernels are loaded, but plain PyTorch was called")
     if is_many:

@@ -36,15 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Test in as many processes as there are cores, four at most, unless `-n` or `--pdb` is given.
+    """Run the whole suite in as many processes as there are cores, four at most.
 
-    This is not in pyproject.toml because benchmarks run in one process and need no pytest-xdist.
+    One file alone runs in this process. Not in pyproject.toml, which holds for benchmarks too.
     """
-    option = config.option
-    # A process that pytest-xdist has started comes here too, and must start no others.
+    option, is_whole = config.option, config.args_source is config.ArgsSource.TESTPATHS
+    can_start = config.pluginmanager.hasplugin("xdist") and not option.usepdb
+    # A worker of pytest-xdist comes here too, and must start no workers of its own.
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    has_xdist = config.pluginmanager.hasplugin("xdist")
-    if has_xdist and option.numprocesses is None and not (is_worker or option.usepdb):
+    if is_whole and can_start and not is_worker and option.numprocesses is None:
         option.numprocesses = min(4, len(os.sched_getaffinity(0)))
 
 
