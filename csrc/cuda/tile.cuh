@@ -47,7 +47,7 @@ __device__ void for_each_tile(const Table& table, int span, Visit&& visit) {
     while (kDescending && tile < table.entries[i].first_tile()) --i;
     while (!kDescending && tile >= table.entries[i + 1].first_tile()) ++i;
     const Entry& entry = table.entries[i];
-    if (entry.is_hole()) return;  // ascending: a hole is at the end of its span
+    if (entry.is_hole()) return;  // only norms have holes, and go upwards: it ends the span
     const bool last = tile + 1 == table.entries[i + 1].first_tile();
     visit(Tile{entry.data + static_cast<int64_t>(tile - entry.first_tile()) * kTileBytes,
                last ? entry.last_bytes() : kTileBytes, entry.dtype(), entry.group()});
@@ -136,8 +136,8 @@ struct AtOnce {
   }
 };
 
-// This thread's vectors of any tile, loaded one at a time: if AtOnce cannot take it, or to reread
-// it.
+// This thread's vectors of any tile, loaded one at a time: for a tile that AtOnce cannot take, or
+// that is read a second time.
 struct OneByOne {
   static constexpr int kUnroll = 1;
   Tile tile;

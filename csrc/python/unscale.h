@@ -1,4 +1,4 @@
-// Makes `GradScaler.unscale_` bump the version counters of gradients.
+// Makes `GradScaler.unscale_` bump gradients' version counters, by which measured.h sees changes.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
