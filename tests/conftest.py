@@ -44,8 +44,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     can_start = config.pluginmanager.hasplugin("xdist") and not option.usepdb
     # A worker of pytest-xdist comes here too, and must start no workers of its own.
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    if is_whole and can_start and not is_worker and option.numprocesses is None:
-        option.numprocesses = min(4, len(os.sched_getaffinity(0)))
+    cores = min(4, len(os.sched_getaffinity(0)))
+    if is_whole and can_start and not is_worker and option.numprocesses is None and cores > 1:
+        option.numprocesses = cores
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -96,9 +97,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @functools.cache
 def emulation_folder(config: pytest.Config) -> Path:
-    """Where it is built; without pytest's cache, anew for each process."""
-    cache = getattr(config, "cache", None)
-    return cache.mkdir("emulation") if cache else Path(tempfile.mkdtemp("emulation"))
+    """Where it is built; without a cache of pytest's that can be written, anew for each process."""
+    try:
+        folder = config.cache.mkdir("emulation")
+        (folder / "lock").touch()
+    except (AttributeError, OSError):
+        return Path(tempfile.mkdtemp("emulation"))
+    return folder
 
 
 @functools.cache
