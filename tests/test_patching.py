@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import types
@@ -15,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.nn.utils.clip_grad as torchs
-from torch import Tensor
 from torch.nn import utils
 from torch.nn.utils import clip_grad_norm_ as held_norm
 from torch.nn.utils import clip_grad_value_ as held_value
@@ -52,11 +51,8 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def parameters() -> list[Tensor]:
-    made = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    for parameter in made:
-        parameter.grad = torch.tensor([3.0, 4.0, 0.0])
-    return made
+def parameters() -> list[torch.nn.Parameter]:
+    return conftest.parameters([torch.tensor([3.0, 4.0, 0.0])] * 2)
 
 
 def is_ours(call: Callable[[], Any]) -> bool:
@@ -69,6 +65,10 @@ def total(function: Callable[..., Any]) -> Any:
     return function([p.grad for p in parameters()], 2.0)
 
 
+def with_norm(function: Callable[..., Any]) -> Any:
+    return function(parameters(), max_norm=1.0, total_norm=torch.tensor(7.0))
+
+
 CALLS = {
     "name": lambda: utils.clip_grad_norm_(parameters(), 1.0),
     "name with keywords": lambda: utils.clip_grad_norm_(
@@ -76,23 +76,20 @@ CALLS = {
     ),
     "held": lambda: held_norm(parameters(), 1.0, 2.0, True, None),
     "module": lambda: torchs.clip_grad_norm_(parameters(), 1.0),
-    "imported now": lambda: importlib.import_module("torch.nn.utils").clip_grad_norm_(
-        parameters(), 1.0
-    ),
     "held, partly": partial(partial(held_norm, max_norm=1.0), parameters()),
+    "deprecated": lambda: utils.clip_grad_norm(parameters(), 1.0),
     "value": lambda: utils.clip_grad_value_(parameters(), 1.0),
     "held value": lambda: held_value(parameters(), 1.0, foreach=False),
     "total": lambda: total(utils.get_total_norm),
     "held total": lambda: total(held_total),
     "private total": lambda: total(torchs._get_total_norm),
-    "with norm": lambda: utils.clip_grads_with_norm_(parameters(), 1.0, torch.tensor(7.0)),
-    "held with norm": lambda: held_with_norm(parameters(), 1.0, torch.tensor(7.0)),
-    "private with norm": lambda: torchs._clip_grads_with_norm_(
-        parameters(), max_norm=1.0, total_norm=torch.tensor(7.0)
-    ),
+    "with norm": lambda: with_norm(utils.clip_grads_with_norm_),
+    "held with norm": lambda: with_norm(held_with_norm),
+    "private with norm": lambda: with_norm(torchs._clip_grads_with_norm_),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.clip_grad_norm`:FutureWarning")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_every_caller_is_reached_until_it_is_undone(call):
     assert not is_ours(call)
@@ -103,17 +100,6 @@ def test_every_caller_is_reached_until_it_is_undone(call):
     assert is_ours(call)
     fastclip.unpatch()
     assert not is_ours(call)
-
-
-def test_the_deprecated_function_is_reached():
-    with fastclip.patch(), pytest.warns(FutureWarning, match="clip_grad_norm_"):
-        assert is_ours(lambda: utils.clip_grad_norm(parameters(), 1.0))
-
-
-def test_what_was_imported_meanwhile_is_given_back():
-    with fastclip.patch():
-        from torch.nn.utils import clip_grad_norm_ as imported
-    assert not is_ours(lambda: imported(parameters(), 1.0))
 
 
 def test_functions_stay_the_objects_they_were():
@@ -151,17 +137,13 @@ def test_calls_are_counted_and_undone_in_any_order():
         assert not is_ours(CALLS["held"])
 
 
-def test_an_error_in_its_block_undoes_it():
-    with pytest.raises(ZeroDivisionError), fastclip.patch():
-        _ = 1 / 0
-    assert not is_ours(CALLS["held"])
-
-
 def test_a_patch_that_is_entered_again_patches_again():
-    call = lambda: held_norm(parameters(), 1.0)  # noqa: E731
+    call = CALLS["held"]
     again = fastclip.patch()
     for _ in range(2):
-        with again, again:
+        with again:
+            with again:
+                assert is_ours(call)
             assert is_ours(call)
         assert not is_ours(call)
     fastclip.patch()
@@ -183,9 +165,9 @@ RELOADS = {
     "stopped": "forget(); stop = Stop(); sys.meta_path.insert(0, stop); interrupted(); "
     "sys.meta_path.remove(stop); import fastclip as again; works(again)",
 }
+# Each in a child that is forked before fastclip is imported.
 RELOADED = """
-import importlib, sys, torch, fastclip
-from fastclip import patching
+import importlib, multiprocessing, sys, torch
 def modules():
     return {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "fastclip"}
 def forget():
@@ -213,22 +195,33 @@ def works(package):
     clipper = package.GradClipper([narrow()], 1.0)
     assert clipper.clip_() == 5 and clipper.stats()["clipped"] == 1
     assert torch.compile(package.clip_grad_norm_, backend="eager")([narrow()], 1.0) == 5
+def work(how):
+    global fastclip, patching
+    import fastclip
+    from fastclip import patching
+    exec(how)
+    patched(False)
+failed = []
+for name, how in RELOADS.items():
+    child = multiprocessing.get_context("fork").Process(target=work, args=(how,))
+    child.start()
+    child.join()
+    failed += [name] * (child.exitcode != 0)
+assert not failed, failed
 """
 
 
-@pytest.mark.parametrize("how", RELOADS)
-def test_it_works_reloaded_and_imported_anew(how):
-    code = f"{RELOADED}\n{RELOADS[how]}\npatched(False)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_it_works_reloaded_and_imported_anew():
+    ran = conftest.python("-c", f"RELOADS = {RELOADS}\n{RELOADED}")
     assert ran.returncode == 0, ran.stderr
 
 
 def test_errors_and_warnings_are_those_of_the_caller():
-    with fastclip.patch():
-        with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0"):
-            held_norm(parameters(), -1.0)
-        with pytest.warns(UserWarning, match="empty generator") as caught:
-            held_norm((p for p in ()), 1.0)
+    with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0"), fastclip.patch():
+        held_norm(parameters(), -1.0)
+    assert not patching.is_patched()
+    with fastclip.patch(), pytest.warns(UserWarning, match="empty generator") as caught:
+        held_norm((p for p in ()), 1.0)
     assert [warning.filename for warning in caught] == [__file__]
 
 
@@ -407,15 +400,6 @@ def test_libraries_of_other_versions_are_left_alone(monkeypatch):
     assert [vars(other)["own"] for other in others] == [1, 1]
 
 
-@pytest.mark.usefixtures("_timm")
-def test_what_is_imported_after_the_end_is_left_alone():
-    with fastclip.patch():
-        pass
-    from timm.utils import adaptive_clip_grad
-
-    assert adaptive_clip_grad([]) == 2.0
-
-
 def test_megatron_measures_and_scales_with_ours(monkeypatch):
     theirs = {"l2_norm_impl": object(), "multi_tensor_scale_impl": object(), "other": object()}
     clip_grads = module("megatron.core.optimizer.clip_grads", **theirs)
@@ -430,14 +414,3 @@ def test_megatron_measures_and_scales_with_ours(monkeypatch):
     assert tensors[0].tolist() == [1.5, 2.0]
     assert counted.calls == {"multi_tensor_l2norm": 1, "multi_tensor_scale": 1}
     assert {name: getattr(clip_grads, name) for name in theirs} == theirs
-
-
-def test_blocks_of_one_patch_lie_in_each_other():
-    undone = fastclip.patch()
-    fastclip.unpatch()
-    for make in (lambda: undone, fastclip.patch):
-        with make() as outer:
-            with outer:
-                assert patching.is_patched()
-            assert patching.is_patched()
-        assert not patching.is_patched()
