@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -198,13 +196,6 @@ def test_what_breaks_a_rule_is_seen():
 
 def test_the_host_asks_for_a_finite_norm_once():
     assert (ROOT / "fastclip/_decide.py").read_text().count("not norms.isfinite()") == 1
-
-
-def test_frameworks_are_not_imported_with_fastclip():
-    names = ["apex", "lightning", "megatron", "pytorch_lightning", "timm", "transformers"]
-    code = f"import sys; import fastclip; print([n for n in {names} if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout == "[]\n", found.stderr
 
 
 def test_every_public_name_is_typed_and_documented():
