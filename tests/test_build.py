@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
-from conftest import python
+from conftest import parameters, python
 
 import fastclip
 from fastclip import _ops
@@ -92,8 +92,7 @@ def test_the_walk_serves_ordinary_gradients(monkeypatch):
             return call
 
     monkeypatch.setattr(_ops, "extension", Spy())
-    w = torch.nn.Parameter(torch.zeros(2))
-    w.grad = torch.ones(2)
+    (w,) = parameters([torch.ones(2)])
     fastclip.clip_grad_norm_([w], 1.0)
     fastclip.clip_grad_norm_((p for p in [w]), torch.tensor(1.0))
     fastclip.GradClipper([w], 1.0).clip_()
@@ -105,18 +104,14 @@ def test_the_walk_serves_ordinary_gradients(monkeypatch):
 
 
 def test_the_ops_are_seen_by_the_profiler():
-    w = torch.nn.Parameter(torch.zeros(2))
-    w.grad = torch.ones(2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        fastclip.clip_grad_norm_([w], 1.0)
+        fastclip.clip_grad_norm_(parameters([torch.ones(2)]), 1.0)
     assert "fastclip::clip_norm_" in {event.key for event in profile.key_averages()}
 
 
 def test_fake_gradients_give_a_fake_norm():
     with torch._subclasses.FakeTensorMode():
-        w = torch.nn.Parameter(torch.zeros(2))
-        w.grad = torch.ones(2)
-        norm = fastclip.clip_grad_norm_([w], 1.0)
+        norm = fastclip.clip_grad_norm_(parameters([torch.ones(2)]), 1.0)
     assert isinstance(norm, torch._subclasses.FakeTensor)
     assert norm.shape == ()
 
@@ -133,29 +128,19 @@ def test_fake_gradients_give_a_fake_norm():
 def test_a_gpu_without_kernels_warns_of_the_cause_and_names_the_way_out(
     refusal, cause, way_out, monkeypatch
 ):
-    # A stand-in for a CUDA tensor, which this machine may not have.
-    class Cuda:
-        is_cuda = True
-        device = torch.device("cuda:1")
-
-    class Extension:
-        def kernels_are_on(self):
-            return True
-
-        def cuda_refusal(self, device):
-            assert device == 1
-            return refusal
-
-    monkeypatch.setattr(_ops.loading, "extension", Extension())
+    # Stand-ins for a CUDA tensor, which this machine may not have, and for what was built.
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    extension = SimpleNamespace(kernels_are_on=lambda: True, cuda_refusal={1: refusal}.__getitem__)
+    monkeypatch.setattr(_ops.loading, "extension", extension)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     default = _ops.schemas._with_warning(lambda tensors: len(tensors))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert default([Cuda()]) == 1
+        assert default([tensor]) == 1
     said = [str(w.message) for w in caught]
     assert len(said) == (0 if refusal is None else 1)
-    assert all("for cuda:1" in s and cause in s for s in said)
-    assert all(way_out in s and _ops.REBUILD in s for s in said)
+    for part in ("for cuda:1", cause, way_out, _ops.REBUILD):
+        assert all(part in text for text in said)
 
 
 def test_without_an_extension_the_kernels_are_not_built(monkeypatch):
@@ -282,13 +267,13 @@ def test_an_editable_install_works_beside_its_clone(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     packages = next((tmp_path / "venv").glob("lib/*/site-packages"))
     (packages / "these.pth").write_text("\n".join(path for path in sys.path if "-packages" in path))
-    python = tmp_path / "venv/bin/python"
+    own = tmp_path / "venv/bin/python"
     environment = os.environ | {"FASTCLIP_CPU": "0", "CXX": "no-such-compiler", "PYTHONPATH": ""}
-    install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    install = [own, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, "--editable", clone], env=environment, check=True)
     script = tmp_path / "script.py"
     script.write_text("import fastclip; print(fastclip.__file__, fastclip.__version__)")
-    said = subprocess.check_output([python, script], cwd=tmp_path, env=environment, text=True)
+    said = subprocess.check_output([own, script], cwd=tmp_path, env=environment, text=True)
     assert said.split() == [str(clone / "fastclip/__init__.py"), fastclip.__version__]
     metadata = next(packages.glob("fastclip-*.dist-info"))
     assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()

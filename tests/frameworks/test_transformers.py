@@ -53,13 +53,10 @@ def trained(folder: Path, steps: int, *callbacks: Any, resume: Any = None, **how
     return trainer
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(("bf16", "accumulated"), [(False, 1), (True, 2)])
 def test_trainer(tmp_path, bf16, accumulated):
-    def train(steps: int) -> list[float]:
-        how = {"max_grad_norm": 0.5, "gradient_accumulation_steps": accumulated, "bf16": bf16}
-        return losses(trained(tmp_path, steps, **how))
-
+    how = {"max_grad_norm": 0.5, "gradient_accumulation_steps": accumulated, "bf16": bf16}
+    train = lambda steps: losses(trained(tmp_path, steps, **how))  # noqa: E731
     check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
 
 
