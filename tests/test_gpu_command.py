@@ -145,13 +145,13 @@ def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
 
 def test_a_step_that_cannot_be_taken_says_why(gpu, tmp_path):
     env = {"PATH": os.environ["PATH"], "FASTCLIP_CUDA": "0"}
-    for step, why in (
-        (gpu.Step("a", [sys.executable], 30, 60), "there is no time left"),
-        (gpu.Step("a", ["no-such-program"], 0, 60), "there is no no-such-program"),
-        (gpu.Step("a", [sys.executable], 0, 60, needs_gpu=True), "it needs a GPU"),
+    for program, least, needs_gpu, why in (
+        (sys.executable, 30, False, "there is no time left"),
+        ("no-such-program", 0, False, "there is no no-such-program"),
+        (sys.executable, 0, True, "it needs a GPU"),
     ):
-        found, said = gpu.run_step(step, 10, tmp_path / "log", env)
-        assert (found, said) == ({"state": f"skipped: {why}"}, "")
+        step = gpu.Step("a", [program], least, 60, needs_gpu)
+        assert gpu.run_step(step, 10, tmp_path / "log", env) == ({"state": f"skipped: {why}"}, "")
 
 
 def is_gone(process: int) -> bool:
@@ -280,8 +280,8 @@ def test_the_report_takes_what_pytest_writes(reported):
 def test_the_published_lists_have_their_sizes(gpu):
     import models
 
-    assert sum(math.prod(shape) for shape in models.matrices()) == 225_181_696
-    assert len(models.matrices()) == 500
+    sizes = [math.prod(shape) for shape in models.matrices()]
+    assert (len(sizes), sum(sizes)) == (500, 225_181_696)
     assert models.table() == [(6_000_261, 256)]
 
 

@@ -18,11 +18,8 @@ import conftest
 import pytest
 import torch
 import torch.nn.utils.clip_grad as torchs
+from torch import Tensor
 from torch.nn import utils
-from torch.nn.utils import clip_grad_norm_ as held_norm
-from torch.nn.utils import clip_grad_value_ as held_value
-from torch.nn.utils import clip_grads_with_norm_ as held_with_norm
-from torch.nn.utils import get_total_norm as held_total
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
@@ -57,37 +54,34 @@ def is_ours(call: Callable[[], Any]) -> bool:
     return seen.is_ours
 
 
-def total(function: Callable[..., Any]) -> Any:
-    return function([p.grad for p in parameters()], 2.0)
-
-
-def with_norm(function: Callable[..., Any]) -> Any:
-    return function(parameters(), max_norm=1.0, total_norm=torch.tensor(7.0))
-
-
 CALLS = {
-    "name": lambda: utils.clip_grad_norm_(parameters(), 1.0),
-    "name with keywords": lambda: utils.clip_grad_norm_(
-        parameters=parameters(), max_norm=1.0, norm_type=2.0, error_if_nonfinite=False, foreach=True
+    "clip_grad_norm_": lambda f: f(
+        parameters(), max_norm=1.0, norm_type=2.0, error_if_nonfinite=True, foreach=None
     ),
-    "held": lambda: held_norm(parameters(), 1.0, 2.0, True, None),
-    "module": lambda: torchs.clip_grad_norm_(parameters(), 1.0),
-    "held, partly": partial(partial(held_norm, max_norm=1.0), parameters()),
-    "deprecated": lambda: utils.clip_grad_norm(parameters(), 1.0),
-    "value": lambda: utils.clip_grad_value_(parameters(), 1.0),
-    "held value": lambda: held_value(parameters(), 1.0, foreach=False),
-    "total": lambda: total(utils.get_total_norm),
-    "held total": lambda: total(held_total),
-    "private total": lambda: total(torchs._get_total_norm),
-    "with norm": lambda: with_norm(utils.clip_grads_with_norm_),
-    "held with norm": lambda: with_norm(held_with_norm),
-    "private with norm": lambda: with_norm(torchs._clip_grads_with_norm_),
+    "clip_grad_value_": lambda f: f(parameters(), 1.0, foreach=False),
+    "get_total_norm": lambda f: f([p.grad for p in parameters()], 2.0),
+    "clip_grads_with_norm_": lambda f: f(parameters(), max_norm=1.0, total_norm=torch.tensor(7.0)),
 }
+HELD = {name: getattr(utils, name) for name in CALLS}
+WAYS = {
+    "by name": lambda name: getattr(utils, name),
+    "held": lambda name: HELD[name],
+    "held, partly": lambda name: partial(HELD[name]),
+    "private": lambda name: getattr(torchs, f"_{name}", HELD[name]),
+}
+held_norm = HELD["clip_grad_norm_"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.clip_grad_norm`:FutureWarning")
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_every_caller_is_reached_until_it_is_undone(call):
+def held() -> Tensor:
+    return held_norm(parameters(), 1.0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_caller_is_reached_until_it_is_undone(name, way):
+    def call() -> Any:
+        return CALLS[name](WAYS[way](name))
+
     assert not is_ours(call)
     with fastclip.patch():
         assert is_ours(call)
@@ -98,12 +92,12 @@ def test_every_caller_is_reached_until_it_is_undone(call):
     assert not is_ours(call)
 
 
-@pytest.mark.parametrize("function", [held_norm, held_value])
+@pytest.mark.parametrize("function", HELD.values(), ids=HELD)
 def test_functions_stay_the_objects_they_were(function):
     known = function.__name__, function.__module__, inspect.signature(function)
     inside = function.__closure__[0].cell_contents
     with fastclip.patch():
-        assert getattr(utils, known[0]) is function
+        assert getattr(torchs, known[0]) is function
         assert (function.__name__, function.__module__, inspect.signature(function)) == known
         assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
     assert function.__closure__[0].cell_contents is inside
@@ -112,41 +106,40 @@ def test_functions_stay_the_objects_they_were(function):
 def test_calls_are_counted_and_undone_in_any_order():
     rng = random.Random(0)
     for _ in range(50):
-        held: list[patching.Patch] = []
+        own: list[patching.Patch] = []
         for _ in range(rng.randrange(20)):
             move = rng.choice(["patch", "patch", "leave", "unpatch"])
             if move == "patch":
-                held.append(fastclip.patch())
-            elif move == "leave" and held:
-                one = held.pop(rng.randrange(len(held)))
+                own.append(fastclip.patch())
+            elif move == "leave" and own:
+                one = own.pop(rng.randrange(len(own)))
                 # Twice is once.
                 for _ in range(2):
                     one.__exit__(None, None, None)
             elif move == "unpatch":
                 fastclip.unpatch()
-                held = held[:-1]
-            assert is_ours(CALLS["held"]) == bool(held)
-        for _ in held:
+                own = own[:-1]
+            assert is_ours(held) == bool(own)
+        for _ in own:
             fastclip.unpatch()
-        assert not is_ours(CALLS["held"])
+        assert not is_ours(held)
 
 
 def test_a_patch_that_is_entered_again_patches_again():
-    call = CALLS["held"]
     again = fastclip.patch()
     for _ in range(2):
         with again:
             with again:
-                assert is_ours(call)
-            assert is_ours(call)
-        assert not is_ours(call)
+                assert is_ours(held)
+            assert is_ours(held)
+        assert not is_ours(held)
     fastclip.patch()
     with again:
         fastclip.unpatch()
-        assert is_ours(call)
-    assert is_ours(call)
+        assert is_ours(held)
+    assert is_ours(held)
     fastclip.unpatch()
-    assert not is_ours(call)
+    assert not is_ours(held)
 
 
 RELOADS = {
@@ -217,6 +210,8 @@ def test_errors_and_warnings_are_those_of_the_caller():
     with fastclip.patch(), pytest.warns(UserWarning, match="empty generator") as caught:
         held_norm((p for p in ()), 1.0)
     assert [warning.filename for warning in caught] == [__file__]
+    with fastclip.patch(), pytest.warns(FutureWarning, match="clip_grad_norm_"):
+        assert is_ours(lambda: utils.clip_grad_norm(parameters(), 1.0))
 
 
 def test_threads_patch_and_clip_at_once():
@@ -238,7 +233,7 @@ def test_threads_patch_and_clip_at_once():
             list(pool.map(work, range(4)))
     finally:
         sys.setswitchinterval(interval)
-    assert not is_ours(CALLS["held"])
+    assert not is_ours(held)
 
 
 def test_a_patched_call_is_one_op_of_the_graph_and_patching_is_seen():
@@ -274,7 +269,7 @@ def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkey
         assert patching.is_patched()
         for function in (utils.clip_grad_norm_, holder.own):
             assert function(parameters(), 1.0) == torch.tensor(50.0).sqrt()
-        assert is_ours(CALLS["held value"])
+        assert is_ours(lambda: HELD["clip_grad_value_"](parameters(), 1.0))
         meanwhile = holder.later = utils.clip_grad_norm_
     assert utils.clip_grad_norm_ is holder.own is holder.later is clip_grad_norm_
     assert holder.ours is fastclip.clip_grad_norm_
@@ -292,10 +287,10 @@ def test_a_users_wrapper_around_torchs_function_goes_on(monkeypatch):
     monkeypatch.setattr(utils, "clip_grad_norm_", noted)
     with fastclip.patch():
         assert utils.clip_grad_norm_ is noted
-        assert is_ours(CALLS["name"])
-        assert is_ours(CALLS["held"])
+        assert is_ours(lambda: utils.clip_grad_norm_(parameters(), 1.0))
+        assert is_ours(held)
     assert calls == [1.0]
-    assert not is_ours(CALLS["held"])
+    assert not is_ours(held)
 
 
 AGC = """
@@ -364,7 +359,7 @@ def test_libraries_of_other_versions_are_left_alone(monkeypatch):
     for name, other in zip(names, others, strict=True):
         monkeypatch.setitem(sys.modules, name, other)
     with fastclip.patch():
-        assert is_ours(CALLS["held"])
+        assert is_ours(held)
     assert others == [SimpleNamespace(own=1)] * 2
 
 
