@@ -4,6 +4,8 @@ import functools
 import itertools
 import math
 import os
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -225,3 +227,18 @@ def awkward(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Sizes round every border of the kernels: lanes, buffers, tiles; 0-d and empty; any order."""
     sizes = [(), (0,), (1,), (31,), (32,), (33,), (127, 3), (2048,), (2049,), (16383,), (16385, 2)]
     return [(torch.randn(size) * (1 + i)).to(dtype).to(device) for i, size in enumerate(sizes)]
+
+
+def python(*command: str, cwd: Path | None = None, input: str | None = None, **variables: str):
+    """Run a Python that finds this fastclip, with these variables; return what it has said."""
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment | variables,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -11,11 +11,9 @@ from fastclip.integrations import megatron
 CHUNK, NOOP = 2048 * 32, torch.zeros(1, dtype=torch.int)
 
 
-def functions(**theirs):
+def functions(scale=None):
     """What `adapt` makes of the functions of a `clip_grads`."""
-    module = types.SimpleNamespace(
-        l2_norm_impl=None, multi_tensor_scale_impl=theirs.get("scale", lambda *_: None)
-    )
+    module = types.SimpleNamespace(l2_norm_impl=None, multi_tensor_scale_impl=scale)
     megatron.adapt(module, lambda function: function)
     return module.l2_norm_impl, module.multi_tensor_scale_impl
 
@@ -36,24 +34,19 @@ def test_megatrons_scaling_rounds_once(dtype, scale):
     before = [t.double() * scale for t in tensors]
     _, multiply = functions()
     multiply(CHUNK, NOOP, [tensors, tensors], scale)
+    # Half of a unit in the last place, and what the float32 product is off.
+    rtol = 0.5 * torch.finfo(dtype).eps + 1e-7
     for now, exact in zip(tensors, before, strict=True):
-        # Half of a unit in the last place, and what the float32 product is off.
-        close = (now.double() - exact).abs() <= (
-            0.5 * torch.finfo(now.dtype).eps + 1e-7
-        ) * exact.abs()
-        assert close.all()
+        torch.testing.assert_close(now.double(), exact, rtol=rtol, atol=0)
+    # As on a rank without gradients.
+    none: list[torch.Tensor] = []
+    multiply(CHUNK, NOOP, [none, none], scale)
 
 
 def test_megatrons_own_function_scales_into_other_tensors():
     calls = []
-    _, multiply = functions(scale=lambda *given: calls.append(given))
+    _, multiply = functions(lambda *given: calls.append(given))
     lists = [[torch.ones(2)], [torch.zeros(2)]]
     multiply(CHUNK, NOOP, lists, 0.5)
     assert calls == [(CHUNK, NOOP, lists, 0.5)]
     assert not lists[1][0].any()
-
-
-def test_a_rank_without_gradients_scales_none():
-    _, multiply = functions()
-    none = []
-    multiply(CHUNK, NOOP, [none, none], 0.5)

@@ -6,32 +6,26 @@ import importlib
 import inspect
 import pickle
 import random
-import subprocess
 import sys
-import threading
-import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.nn.utils.clip_grad as torchs
 from torch import Tensor
 from torch.nn import utils
-from torch.nn.utils import clip_grad_norm_ as held_norm
-from torch.nn.utils import clip_grad_value_ as held_value
-from torch.nn.utils import clip_grads_with_norm_ as held_with_norm
-from torch.nn.utils import get_total_norm as held_total
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 from fastclip import patching
 from fastclip._run import Counted
 from fastclip._site import After
-
-RUNS = held_norm.__closure__[0].cell_contents
 
 
 @pytest.fixture(autouse=True)
@@ -41,60 +35,53 @@ def _as_it_was():
 
 
 class Seen(TorchDispatchMode):
-    """The ops that are called."""
+    """Whether an op of fastclip is called."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    is_ours = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
+        self.is_ours |= str(func).startswith("fastclip")
         return func(*args, **(kwargs or {}))
 
 
-def parameters() -> list[Tensor]:
-    made = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    for parameter in made:
-        parameter.grad = torch.tensor([3.0, 4.0, 0.0])
-    return made
+def parameters() -> list[torch.nn.Parameter]:
+    return conftest.parameters([torch.tensor([3.0, 4.0, 0.0])] * 2)
 
 
 def is_ours(call: Callable[[], Any]) -> bool:
     with Seen() as seen:
         call()
-    return any(name.startswith("fastclip") for name in seen.names)
-
-
-def total(function: Callable[..., Any]) -> Any:
-    return function([p.grad for p in parameters()], 2.0)
+    return seen.is_ours
 
 
 CALLS = {
-    "name": lambda: utils.clip_grad_norm_(parameters(), 1.0),
-    "name with keywords": lambda: utils.clip_grad_norm_(
-        parameters=parameters(), max_norm=1.0, norm_type=2.0, error_if_nonfinite=False, foreach=True
+    "clip_grad_norm_": lambda f: f(
+        parameters(), max_norm=1.0, norm_type=2.0, error_if_nonfinite=True, foreach=None
     ),
-    "held": lambda: held_norm(parameters(), 1.0, 2.0, True, None),
-    "module": lambda: torchs.clip_grad_norm_(parameters(), 1.0),
-    "imported now": lambda: importlib.import_module("torch.nn.utils").clip_grad_norm_(
-        parameters(), 1.0
-    ),
-    "held, partly": partial(partial(held_norm, max_norm=1.0), parameters()),
-    "value": lambda: utils.clip_grad_value_(parameters(), 1.0),
-    "held value": lambda: held_value(parameters(), 1.0, foreach=False),
-    "total": lambda: total(utils.get_total_norm),
-    "held total": lambda: total(held_total),
-    "private total": lambda: total(torchs._get_total_norm),
-    "with norm": lambda: utils.clip_grads_with_norm_(parameters(), 1.0, torch.tensor(7.0)),
-    "held with norm": lambda: held_with_norm(parameters(), 1.0, torch.tensor(7.0)),
-    "private with norm": lambda: torchs._clip_grads_with_norm_(
-        parameters(), max_norm=1.0, total_norm=torch.tensor(7.0)
-    ),
+    "clip_grad_value_": lambda f: f(parameters(), 1.0, foreach=False),
+    "get_total_norm": lambda f: f([p.grad for p in parameters()], 2.0),
+    "clip_grads_with_norm_": lambda f: f(parameters(), max_norm=1.0, total_norm=torch.tensor(7.0)),
 }
+HELD = {name: getattr(utils, name) for name in CALLS}
+WAYS = {
+    "by name": lambda name: getattr(utils, name),
+    "held": lambda name: HELD[name],
+    "held, partly": lambda name: partial(HELD[name]),
+    "private": lambda name: getattr(torchs, f"_{name}", HELD[name]),
+}
+held_norm = HELD["clip_grad_norm_"]
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_every_caller_is_reached_until_it_is_undone(call):
+def held() -> Tensor:
+    return held_norm(parameters(), 1.0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_caller_is_reached_until_it_is_undone(name, way):
+    def call() -> Any:
+        return CALLS[name](WAYS[way](name))
+
     assert not is_ours(call)
     with fastclip.patch():
         assert is_ours(call)
@@ -105,72 +92,54 @@ def test_every_caller_is_reached_until_it_is_undone(call):
     assert not is_ours(call)
 
 
-def test_the_deprecated_function_is_reached():
-    with fastclip.patch(), pytest.warns(FutureWarning, match="clip_grad_norm_"):
-        assert is_ours(lambda: utils.clip_grad_norm(parameters(), 1.0))
-
-
-def test_what_was_imported_meanwhile_is_given_back():
+@pytest.mark.parametrize("function", HELD.values(), ids=HELD)
+def test_functions_stay_the_objects_they_were(function):
+    known = function.__name__, function.__module__, inspect.signature(function)
+    inside = function.__closure__[0].cell_contents
     with fastclip.patch():
-        from torch.nn.utils import clip_grad_norm_ as imported
-    assert not is_ours(lambda: imported(parameters(), 1.0))
-
-
-def test_functions_stay_the_objects_they_were():
-    before = [(f, f.__name__, f.__module__, inspect.signature(f)) for f in (held_norm, held_value)]
-    with fastclip.patch():
-        for function, name, module, signature in before:
-            assert getattr(utils, name) is function
-            assert (function.__name__, function.__module__) == (name, module)
-            assert inspect.signature(function) == signature
-            assert pickle.loads(pickle.dumps(function)) is function
-            assert copy.deepcopy(function) is function
-    assert held_norm.__closure__[0].cell_contents is RUNS
+        assert getattr(torchs, known[0]) is function
+        assert (function.__name__, function.__module__, inspect.signature(function)) == known
+        assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
+    assert function.__closure__[0].cell_contents is inside
 
 
 def test_calls_are_counted_and_undone_in_any_order():
     rng = random.Random(0)
     for _ in range(50):
-        held: list[patching.Patch] = []
+        own: list[patching.Patch] = []
         for _ in range(rng.randrange(20)):
             move = rng.choice(["patch", "patch", "leave", "unpatch"])
             if move == "patch":
-                held.append(fastclip.patch())
-            elif move == "leave" and held:
-                one = rng.choice(held)
-                held.remove(one)
-                one.__exit__(None, None, None)
+                own.append(fastclip.patch())
+            elif move == "leave" and own:
+                one = own.pop(rng.randrange(len(own)))
                 # Twice is once.
-                one.__exit__(None, None, None)
+                for _ in range(2):
+                    one.__exit__(None, None, None)
             elif move == "unpatch":
                 fastclip.unpatch()
-                held = held[:-1]
-            assert is_ours(CALLS["held"]) == bool(held)
-        for _ in held:
+                own = own[:-1]
+            assert is_ours(held) == bool(own)
+        for _ in own:
             fastclip.unpatch()
-        assert not is_ours(CALLS["held"])
-
-
-def test_an_error_in_its_block_undoes_it():
-    with pytest.raises(ZeroDivisionError), fastclip.patch():
-        _ = 1 / 0
-    assert not is_ours(CALLS["held"])
+        assert not is_ours(held)
 
 
 def test_a_patch_that_is_entered_again_patches_again():
-    call = lambda: held_norm(parameters(), 1.0)  # noqa: E731
     again = fastclip.patch()
     for _ in range(2):
-        with again, again:
-            assert is_ours(call)
-        assert not is_ours(call)
+        with again:
+            with again:
+                assert is_ours(held)
+            assert is_ours(held)
+        assert not is_ours(held)
     fastclip.patch()
     with again:
         fastclip.unpatch()
-        assert is_ours(call)
-    assert is_ours(call)
+        assert is_ours(held)
+    assert is_ours(held)
     fastclip.unpatch()
-    assert not is_ours(call)
+    assert not is_ours(held)
 
 
 RELOADS = {
@@ -183,9 +152,9 @@ RELOADS = {
     "stopped": "forget(); stop = Stop(); sys.meta_path.insert(0, stop); interrupted(); "
     "sys.meta_path.remove(stop); import fastclip as again; works(again)",
 }
+# Each in a child that is forked before fastclip is imported.
 RELOADED = """
-import importlib, sys, torch, fastclip
-from fastclip import patching
+import importlib, multiprocessing, sys, torch
 def modules():
     return {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "fastclip"}
 def forget():
@@ -213,105 +182,94 @@ def works(package):
     clipper = package.GradClipper([narrow()], 1.0)
     assert clipper.clip_() == 5 and clipper.stats()["clipped"] == 1
     assert torch.compile(package.clip_grad_norm_, backend="eager")([narrow()], 1.0) == 5
+def work(how):
+    global fastclip, patching
+    import fastclip
+    from fastclip import patching
+    exec(how)
+    patched(False)
+failed = []
+for name, how in RELOADS.items():
+    child = multiprocessing.get_context("fork").Process(target=work, args=(how,))
+    child.start()
+    child.join()
+    failed += [name] * (child.exitcode != 0)
+assert not failed, failed
 """
 
 
-@pytest.mark.parametrize("how", RELOADS)
-def test_it_works_reloaded_and_imported_anew(how):
-    code = f"{RELOADED}\n{RELOADS[how]}\npatched(False)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_it_works_reloaded_and_imported_anew():
+    ran = conftest.python("-c", f"RELOADS = {RELOADS}\n{RELOADED}")
     assert ran.returncode == 0, ran.stderr
 
 
 def test_errors_and_warnings_are_those_of_the_caller():
-    with fastclip.patch():
-        with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0"):
-            held_norm(parameters(), -1.0)
-        with pytest.warns(UserWarning, match="empty generator") as caught:
-            held_norm((p for p in ()), 1.0)
+    with pytest.raises(ValueError, match="max_norm: expected a threshold >= 0"), fastclip.patch():
+        held_norm(parameters(), -1.0)
+    assert not patching.is_patched()
+    with fastclip.patch(), pytest.warns(UserWarning, match="empty generator") as caught:
+        held_norm((p for p in ()), 1.0)
     assert [warning.filename for warning in caught] == [__file__]
+    with fastclip.patch(), pytest.warns(FutureWarning, match="clip_grad_norm_"):
+        assert is_ours(lambda: utils.clip_grad_norm(parameters(), 1.0))
 
 
 def test_threads_patch_and_clip_at_once():
-    errors: list[BaseException] = []
-
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        try:
-            for _ in range(100):
-                with fastclip.patch():
-                    made = parameters()
-                    assert abs(held_norm(made, 1.0).item() - 50**0.5) < 1e-5
-                    assert abs(made[0].grad[0].item() - 3 / 50**0.5) < 1e-5
-                if rng.random() < 0.5:
-                    held_norm(parameters(), 1.0)
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(100):
+            with fastclip.patch():
+                made = parameters()
+                assert abs(held_norm(made, 1.0).item() - 50**0.5) < 1e-5
+                assert abs(made[0].grad[0].item() - 3 / 50**0.5) < 1e-5
+            if rng.random() < 0.5:
+                held_norm(parameters(), 1.0)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            # An error of any is raised here.
+            list(pool.map(work, range(4)))
     finally:
         sys.setswitchinterval(interval)
-    assert not errors
-    assert not is_ours(CALLS["held"])
+    assert not is_ours(held)
 
 
 def test_a_patched_call_is_one_op_of_the_graph_and_patching_is_seen():
     made = parameters()
-    graphs: list[list[str]] = []
+    ours: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op != "placeholder"])
+        ours.append(sum("fastclip" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
     clip = torch.compile(lambda: held_norm(made, 1.0), backend=backend, fullgraph=True)
-    ours = []
-    for is_patched in (False, True, True, False, True):
+    for is_patched, compiled in ((0, [0]), (1, [0, 1]), (1, [0, 1]), (0, [0, 1]), (1, [0, 1])):
         for parameter in made:
             parameter.grad = torch.tensor([3.0, 4.0, 0.0])
         with fastclip.patch() if is_patched else torch.no_grad():
             assert abs(clip().item() - 50**0.5) < 1e-5
-        ours.append(any("fastclip" in name for name in graphs[-1]))
-    assert ours[:3] == [False, True, True]
-    assert len(graphs) == 2
-    assert sum("fastclip" in name for name in graphs[1]) == 1
-
-
-def module(name: str, **names: Any) -> types.ModuleType:
-    made = types.ModuleType(name)
-    vars(made).update(names)
-    return made
+        assert ours == compiled
 
 
 @pytest.mark.parametrize("free", [0, 1, 2])
 def test_a_function_that_no_such_decorator_made_is_replaced_by_name(free, monkeypatch):
     theirs, func = "theirs", str
-
-    def plain(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
-        return "theirs"
-
-    def decorated(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
-        return func("theirs")
-
-    def with_two(parameters: Any, max_norm: Any, norm_type: Any = 2.0) -> str:
-        return func(theirs)
-
-    clip_grad_norm_ = (plain, decorated, with_two)[free]
+    clip_grad_norm_ = (
+        lambda parameters, max_norm: "theirs",
+        lambda parameters, max_norm: func("theirs"),
+        lambda parameters, max_norm: func(theirs),
+    )[free]
     assert len(clip_grad_norm_.__code__.co_freevars) == free
-    holder = module("holder", own=clip_grad_norm_, ours=fastclip.clip_grad_norm_)
+    holder = SimpleNamespace(own=clip_grad_norm_, ours=fastclip.clip_grad_norm_)
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
     monkeypatch.setitem(sys.modules, "holder", holder)
     with fastclip.patch():
         assert patching.is_patched()
         for function in (utils.clip_grad_norm_, holder.own):
             assert function(parameters(), 1.0) == torch.tensor(50.0).sqrt()
-        assert is_ours(CALLS["held value"])
+        assert is_ours(lambda: HELD["clip_grad_value_"](parameters(), 1.0))
         meanwhile = holder.later = utils.clip_grad_norm_
     assert utils.clip_grad_norm_ is holder.own is holder.later is clip_grad_norm_
     assert holder.ours is fastclip.clip_grad_norm_
@@ -329,10 +287,10 @@ def test_a_users_wrapper_around_torchs_function_goes_on(monkeypatch):
     monkeypatch.setattr(utils, "clip_grad_norm_", noted)
     with fastclip.patch():
         assert utils.clip_grad_norm_ is noted
-        assert is_ours(CALLS["name"])
-        assert is_ours(CALLS["held"])
+        assert is_ours(lambda: utils.clip_grad_norm_(parameters(), 1.0))
+        assert is_ours(held)
     assert calls == [1.0]
-    assert not is_ours(CALLS["held"])
+    assert not is_ours(held)
 
 
 AGC = """
@@ -350,12 +308,10 @@ def _timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (package / "__init__.py").write_text("from .agc import adaptive_clip_grad\n")
     (package / "agc.py").write_text(AGC)
     monkeypatch.syspath_prepend(str(tmp_path))
-    names = ("timm", "timm.utils", "timm.utils.agc")
-    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(kept)
+    for name in ("timm", "timm.utils", "timm.utils.agc"):
+        # At the end of the test it is again what it is here.
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
 
 
 @pytest.mark.usefixtures("_timm")
@@ -399,27 +355,18 @@ def test_who_asks_whether_a_module_is_there_does_not_import_it():
 
 def test_libraries_of_other_versions_are_left_alone(monkeypatch):
     names = ("timm.utils.agc", "megatron.core.optimizer.clip_grads")
-    others = [module(name, own=1) for name in names]
-    for other in others:
-        monkeypatch.setitem(sys.modules, other.__name__, other)
+    others = [SimpleNamespace(own=1) for _ in names]
+    for name, other in zip(names, others, strict=True):
+        monkeypatch.setitem(sys.modules, name, other)
     with fastclip.patch():
-        assert is_ours(CALLS["held"])
-    assert [vars(other)["own"] for other in others] == [1, 1]
-
-
-@pytest.mark.usefixtures("_timm")
-def test_what_is_imported_after_the_end_is_left_alone():
-    with fastclip.patch():
-        pass
-    from timm.utils import adaptive_clip_grad
-
-    assert adaptive_clip_grad([]) == 2.0
+        assert is_ours(held)
+    assert others == [SimpleNamespace(own=1)] * 2
 
 
 def test_megatron_measures_and_scales_with_ours(monkeypatch):
     theirs = {"l2_norm_impl": object(), "multi_tensor_scale_impl": object(), "other": object()}
-    clip_grads = module("megatron.core.optimizer.clip_grads", **theirs)
-    monkeypatch.setitem(sys.modules, clip_grads.__name__, clip_grads)
+    clip_grads = SimpleNamespace(**theirs)
+    monkeypatch.setitem(sys.modules, "megatron.core.optimizer.clip_grads", clip_grads)
     counted = Counted(keep=True)
     with patching.patch_with(counted.wrap):
         assert clip_grads.other is theirs["other"]
@@ -429,15 +376,4 @@ def test_megatron_measures_and_scales_with_ours(monkeypatch):
     assert norm.item() == 5.0
     assert tensors[0].tolist() == [1.5, 2.0]
     assert counted.calls == {"multi_tensor_l2norm": 1, "multi_tensor_scale": 1}
-    assert {name: getattr(clip_grads, name) for name in theirs} == theirs
-
-
-def test_blocks_of_one_patch_lie_in_each_other():
-    undone = fastclip.patch()
-    fastclip.unpatch()
-    for make in (lambda: undone, fastclip.patch):
-        with make() as outer:
-            with outer:
-                assert patching.is_patched()
-            assert patching.is_patched()
-        assert not patching.is_patched()
+    assert vars(clip_grads) == theirs

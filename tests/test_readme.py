@@ -15,10 +15,11 @@ RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def rows(text: str, header: str) -> list[list[str]]:
-    """The cells of the table that begins with this header."""
-    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def rows(text: str, header: str) -> list[dict[str, str]]:
+    """The rows of the table that begins with this header, their cells by the names of columns."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()
+    names, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(names, row, strict=True)) for row in cells]
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
@@ -49,26 +50,21 @@ def test_docstring_examples_are_right():
 def test_names_from_elsewhere_are_the_tested_ones():
     found = {
         (there, ours)
-        for cells in rows(README, "| Function |")
-        for ours in re.findall(r"`(.+?)`", cells[0])
-        for there in re.findall(r"`(.+?)`", cells[2])
+        for first, _, third, *_ in map(dict.values, rows(README, "| Function |"))
+        for ours in re.findall(r"`(.+?)`", first)
+        for there in re.findall(r"`(.+?)`", third)
     }
     assert found == set(NAMES)
 
 
 def test_numbers_are_measured():
     # In the last run that measured them all.
-    *_, last = (
-        [dict(zip(header, cells, strict=True)) for cells in rows(block, "| work ")]
-        for block in RESULTS.split("\n## ")[1:]
-        for line in re.findall(r"\| work .*\| foreach ms .*\|", block)[:1]
-        for header in [[c.strip() for c in line.strip("|").split("|")]]
-    )
-    header = [c.strip() for c in re.search(r"\| work .*\|", README)[0].strip("|").split("|")]
-    shown = [dict(zip(header, cells, strict=True)) for cells in rows(README, "| work ")]
+    blocks = [
+        text for text in RESULTS.split("\n## ") if re.search(r"^\| work .*foreach ms", text, re.M)
+    ]
+    last, shown = rows(blocks[-1], "| work "), rows(README, "| work ")
     assert shown
-    for row in shown:
-        assert any(row.items() <= other.items() for other in last), row
+    assert not [row for row in shown if not any(row.items() <= other.items() for other in last)]
 
 
 def test_steps_are_measured():

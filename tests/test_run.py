@@ -1,16 +1,17 @@
 """`python -m fastclip run`: what a script sees of it (nothing), and what is said at the end."""
 
+import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch.distributed as dist
 
-from fastclip.__main__ import main
+from fastclip._site import RUN, is_first_rank
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "fastclip" / "_site"
@@ -70,32 +71,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(
-    folder: Path, *command: str, input: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    inherited = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        input=input,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def python(folder):
+    return functools.partial(conftest.python, cwd=folder)
 
 
-def test_a_script_runs_as_it_does_without(folder):
+@pytest.fixture
+def run(python):
+    return functools.partial(python, "-m", "fastclip", "run")
+
+
+@pytest.fixture
+def started(python):
+    """What `run` starts, without the import of torch by `run` itself."""
+    path = os.pathsep.join(map(str, [SITE, ROOT]))
+    return functools.partial(python, "-X", RUN, PYTHONPATH=path)
+
+
+def test_a_script_runs_as_it_does_without(folder, python):
     other = folder / "site"
     other.mkdir()
     (other / "sitecustomize.py").write_text("print('another', __name__)")
     path = os.pathsep.join([str(ROOT), str(other)])
     command = ["train.py", "here,raise", "--", "-m", "--stats", ""]
     unbuffered = ["-u", "-W", "ignore::FutureWarning", "-X", "utf8"]
-    plain = python(folder, *unbuffered, *command, PYTHONPATH=path)
-    ours = python(folder, *unbuffered, "-m", "fastclip", "run", *command, PYTHONPATH=path)
+    plain = python(*unbuffered, *command, PYTHONPATH=path)
+    ours = python(*unbuffered, "-m", "fastclip", "run", *command, PYTHONPATH=path)
     said = "another sitecustomize"
     first, known, how, dtype = plain.stdout.splitlines()
     assert (first, dtype) == (said, "torch.bfloat16")
@@ -105,20 +106,14 @@ def test_a_script_runs_as_it_does_without(folder):
     assert (ours.stderr, ours.returncode) == (plain.stderr, 1)
 
 
-def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is_its(folder):
+def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is_its(folder, run):
     ways = "spawn,fork,forkserver,python,exit"
-    ran = python(folder, "-m", "fastclip", "run", "--stats", "-m", "train", ways, "-m", "--", "x")
+    ran = run("--stats", "-m", "train", ways, "-m", "--", "x")
     known, *said = sorted(ran.stdout.splitlines(), key=lambda line: not line.startswith("[["))
     said = [line for line in said if not line.startswith("[")]
     file = str(folder / "train.py")
-    assert json.loads(known) == [
-        [file, ways, "-m", "--", "x"],
-        str(folder),
-        file,
-        "train",
-        True,
-        True,
-    ]
+    arguments = [file, ways, "-m", "--", "x"]
+    assert json.loads(known) == [arguments, str(folder), file, "train", True, True]
     multiprocessed = [f"{way} torch.float32" for way in ("spawn", "fork", "forkserver")]
     # Children write before a parent that buffers.
     assert sorted(said) == sorted([*multiprocessed, "python True"])
@@ -152,101 +147,74 @@ torch.nn.utils.clip_grad_norm_([p], 1.0)
 """
 
 
-def test_it_says_and_draws_what_was_clipped(folder):
-    pytest.importorskip("matplotlib")
-    (folder / "clips.py").write_text(CLIPS)
-    ran = python(folder, "-m", "fastclip", "run", "--stats", "--plot", "a.png", "clips.py")
-    assert ran.returncode == 0, ran.stderr
-    said = re.findall("^fastclip run: (.*)$", ran.stderr, re.M)
-    assert said[0] == (
-        "clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
-        "clip_grad_value_ 1 times"
-    )
-    # Norms 0.2, 0.4, 2, 6, 8 and inf.
-    assert said[1] == "6 clips by norm: 4 above the threshold, 1 not finite; median norm 2, p90 7.2"
-    assert said[2] == f"drawn in {folder / 'a.png'}"
-    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_script_without_torch_is_told(folder):
-    (folder / "nothing.py").write_text("print('done')")
-    ran = python(folder, "-m", "fastclip", "run", "nothing.py")
-    assert ran.stdout == "done\n"
-    told = "this process did not import torch; its children are not counted here"
-    assert ran.stderr == f"fastclip run: {told}\n"
-    ran = python(folder, "-m", "fastclip", "run", "nothing.py", RANK="1")
-    assert (ran.stdout, ran.stderr) == ("done\n", "")
-
-
-IMPORTS = {
-    "fastclip": "import fastclip, torch",
-    "a name of it": "from fastclip import GradClipper\nimport torch",
-    "a module of it": "import fastclip.rules\nimport torch",
-    "torch": "import torch, fastclip",
-    "beside": "import json, fastclip\nimport torch",
-}
-CLIP = """
-w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
-print(torch.nn.utils.clip_grad_norm_([w], 1.0).dtype)
-"""
-
-
-@pytest.mark.parametrize("first", IMPORTS)
-def test_torch_is_patched_whatever_a_script_imports_first(first, folder):
-    (folder / "first.py").write_text(IMPORTS[first] + CLIP)
-    code = "import subprocess, sys; subprocess.run([sys.executable, 'first.py'])"
-    for command in (["first.py"], ["-c", "import torch\n" + code]):
-        ran = python(folder, "-m", "fastclip", "run", *command)
-        assert (ran.stdout, ran.returncode) == ("torch.float32\n", 0), ran.stderr
-
-
-def test_the_commands_of_the_readme_do_what_it_says(folder):
-    pytest.importorskip("matplotlib")
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "`run --stats` says at the end how often it clipped" in readme
-    commands = {*re.findall(r"python (-m fastclip run (?!train)[^`]*?[-\w.]+)`", readme)}
-    assert commands == {"-m fastclip run --plot norms.png -m fastclip demo"}
-    ran = python(folder, *commands.pop().split(), "--steps", "3")
-    assert ran.returncode == 0, ran.stderr
-    assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG")
-    ran = python(folder, *["-m", "fastclip", "run", "train.py", "--epochs", "3"])
-    assert json.loads(ran.stdout.splitlines()[0])[0] == ["train.py", "--epochs", "3"]
-
-
-@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
-def test_the_first_rank_speaks_whoever_started_it(name, folder):
-    (folder / "clips.py").write_text(CLIPS)
-    said = [
-        python(folder, "-m", "fastclip", "run", "--stats", "clips.py", **{name: rank}).stderr
-        for rank in ("0", "1")
-    ]
-    assert [len(text.splitlines()) for text in said] == [2, 0]
-
-
-def test_a_picture_whose_folder_is_gone_is_told_in_a_sentence(folder):
+def test_it_says_what_was_clipped_and_that_the_folder_of_its_picture_is_gone(folder, run):
     pytest.importorskip("matplotlib")
     (folder / "clips.py").write_text(CLIPS + "import os; os.rmdir('gone')")
     (folder / "gone").mkdir()
-    ran = python(folder, "-m", "fastclip", "run", "--plot", "gone/a.png", "--", "clips.py")
-    path = folder / "gone/a.png"
-    assert ran.stderr.splitlines()[2:] == [
-        f"fastclip run: no picture in {path}: No such file or directory"
+    ran = run("--stats", "--plot", "gone/a.png", "--", "clips.py")
+    assert ran.returncode == 0, ran.stderr
+    assert re.findall("^fastclip run: (.*)$", ran.stderr, re.M) == [
+        "clip_grad_norm_ 7 times, get_total_norm 1 times, clip_grads_with_norm_ 1 times, "
+        "clip_grad_value_ 1 times",
+        # Norms 0.2, 0.4, 2, 6, 8 and inf.
+        "6 clips by norm: 4 above the threshold, 1 not finite; median norm 2, p90 7.2",
+        f"no picture in {folder / 'gone/a.png'}: No such file or directory",
     ]
-    assert ran.returncode == 0
 
 
-FAILS = """
-import sys, types
-sys.modules["fastclip"] = types.ModuleType("fastclip")
-import torch
-print("trained")
+def test_the_command_of_the_readme_draws(folder, run):
+    pytest.importorskip("matplotlib")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "`run --stats` says at the end how often it clipped" in readme
+    commands = {*re.findall(r"python -m fastclip run ((?!train)[^`]*?[-\w.]+)`", readme)}
+    assert commands == {"--plot norms.png -m fastclip demo"}
+    ran = run(*commands.pop().split(), "--steps", "3")
+    assert ran.returncode == 0, ran.stderr
+    assert f"fastclip run: drawn in {folder / 'norms.png'}\n" in ran.stderr
+    assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_script_without_torch_is_told(folder, started):
+    (folder / "nothing.py").write_text("print('done')")
+    told = "this process did not import torch; its children are not counted here"
+    for rank, said in (("0", f"fastclip run: {told}\n"), ("1", "")):
+        ran = started("nothing.py", RANK=rank)
+        assert (ran.stdout, ran.stderr) == ("done\n", said)
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_the_first_rank_speaks_whoever_started_it(name, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv(name, rank)
+        assert is_first_rank() == (rank == "0")
+
+
+# What a program imports first.
+IMPORTS = [
+    "import fastclip, torch",
+    "from fastclip import GradClipper\nimport torch",
+    "import fastclip.rules\nimport torch",
+    "import torch, fastclip",
+]
+CLIP = """
+w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+print(torch.nn.utils.clip_grad_norm_([w], 1.0).dtype, flush=True)
 """
 
 
-def test_a_script_and_a_rank_that_cannot_be_patched_stop_and_another_child_goes_on(folder):
-    (folder / "fails.py").write_text(FAILS)
-    why = f"fastclip run: torch is not patched in {sys.executable}: cannot import name '_run'"
+def test_torch_is_patched_whatever_a_program_and_its_children_import_first(run):
+    codes = [imports + CLIP for imports in IMPORTS]
+    children = f"import subprocess, sys\nfor code in {codes}:\n"
+    children += "    subprocess.run([sys.executable, '-c', code])"
+    ran = run("-c", codes[0] + children)
+    assert ran.stdout.splitlines() == ["torch.float32"] * (1 + len(codes)), ran.stderr
+
+
+def test_a_script_and_a_rank_that_cannot_be_patched_stop_and_another_child_goes_on(folder, started):
+    # Of a torch that fastclip does not know.
+    (folder / "torch.py").touch()
+    (folder / "fails.py").write_text("import torch\nprint('trained')")
     child = ["-c", "import subprocess, sys; subprocess.run([sys.executable, 'fails.py'])"]
     for command, rank, trained in (
         (["fails.py"], {}, False),
@@ -255,34 +223,23 @@ def test_a_script_and_a_rank_that_cannot_be_patched_stop_and_another_child_goes_
         (child, {"RANK": "0", "WORLD_SIZE": "1"}, True),
         (child, {}, True),
     ):
-        ran = python(folder, "-m", "fastclip", "run", *command, **rank)
-        assert ran.stderr.startswith(why)
+        ran = started(*command, **rank)
+        why, *others = ran.stderr.splitlines()
+        assert re.match(f"fastclip run: torch is not patched in {sys.executable}: .*torch", why)
         assert ran.stdout == ("trained\n" if trained else "")
         if command != child:
-            assert (ran.stderr.count("\n"), ran.returncode) == (1, 1)
+            assert (others, ran.returncode) == ([], 1)
 
 
-@pytest.mark.parametrize(
-    "command", [["-"], ["-c", "from train import *; print(dtype_of_a_norm())"]]
-)
-def test_code_that_is_no_file_is_patched(command, folder):
-    code = "from train import *; print(dtype_of_a_norm())"
-    ran = python(folder, "-m", "fastclip", "run", *command, input=code)
+def test_code_that_is_no_file_is_patched(run):
+    ran = run("-", input="from train import *; print(dtype_of_a_norm())")
     assert (ran.stdout, ran.stderr) == ("torch.float32\n", "")
 
 
-def test_an_interactive_python_goes_on_after_the_script(folder):
-    (folder / "value.py").write_text("import torch; value = 3")
-    ran = python(folder, "-i", "-m", "fastclip", "run", "value.py", input="print('then', value)")
+def test_an_interactive_python_goes_on_after_the_script(folder, python):
+    (folder / "value.py").write_text("value = 3")
+    ran = python("-i", "-m", "fastclip", "run", "value.py", input="print('then', value)")
     assert ran.stdout == "then 3\n"
-
-
-def test_what_lies_beside_a_script_is_the_scripts(folder):
-    (folder / "fastclip.py").write_text("raise ImportError('of the script')")
-    ran = python(folder, "train.py", "here", PYTHONPATH=os.pathsep.join([str(SITE), str(ROOT)]))
-    _, how, dtype = ran.stdout.splitlines()
-    assert (dtype, ran.stderr) == ("torch.float32", "")
-    assert json.loads(how)[3] is True
 
 
 CHAINS = """
@@ -314,52 +271,26 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_other_bootstraps_that_chain_are_run_once_and_torch_is_patched(order, folder):
+def test_other_bootstraps_that_chain_are_run_once_and_torch_is_patched(order, folder, python):
     for name in ("tracer", "last"):
         (folder / name).mkdir()
     (folder / "tracer/sitecustomize.py").write_text(CHAINS.format(name="tracer"))
     (folder / "last/sitecustomize.py").write_text("print('last')")
+    # What lies beside a script is the script's.
+    (folder / "fastclip.py").write_text("raise ImportError('of the script')")
     theirs = folder / "tracer"
     path = [*([theirs, SITE] if order == "before" else [SITE, theirs]), folder / "last", ROOT]
-    ran = python(folder, "train.py", "here", PYTHONPATH=os.pathsep.join(map(str, path)))
+    ran = python("train.py", "here", PYTHONPATH=os.pathsep.join(map(str, path)))
     assert ran.stderr == ""
-    assert [line for line in ran.stdout.splitlines() if line[0] != "["] == [
-        "tracer",
-        "last",
-        "torch.float32",
-    ]
+    tracer, last, _, how, dtype = ran.stdout.splitlines()
+    assert (tracer, last, dtype) == ("tracer", "last", "torch.float32")
+    assert json.loads(how)[3] is True
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_ranks_of_torchrun_are_patched_and_one_speaks(folder):
+def test_ranks_of_torchrun_are_patched_and_one_speaks(python):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    ran = python(folder, *launch, "-m", "fastclip", "run", "--stats", "train.py", "here")
+    ran = python(*launch, "-m", "fastclip", "run", "--stats", "train.py", "here")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("torch.float32") == 2
     assert ran.stderr.count("fastclip run: clip_grad_norm_ 1 times") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ([], "expected a script, -m and a module, or -c and code"),
-        (["--"], "expected a script, -m and a module, or -c and code"),
-        (["--stats"], "expected a script, -m and a module, or -c and code"),
-        (["--all", "train.py"], "unrecognized arguments: --all"),
-        (["--plot", "no/such/a.png", "train.py"], "argument --plot: cannot write"),
-        (["--plot"], "argument --plot: expected one argument"),
-    ],
-)
-def test_a_bad_option_is_named(options, told, capsys):
-    if "no/such/a.png" in options:
-        pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit) as stop:
-        main(["run", *options])
-    assert stop.value.code == 2
-    assert told in capsys.readouterr().err
-
-
-def test_what_python_cannot_run_it_says(folder):
-    ran = python(folder, "-m", "fastclip", "run", "nosuch.py")
-    assert "can't open file" in ran.stderr
-    assert ran.returncode == 2

@@ -34,14 +34,11 @@ def drop_in() -> Tensor:
 
 def per_tensor() -> dict[str, int]:
     model = fresh()
-    norms: Tensor = fastclip.clip_grad_norms_(model.parameters(), norms_limit(model), norm_type=1)
+    limit: Tensor = fastclip.get_total_norm(p.detach() for p in model.parameters())
+    norms: Tensor = fastclip.clip_grad_norms_(model.parameters(), limit, norm_type=1)
     fastclip.clip_grad_agc_(model.parameters(), clip_factor=0.02)
     fastclip.normalize_grad_(model.parameters(), norm=float(norms.max()))
     return fastclip.find_nonfinite(model)
-
-
-def norms_limit(model: nn.Module) -> Tensor:
-    return fastclip.get_total_norm(p.detach() for p in model.parameters())
 
 
 def rules() -> None:
@@ -65,8 +62,7 @@ def groups(path: str | None = None) -> float:
     clipper = GradClipper(groups=own, norm_type="inf", nonfinite="error")
     norms: Tensor = clipper.clip_(grad_scale=0.5)
     clipper.max_norm["first"] = 0.5
-    state = clipper.state_dict()
-    clipper.load_state_dict(state)
+    clipper.load_state_dict(clipper.state_dict())
     if path is not None:
         clipper.plot(path)
     print(clipper.stats(), clipper.last(), clipper.names)
@@ -75,21 +71,25 @@ def groups(path: str | None = None) -> float:
 
 def in_the_step() -> Tensor:
     model = fresh()
+    loss = model(torch.ones(2, 4, device="cpu")).sum()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu")
     with NormAccumulator(model, norm_type=2) as norms:
         with norms.pause():
-            scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
-        scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
+            scaler.scale(loss).backward(retain_graph=True)
+        scaler.scale(loss).backward(retain_graph=True)
         fastclip.clipped_step(optimizer, 1.0, scaler, measured=norms)
-        scaler.update()
-        scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
-        fastclip.unscale_and_clip_([optimizer], ZClip(), scaler, norm_type=2)
-        scaler.step(optimizer)
-        scaler.update()
         norms.forget()
-        total_norm: Tensor = norms.clip_(1.0)
-    return total_norm
+        return norms.clip_(1.0)
+
+
+def unscaled() -> None:
+    model = fresh()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
+    fastclip.unscale_and_clip_([optimizer], ZClip(), scaler, norm_type=2)
+    scaler.step(optimizer)
 
 
 def main() -> None:
@@ -100,7 +100,4 @@ def main() -> None:
     rules()
     groups()
     in_the_step()
-
-
-if __name__ == "__main__":
-    main()
+    unscaled()

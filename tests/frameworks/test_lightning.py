@@ -21,11 +21,11 @@ from fastclip.integrations.lightning import GradClip  # noqa: E402
 
 
 class Module(LightningModule):
-    def __init__(self, fused: bool = False, lr: float = 0.1) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 1)
-        self.fused, self.lr = fused, lr
+        self.fused = fused
         self.losses: list[float] = []
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Module(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, fused=self.fused)
+        return torch.optim.SGD(self.parameters(), lr=0.1, fused=self.fused)
 
 
 def data(batches: int = 40) -> torch.utils.data.DataLoader:
@@ -44,23 +44,25 @@ def data(batches: int = 40) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(values, batch_size=16)
 
 
-def trainer(steps: int, **how: Any) -> Trainer:
+def trainer(steps: int, *callbacks: Callback, **how: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": -1}
-    return Trainer(max_steps=steps, **{**quiet, **how})
+    return Trainer(max_steps=steps, callbacks=[*callbacks], **{**quiet, **how})
+
+
+def fitted(steps: int, *callbacks: Callback, fused: bool = False, **how: Any) -> Module:
+    module = Module(fused)
+    trainer(steps, *callbacks, **how).fit(module, data())
+    return module
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_trainer(precision, algorithm):
-    def train(steps: int) -> list[float]:
-        how = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": algorithm}
-        module = Module()
-        trainer(steps, precision=precision, **how).fit(module, data())
-        return module.losses
-
+    how = {"precision": precision, "gradient_clip_algorithm": algorithm, "gradient_clip_val": 0.5}
     # torch's norm of bf16 gradients is rounded to bf16, ours is not.
-    counted = check_reached(train, rtol=2e-2 if precision == "bf16-true" else 1e-5)
+    rtol = 2e-2 if precision == "bf16-true" else 1e-5
+    counted = check_reached(lambda steps: fitted(steps, **how).losses, rtol=rtol)
     if algorithm == "norm":
         check_clipped(counted)
 
@@ -81,19 +83,16 @@ def test_fabric():
 
 
 def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
-    theirs, ours = Module(), Module()
-    trainer(20, gradient_clip_val=0.5).fit(theirs, data())
-    clip = GradClip(0.5)
-    logger = CSVLogger(tmp_path, name="")
-    trainer(20, callbacks=[clip], logger=logger, log_every_n_steps=1).fit(ours, data())
+    clip, logger = GradClip(0.5), CSVLogger(tmp_path, name="")
+    ours = fitted(20, clip, logger=logger, log_every_n_steps=1)
+    theirs = fitted(20, gradient_clip_val=0.5)
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-5, atol=1e-7)
     stats = clip.clippers[0].stats()
     assert stats["steps"] == 20
     assert stats["clipped"] > 0
     header, *rows = next(tmp_path.glob("**/metrics.csv")).read_text().splitlines()
     column = header.split(",").index("grad_norm")
-    logged = [float(row.split(",")[column]) for row in rows]
-    assert logged == pytest.approx(stats["total_norm"])
+    assert [float(row.split(",")[column]) for row in rows] == pytest.approx(stats["total_norm"])
 
 
 def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
@@ -102,7 +101,7 @@ def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
     for _ in range(2):
         module = Module()
         for fits in (1, 2):
-            trainer(10, callbacks=[clip]).fit(module, data())
+            trainer(10, clip).fit(module, data())
             kept = clip.clippers[0].stats()
             assert kept["steps"] == int(rule.state_dict()["count"]) == 10 * fits
         runs.append((module.losses, kept))
@@ -112,24 +111,11 @@ def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
 def test_a_tensor_threshold_is_read_at_every_step():
     class Lower(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            max_norm.fill_(0.0)
+            max_norm.zero_()
 
-    max_norm, module = torch.tensor(math.inf), Module()
-    trainer(5, callbacks=[GradClip(max_norm), Lower()]).fit(module, data())
-    before = [p.clone() for p in module.parameters()]
-    trainer(2, callbacks=[GradClip(max_norm)]).fit(module, data())
-    assert all(map(torch.equal, before, module.parameters()))
-
-
-def test_what_it_cannot_clip_it_refuses():
-    with pytest.raises(ValueError, match=r"gradient_clip_val is set, and clips too"):
-        trainer(2, callbacks=[GradClip(1.0)], gradient_clip_val=1.0).fit(Module(), data())
-    clip = GradClip(1.0)
-    for strategy in (FSDPStrategy, DeepSpeedStrategy):
-        fake = trainer(2)
-        fake.strategy.__class__ = type("Fake", (strategy,), {"__init__": lambda self: None})
-        with pytest.raises(ValueError, match="hides which rank has which part"):
-            clip.on_train_start(fake, Module())
+    max_norm = torch.tensor(math.inf)
+    once, often = fitted(1), fitted(5, GradClip(max_norm), Lower())
+    assert all(map(torch.equal, once.parameters(), often.parameters()))
 
 
 def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):
@@ -139,15 +125,13 @@ def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):
             {"params": module.last, "max_norm": 1.0, "name": "last"},
         ]
 
-    whole = Module()
-    clip = GradClip(groups=groups)
-    trainer(20, callbacks=[clip]).fit(whole, data(1))
-    half = Module()
-    first = trainer(10, callbacks=[GradClip(groups=groups)])
+    whole, half, rest = (Module() for _ in range(3))
+    clip, resumed = GradClip(groups=groups), GradClip(groups=groups)
+    trainer(20, clip).fit(whole, data(1))
+    first = trainer(10, GradClip(groups=groups))
     first.fit(half, data(1))
     first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, rest = GradClip(groups=groups), Module()
-    trainer(20, callbacks=[resumed]).fit(rest, data(1), ckpt_path=tmp_path / "half.ckpt")
+    trainer(20, resumed).fit(rest, data(1), ckpt_path=tmp_path / "half.ckpt")
     assert half.losses + rest.losses == pytest.approx(whole.losses, rel=1e-5)
     assert resumed.clippers[0].stats()["first"]["steps"] == 20
     assert clip.clippers[0].stats() == resumed.clippers[0].stats()
@@ -174,18 +158,25 @@ class Two(Module):
 
 def test_each_optimizer_is_clipped_by_itself():
     clip = GradClip(0.5)
-    trainer(40, callbacks=[clip]).fit(Two(), data())
+    trainer(40, clip).fit(Two(), data())
     first, last = (c.stats()["total_norm"] for c in clip.clippers)
     assert len(first) == len(last) == 20
     assert first != last
     with pytest.raises(ValueError, match="groups: expected one optimizer"):
-        trainer(2, callbacks=[GradClip(groups=lambda module: [])]).fit(Two(), data())
+        trainer(2, GradClip(groups=lambda module: [])).fit(Two(), data())
 
 
-def test_bad_arguments_are_named():
+def test_what_it_cannot_clip_it_refuses():
     for wrong in ({}, {"max_norm": 1.0, "groups": lambda module: []}):
         with pytest.raises(TypeError, match="max_norm, groups: expected one of the two"):
             GradClip(**wrong)
+    with pytest.raises(ValueError, match=r"gradient_clip_val is set, and clips too"):
+        fitted(2, GradClip(1.0), gradient_clip_val=1.0)
+    for strategy in (FSDPStrategy, DeepSpeedStrategy):
+        fake = trainer(2)
+        fake.strategy.__class__ = type("Fake", (strategy,), {"__init__": lambda self: None})
+        with pytest.raises(ValueError, match="hides which rank has which part"):
+            GradClip(1.0).on_train_start(fake, Module())
 
 
 class ClippedStep(MixedPrecision):
@@ -199,19 +190,17 @@ class ClippedStep(MixedPrecision):
 
 
 def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
-    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    def half(*callbacks: Callback, **how: Any) -> list[float]:
+        return fitted(20, *callbacks, plugins=[MixedPrecision("16-mixed", "cpu")], **how).losses
+
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
-        trainer(2, **half, gradient_clip_val=1.0).fit(Module(fused=True), data())
+        half(fused=True, gradient_clip_val=1.0)
     with pytest.raises(RuntimeError, match="are divided in its step"):
-        trainer(2, **half, callbacks=[GradClip(1.0)]).fit(Module(fused=True), data())
+        half(GradClip(1.0), fused=True)
     plugin = ClippedStep("16-mixed", "cpu")
-    fused, plain, called = Module(fused=True), Module(), Module()
-    trainer(20, plugins=[plugin]).fit(fused, data())
-    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
-    trainer(20, **half, gradient_clip_val=1.0).fit(plain, data())
-    half = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
-    trainer(20, **half, callbacks=[GradClip(1.0)]).fit(called, data())
-    assert fused.losses == pytest.approx(plain.losses, rel=1e-3)
-    assert called.losses == pytest.approx(plain.losses, rel=1e-3)
-    assert math.isfinite(fused.losses[-1])
+    fused = fitted(20, fused=True, plugins=[plugin]).losses
+    plain = half(gradient_clip_val=1.0)
+    assert fused == pytest.approx(plain, rel=1e-3)
+    assert half(GradClip(1.0)) == pytest.approx(plain, rel=1e-3)
+    assert math.isfinite(fused[-1])
     assert plugin.scaler.get_scale() > 1
