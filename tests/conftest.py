@@ -220,3 +220,10 @@ def awkward(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Sizes round every border of the kernels: lanes, buffers, tiles; 0-d and empty; any order."""
     sizes = [(), (0,), (1,), (31,), (32,), (33,), (127, 3), (2048,), (2049,), (16383,), (16385, 2)]
     return [(torch.randn(size) * (1 + i)).to(dtype).to(device) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture(params=["walk", "python"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both readers of gradients: the C++ walk, if it is built, and Python."""
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
