@@ -19,6 +19,15 @@ ROOT = Path(__file__).parent.parent
 HALF = [torch.float16, torch.bfloat16]
 
 
+def layered(dtype, device):
+    """Rows of memory and none: transposed, channels last, with gaps, empty, longer than a tile."""
+    images = torch.randn(6, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    made = [torch.randn(4, 7), torch.randn(33), images, torch.randn(9, 0), torch.randn(0, 3)]
+    made += [torch.randn(5, 8).t(), torch.randn(6, 10)[:, ::2], torch.randn(3, 40000)]
+    made.append(torch.ones(()))
+    return [(t * (1 + i)).to(device=device, dtype=dtype) for i, t in enumerate(made)]
+
+
 def equal(value):
     return lambda dtype, device: [torch.full((50_000,), value, dtype=dtype, device=device)]
 
@@ -26,27 +35,59 @@ def equal(value):
 LISTS = {
     "awkward": awkward,
     "reversed": lambda dtype, device: awkward(dtype, device)[::-1],
-    "mixed": lambda dtype, device: [
-        t for d in (torch.bfloat16, torch.float32, torch.float16, dtype) for t in awkward(d, device)
-    ],
-    "many": lambda dtype, device: [*torch.randn(5_000, 7).to(dtype).to(device)],
-    "equal to 0.1": equal(0.1),
-    "equal to 1/3": equal(1 / 3),
-    "equal to 1": equal(1.0),
+    "mixed": lambda dtype, device: [t for d in (*HALF, dtype) for t in awkward(d, device)],
+    # More tiles than there can be spans: a span holds several tensors, all of one group.
+    "many": lambda dtype, device: [*torch.randn(5_000, 3).to(dtype).to(device)],
+    "dense": lambda dtype, device: layered(dtype, device)[:5],
+    "any layout": layered,
 }
+EQUAL = {str(value): equal(value) for value in (0.1, 1 / 3, 1.0)}
+UNITS = ["all", "one group", "groups", "each", "row"]
+
+
+def told(tensors, by):
+    """Tensors, how an op is told which of their elements belong together, and these elements."""
+    if by == "row":
+        tensors = [t for t in tensors if t.dim() < 2 or len(t) < 1000]
+        rows = [[r] for t in tensors for r in (t.unbind() if t.dim() > 1 else [t])]
+        return tensors, (None, True), rows
+    if by == "all":
+        return tensors, (None, False), [tensors]
+    count = 7 if by == "groups" else 1
+    # Every other group is empty.
+    group = [i if by == "each" else i // 3 % count * 2 for i in range(len(tensors))]
+    lists = [[] for _ in range(max(group) + 1)]
+    for tensor, slot in zip(tensors, group, strict=True):
+        lists[slot].append(tensor)
+    return tensors, (None if by == "each" else group, False), lists
 
 
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("made", LISTS.values(), ids=LISTS)
-def test_norm_matches_the_oracle(ops, device, dtype, p, made):
-    tensors = made(dtype, device)
-    norm, wide = ops.norm(tensors, p), ops.norm(tensors, p, True)
-    assert norm.shape == wide.shape == ()
-    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+@pytest.mark.parametrize("made", [*LISTS.values(), *EQUAL.values()], ids=[*LISTS, *EQUAL])
+@pytest.mark.parametrize("by", UNITS)
+def test_norms_match_the_oracle(ops, device, dtype, p, made, by):
+    tensors, (group, by_row), lists = told(made(dtype, device), by)
+    if by == "all":
+        norms, wide = (ops.norm(tensors, p, is_wide) for is_wide in (False, True))
+        assert norms.shape == wide.shape == ()
+        norms, wide = norms[None], wide[None]
+    else:
+        norms, wide = (ops.norms(tensors, p, group, is_wide, by_row) for is_wide in (False, True))
+    assert norms.shape == (len(lists),)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert wide.dtype == widest(torch.device(device))
-    assert norm.device.type == device
-    assert ulps(norm, oracle(tensors, p)) <= 2
-    assert torch.equal(wide.to(norm.dtype), norm)
+    assert norms.device.type == device
+    assert torch.equal(wide.to(norms.dtype), norms)
+    for norm, some in zip(norms.cpu(), lists, strict=True):
+        assert ulps(norm, oracle(some, p)) <= 2
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_the_norm_of_one_group_is_the_norm(ops, device, dtype, p):
+    tensors = awkward(dtype, device)
+    (norm,), expected = ops.norms(tensors, p, [0] * len(tensors)), ops.norm(tensors, p)
+    # The default sums in another order.
+    assert ulps(norm, float(expected)) <= (ops is reference)
 
 
 @pytest.mark.parametrize("shape", [(5,), (512,), (513,), (40_000,), (1, 700), (5, 4)])
@@ -113,96 +154,32 @@ def test_nothing_has_a_norm_of_zero_on_the_cpu_and_no_norms(ops):
             assert ops.norms([], 2.0, group, wide).shape == (0,)
 
 
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("group", [None, [0] * 11, [1, 0, 3, 3, 0, 1, 1, 5, 0, 3, 5]])
-def test_norms_are_the_norms_of_their_groups(ops, device, dtype, p, group):
-    tensors = awkward(dtype, device)
-    slots = range(len(tensors)) if group is None else group
-    norms = ops.norms(tensors, p, group)
-    wide = ops.norms(tensors, p, group, True)
-    assert norms.shape == (max(slots) + 1,)
-    assert wide.dtype == widest(torch.device(device))
-    assert torch.equal(wide.to(norms.dtype), norms)
-    for g, norm in enumerate(norms):
-        members = [t for t, slot in zip(tensors, slots, strict=True) if slot == g]
-        assert ulps(norm, oracle(members, p)) <= 2
-        # The default sums in another order, and stands in for kernels of other orders.
-        if len(members) == len(tensors) and p in (1, 2, math.inf):
-            assert ulps(norm, float(ops.norm(tensors, p))) <= (ops is reference)
-
-
 def test_wide_norms_on_the_cpu_are_exact_to_float64(ops, dtype):
     tensors = awkward(dtype)
     (norm,) = ops.norms(tensors, 2.0, [0] * len(tensors), True)
     assert float(norm) == pytest.approx(oracle(tensors, 2.0), rel=precision(ops, 1e-14))
 
 
-def test_groups_of_many_tensors_are_kept_apart(ops, device):
-    # More tiles than there can be spans: a span holds several tensors, all of one group.
-    count = 5000
-    tensors = list(torch.randn(count, 3, device=device).unbind())
-    group = torch.arange(count, device=device) // 3 % 7
-    each = torch.stack(tensors).cpu().double().norm(dim=1)
-    torch.testing.assert_close(ops.norms(tensors, 2.0).cpu().double(), each, rtol=1e-6, atol=0)
-    squares = torch.zeros(7).double().index_add_(0, group.cpu(), each.square())
-    found = ops.norms(tensors, 2.0, group.tolist()).cpu().double()
-    torch.testing.assert_close(found, squares.sqrt(), rtol=1e-6, atol=0)
-    before = torch.stack(tensors)
-    coef = torch.arange(count, device=device) / count
-    ops.scale_(tensors, coef)
-    ops.scale_(tensors, coef[-7:], group.tolist())
-    assert torch.equal(torch.stack(tensors), before * coef[:, None] * coef[-7:][group][:, None])
+COEFS = [0.3, 0.0, -0.0, 1.0, 1e-5, 3.0, -1.0, math.nan]
 
 
-@pytest.mark.parametrize("coef", [0.3, 0.0, -0.0, 1.0, 1e-5, 3.0, -1.0, math.nan])
-def test_scale_rounds_once(ops, device, dtype, coef):
-    tensors = awkward(dtype, device)
-    tensors[4].fill_(math.nan)
-    wide = torch.promote_types(dtype, torch.float32)
-    number = torch.tensor(coef, dtype=widest(torch.device(device)), device=device)
-    expected = [(t.to(wide) * number.to(wide)).to(dtype) for t in tensors]
-    if str(coef) == "-0.0":  # zeros, whatever the elements are
-        expected = [torch.zeros_like(t) for t in tensors]
-    ops.scale_(tensors, number)
-    for now, then in zip(tensors, expected, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
-
-
-def layered(dtype, device):
-    """Rows of memory and none: transposed, channels last, with gaps, empty, longer than a tile."""
-    images = torch.randn(6, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    made = [torch.randn(4, 7), torch.randn(33), images, torch.randn(9, 0), torch.randn(0, 3)]
-    made += [torch.randn(5, 8).t(), torch.randn(6, 10)[:, ::2], torch.randn(3, 40000)]
-    made.append(torch.ones(()))
-    return [(t * (1 + i)).to(device=device, dtype=dtype) for i, t in enumerate(made)]
-
-
-def rows_of(tensors):
-    return [r for t in tensors for r in (t.unbind() if t.dim() > 1 else [t])]
-
-
-@pytest.mark.parametrize("last", [5, 9], ids=["dense", "any"])
-@pytest.mark.parametrize("p", ORDERS)
-def test_norms_of_rows_are_the_norms_of_slices(ops, device, dtype, p, last):
-    tensors = layered(dtype, device)[:last]
-    norms = ops.norms(tensors, p, None, False, True)
-    assert len(norms) == len(rows_of(tensors))
-    for norm, row in zip(norms, rows_of(tensors), strict=True):
-        assert ulps(norm, oracle([row], p)) <= 2
-
-
-@pytest.mark.parametrize("last", [5, 9], ids=["dense", "any"])
-def test_rows_are_scaled_by_their_own_coefficients(ops, device, dtype, last):
-    tensors = layered(dtype, device)[:last]
-    rows = rows_of(tensors)
-    coefs = torch.rand(len(rows), device=device)
-    coefs[0], coefs[1], coefs[2], coefs[5] = 1, -0.0, 2, math.nan
-    wide = torch.promote_types(dtype, torch.float32)
-    expected = [(row.to(wide) * c.to(wide)).to(dtype) for row, c in zip(rows, coefs, strict=True)]
-    expected[1] = torch.zeros_like(expected[1])
-    ops.scale_(tensors, coefs, None, True)
-    for row, value in zip(rows_of(tensors), expected, strict=True):
-        torch.testing.assert_close(row, value, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("first", range(len(COEFS)))
+@pytest.mark.parametrize("made", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("by", UNITS)
+def test_scale_rounds_once(ops, device, dtype, made, by, first):
+    tensors, how, lists = told(made(dtype, device), by)
+    tensors[3].fill_(math.nan)
+    before = [[t.cpu().clone() for t in some] for some in lists]
+    coefs = torch.tensor([*COEFS[first:], *COEFS[:first]] * len(lists))[: len(lists)]
+    coefs = coefs.to(widest(torch.device(device)))
+    ops.scale_(tensors, (coefs[0] if by == "all" else coefs).to(device), *how)
+    for some, then, coef in zip(lists, before, coefs, strict=True):
+        for now, old in zip(some, then, strict=True):
+            wide = torch.promote_types(old.dtype, torch.float32)
+            expected = (old.to(wide) * coef.to(wide)).to(old.dtype)
+            if coef == 0 and coef.signbit():  # zeros, whatever the elements are
+                expected = torch.zeros_like(old)
+            torch.testing.assert_close(now.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("by_row", [False, True], ids=["tensors", "rows"])
