@@ -1,5 +1,6 @@
 """The five ops against a float64 oracle, on awkward lists, and the laws they keep."""
 
+import itertools
 import math
 import signal
 import subprocess
@@ -53,9 +54,9 @@ def told(tensors, by):
         return tensors, (None, True), rows
     if by == "all":
         return tensors, (None, False), [tensors]
-    count = 7 if by == "groups" else 1
-    # Every other group is empty.
-    group = [i if by == "each" else i // 3 % count * 2 for i in range(len(tensors))]
+    # In no order, and without a group 2 or 4.
+    slots = {"each": range(len(tensors)), "groups": [1, 0, 3, 3, 0, 1, 1, 5, 0, 3, 5]}
+    group = [slot for slot, _ in zip(itertools.cycle(slots.get(by, [0])), tensors, strict=False)]
     lists = [[] for _ in range(max(group) + 1)]
     for tensor, slot in zip(tensors, group, strict=True):
         lists[slot].append(tensor)
