@@ -38,7 +38,7 @@ LISTS = {
     "reversed": lambda dtype, device: awkward(dtype, device)[::-1],
     "mixed": lambda dtype, device: [t for d in (*HALF, dtype) for t in awkward(d, device)],
     # More tiles than there can be spans: a span holds several tensors, all of one group.
-    "many": lambda dtype, device: [*torch.randn(5_000, 3).to(dtype).to(device)],
+    "many": lambda dtype, device: [*torch.randn(2_100, 3).to(dtype).to(device)],
     "dense": lambda dtype, device: layered(dtype, device)[:5],
     "any layout": layered,
 }
@@ -65,8 +65,13 @@ def told(tensors, by):
 
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("made", [*LISTS.values(), *EQUAL.values()], ids=[*LISTS, *EQUAL])
-@pytest.mark.parametrize("by", UNITS)
-def test_norms_match_the_oracle(ops, device, dtype, p, made, by):
+def test_norms_match_the_oracle(ops, device, dtype, p, made):
+    # Each way with all that is paired here.
+    for by in UNITS:
+        check_norms(ops, device, dtype, p, made, by)
+
+
+def check_norms(ops, device, dtype, p, made, by):
     tensors, (group, by_row), lists = told(made(dtype, device), by)
     if by == "all":
         norms, wide = (ops.norm(tensors, p, is_wide) for is_wide in (False, True))
@@ -166,8 +171,12 @@ COEFS = [0.3, 0.0, -0.0, 1.0, 1e-5, 3.0, -1.0, math.nan]
 
 @pytest.mark.parametrize("first", range(len(COEFS)))
 @pytest.mark.parametrize("made", LISTS.values(), ids=LISTS)
-@pytest.mark.parametrize("by", UNITS)
-def test_scale_rounds_once(ops, device, dtype, made, by, first):
+def test_scale_rounds_once(ops, device, dtype, made, first):
+    for by in UNITS:
+        check_scale(ops, device, dtype, made, by, first)
+
+
+def check_scale(ops, device, dtype, made, by, first):
     tensors, how, lists = told(made(dtype, device), by)
     tensors[3].fill_(math.nan)
     before = [[t.cpu().clone() for t in some] for some in lists]
