@@ -26,6 +26,12 @@ class Recorder:
 def fresh_gradients(made, scale=1.0):
     for parameter in made:
         parameter.grad = torch.randn_like(parameter) * scale
+    return parameters([p.grad for p in made])
+
+
+def assert_same(made, expected):
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -33,51 +39,24 @@ def _clean_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("backend", ["recorder", "aot_eager", "inductor"])
-def test_compiled_clip_is_the_eager_clip(backend):
-    made = parameters([torch.zeros(5), torch.zeros(3, 4)])
-    recorder = Recorder()
-    compiled = torch.compile(
-        lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
-        fullgraph=True,
-        backend=recorder if backend == "recorder" else backend,
-    )
-    for step in range(4):
-        fresh_gradients(made, scale=0.01 if step == 3 else 1.0)
-        expected = parameters([p.grad for p in made])
-        held = [p.grad for p in made]
-        norm = fastclip.clip_grad_norm_(expected, 1.0)
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            assert torch.equal(compiled(made), norm)
-        assert all(p.grad is g for p, g in zip(made, held, strict=True))
-        assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
-    if backend == "recorder":
-        assert [fastclip_nodes(g) for g in recorder.graphs] == [["fastclip.clip_norm_"]]
+DYNAMIC = {
+    "norm": lambda ps: fastclip.clip_grad_norm_(ps, 0.1),
+    "value": lambda ps: fastclip.clip_grad_value_(ps, 0.1),
+    "total": lambda ps: fastclip.get_total_norm([p.grad for p in ps]),
+}
 
 
-@pytest.mark.parametrize("call", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"])
+@pytest.mark.parametrize("call", DYNAMIC.values(), ids=DYNAMIC)
 def test_dynamic_graphs_are_whole(call):
     module = torch.nn.Linear(4, 3)
-    clip = torch.compile(
-        lambda: (
-            getattr(fastclip, call)(list(module.parameters()), 0.1)
-            if call != "get_total_norm"
-            else fastclip.get_total_norm([p.grad for p in module.parameters()])
-        ),
-        backend="aot_eager",
-        fullgraph=True,
-        dynamic=True,
-    )
+    whole = {"backend": "aot_eager", "fullgraph": True, "dynamic": True}
+    compiled = torch.compile(lambda: call(list(module.parameters())), **whole)
     for size in (4, 5, 6):
         module.zero_grad()
         module(torch.randn(size, 4)).square().sum().backward()
-        grads = torch.cat([p.grad.flatten() for p in module.parameters()]).double()
-        norm = clip()
-        now = torch.cat([p.grad.flatten() for p in module.parameters()]).double()
-        if call == "clip_grad_value_":
-            torch.testing.assert_close(now, grads.clamp(-0.1, 0.1))
-        else:
-            assert float(norm) == pytest.approx(float(grads.norm()), rel=1e-6)
+        eager = parameters([p.grad for p in module.parameters()])
+        torch.testing.assert_close(compiled(), call(eager), rtol=1e-6, atol=0)
+        assert_same(list(module.parameters()), eager)
 
 
 NUMBERS = {
@@ -99,14 +78,13 @@ def test_a_number_that_changes_is_compiled_at_most_twice_more(call, backend):
     made = parameters([torch.randn(5), torch.randn(3, 4)])
     compiled = torch.compile(call, backend=backend, fullgraph=True)
     for step in range(12):
-        fresh_gradients(made)
-        expected = parameters([p.grad for p in made])
-        number = 0.11 * (step + 1)
-        call(expected, number)
+        expected = fresh_gradients(made, scale=0.01 if step == 9 else 1.0)
+        held, number = [p.grad for p in made], 0.11 * (step + 1)
+        norms = call(expected, number)
         with torch._dynamo.config.patch(error_on_recompile=step > 2):
-            compiled(made, number)
-        for one, other in zip(made, expected, strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+            torch.testing.assert_close(compiled(made, number), norms, rtol=1e-6, atol=0)
+        assert all(p.grad is g for p, g in zip(made, held, strict=True))
+        assert_same(made, expected)
 
 
 def test_compiled_clip_is_reinplaced():
@@ -120,7 +98,7 @@ def test_compiled_clip_is_reinplaced():
     assert "clone" not in code[0].split("def call")[1]
 
 
-def test_other_functions_compile():
+def test_each_function_is_one_op_of_one_graph():
     made = parameters([torch.zeros(5), torch.zeros(3, 4)])
 
     def step(ps, threshold):
@@ -129,13 +107,14 @@ def test_other_functions_compile():
         fastclip.clip_grads_with_norm_(ps, 0.7, norm)
         return norm, fastclip.clip_grad_norm_(ps, threshold, "inf")
 
-    recorder = Recorder()
-    fresh_gradients(made)
-    expected = parameters([p.grad for p in made])
-    threshold = torch.tensor(0.01)
-    results = torch.compile(step, fullgraph=True, backend=recorder)(made, threshold)
-    assert all(map(torch.equal, results, step(expected, threshold)))
-    assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
+    recorder, threshold = Recorder(), torch.tensor(0.01)
+    compiled = torch.compile(step, fullgraph=True, backend=recorder)
+    for first in (True, False):
+        expected = fresh_gradients(made)
+        with torch._dynamo.config.patch(error_on_recompile=not first):
+            results = compiled(made, threshold)
+        assert all(map(torch.equal, results, step(expected, threshold)))
+        assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
     assert [fastclip_nodes(g) for g in recorder.graphs] == [
         [f"fastclip.{name}" for name in ("clamp_", "norm", "scale_", "clip_norm_")]
     ]

@@ -1,11 +1,11 @@
-"""The contract row by row: what torch does and what fastclip promises, side by side."""
+"""The contract row by row: what fastclip promises, beside torch where torch promises the same."""
 
-import decimal
-import fractions
 import itertools
 import math
 import random
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,11 +15,9 @@ from torch.nn import utils
 
 import fastclip
 from fastclip import _ops
-from fastclip._gradients import local, reading
+from fastclip._gradients import reading
 
 HUGE = 1e30
-# What torch does wrong was seen on 2.13; a later torch may have mended it.
-SEEN = torch.__version__.startswith("2.13.")
 
 
 def clipped(function, grads, *args, **kwargs):
@@ -34,13 +32,6 @@ def same(ours, theirs) -> bool:
         torch.allclose(a.to_dense(), b.to_dense(), rtol=2e-6, atol=0, equal_nan=True)
         for a, b in zip(ours, theirs, strict=True)
     )
-
-
-@pytest.fixture(params=["walk", "python"])
-def path(request, monkeypatch):
-    """Both readers of gradients: the C++ walk, if it is built, and Python."""
-    if request.param == "python":
-        monkeypatch.setattr(_ops, "extension", None)
 
 
 @pytest.mark.usefixtures("path")
@@ -60,25 +51,14 @@ class TestNorm:
             assert same(ours, clipped(utils.clip_grad_norm_, grads, max_norm)[1])
 
     def test_nothing_to_clip_writes_nothing(self, device):
-        # torch multiplies by 1.0, which turns a signalling NaN quiet: a write that shows.
+        # A product by 1.0, as torch's, turns a signalling NaN quiet: a write that shows.
         signalling = torch.tensor([0x7F800001], dtype=torch.int32, device=device)
-        grad = signalling.view(torch.float32)
-        made = parameters([torch.ones(3, device=device)])
-        extra = torch.nn.Parameter(torch.zeros(1, device=device))
-        extra.grad = grad
-        fastclip.clip_grads_with_norm_([*made, extra], 10.0, torch.tensor(2.0, device=device))
+        parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+        parameter.grad = signalling.view(torch.float32)
+        fastclip.clip_grads_with_norm_([parameter], 10.0, torch.tensor(2.0, device=device))
         assert signalling.item() == 0x7F800001
-        if SEEN and device == "cpu":
-            utils.clip_grads_with_norm_([extra], 10.0, torch.tensor(2.0))
-            assert signalling.item() != 0x7F800001
-
-    def test_returned_dtype_is_float32_or_float64(self, device):
-        half = torch.ones(3, dtype=torch.bfloat16, device=device)
-        wide = torch.ones(3, dtype=torch.float64, device=device)
-        if SEEN:
-            assert clipped(utils.clip_grad_norm_, [half], 1.0)[0].dtype == torch.bfloat16
-        assert clipped(fastclip.clip_grad_norm_, [half], 1.0)[0].dtype == torch.float32
-        assert clipped(fastclip.clip_grad_norm_, [half, wide], 1.0)[0].dtype == torch.float64
+        fastclip.clip_grads_with_norm_([parameter], 1.0, torch.tensor(2.0, device=device))
+        assert signalling.item() != 0x7F800001
 
     @pytest.mark.parametrize(
         ("dtype", "count", "value"),
@@ -87,10 +67,6 @@ class TestNorm:
     )
     def test_finite_gradients_have_a_finite_norm(self, device, dtype, count, value):
         grads = [torch.full((count,), value, dtype=dtype, device=device)]
-        if SEEN:
-            norm, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
-            assert norm.item() == math.inf
-            assert theirs[0].abs().max() == 0
         norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
         assert ulps(norm, oracle(grads, 2.0)) <= 2
         after = fastclip.get_total_norm(ours).item()
@@ -98,8 +74,6 @@ class TestNorm:
 
     def test_fp64_squares_overflow_as_torchs_but_on_the_cpu(self, device):
         grads = [torch.full((3,), 2e200, dtype=torch.float64, device=device)]
-        if SEEN:
-            assert clipped(utils.clip_grad_norm_, grads, 1.0)[0].item() == math.inf
         norm, (ours,) = clipped(fastclip.clip_grad_norm_, grads, 1.0)
         if device == "cpu":
             assert norm.item() == pytest.approx(3**0.5 * 2e200, rel=1e-15)
@@ -132,18 +106,9 @@ class TestNorm:
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite"
         )
 
-    def test_error_if_nonfinite_clips_finite_gradients(self, device):
-        grads = [torch.ones(5, device=device)]
-        ours = clipped(fastclip.clip_grad_norm_, grads, 1.0, error_if_nonfinite=True)
-        plain = clipped(fastclip.clip_grad_norm_, grads, 1.0)
-        assert torch.equal(ours[0], plain[0])
-        assert torch.equal(ours[1][0], plain[1][0])
-
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     def test_infinite_threshold_only_measures(self, device, as_tensor):
         grads = [torch.tensor([1.0, math.inf, 2.0], device=device)]
-        if SEEN:
-            assert clipped(utils.clip_grad_norm_, grads, math.inf)[1][0].isnan().all()
         max_norm = torch.tensor(math.inf, device=device) if as_tensor else math.inf
         norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
         assert norm.item() == math.inf
@@ -152,19 +117,12 @@ class TestNorm:
     @pytest.mark.parametrize("max_norm", [-1.0, math.nan, -math.inf])
     def test_threshold_below_zero_raises(self, device, max_norm):
         grads = [torch.ones(3, device=device)]
-        if SEEN:
-            assert not same(clipped(utils.clip_grad_norm_, grads, max_norm)[1], grads)
         made = parameters(grads)
         with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
             fastclip.clip_grad_norm_(made, max_norm)
         with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
             fastclip.clip_grads_with_norm_(made, max_norm, torch.tensor(1.0))
         assert torch.equal(made[0].grad, grads[0])
-
-    def test_threshold_zero_gives_zeros(self, device):
-        grads = [torch.ones(3, device=device)]
-        for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
-            assert clipped(function, grads, 0.0)[1][0].abs().max() == 0
 
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     @pytest.mark.parametrize("max_norm", [0.0, -0.0, 1.0])
@@ -176,18 +134,8 @@ class TestNorm:
         fastclip.clip_grads_with_norm_(made, max_norm, total_norm)
         assert made[0].grad.isnan().all()
 
-    @pytest.mark.parametrize("max_norm", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(2)])
-    def test_threshold_tensor_equals_the_number(self, device, max_norm):
-        grads = [torch.ones(9, device=device)]
-        ours = clipped(fastclip.clip_grad_norm_, grads, max_norm.to(device))
-        number = clipped(fastclip.clip_grad_norm_, grads, max_norm.item())
-        assert torch.equal(ours[0], number[0])
-        assert torch.equal(ours[1][0], number[1][0])
-
     def test_same_parameter_twice_counts_once(self, device):
         (parameter,) = parameters([torch.tensor([3.0, 4.0], device=device)])
-        if SEEN:
-            assert utils.clip_grad_norm_([parameter] * 2, HUGE).item() == pytest.approx(50**0.5)
         assert fastclip.clip_grad_norm_([parameter] * 2, 1.0).item() == 5
         torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.6, 0.8]))
         fastclip.clip_grads_with_norm_([parameter] * 2, 0.5, torch.tensor(1.0, device=device))
@@ -206,18 +154,12 @@ class TestNorm:
             assert len(caught) == 1
             assert caught[0].filename == __file__
 
-    @pytest.mark.parametrize("norm_type", ["inf", math.inf, 1, 2, 3.5, "2"])
-    def test_order_and_container_may_be_anything_torch_takes(self, device, norm_type):
-        grads = [torch.randn(20, device=device), torch.randn(4, 5, device=device)]
-        expected = clipped(utils.clip_grad_norm_, grads, 0.5, norm_type)
-        for wrap in (list, tuple, iter, lambda ps: (p for p in ps), torch.nn.ParameterList):
-            made = parameters(grads)
-            norm = fastclip.clip_grad_norm_(wrap(made), 0.5, norm_type)
-            assert same([norm, *(p.grad for p in made)], [expected[0], *expected[1]])
-        single = parameters(grads[:1])[0]
-        expected = clipped(utils.clip_grad_norm_, grads[:1], 0.5, norm_type)
-        assert same([fastclip.clip_grad_norm_(single, 0.5, norm_type)], [expected[0]])
-        assert same([single.grad], expected[1])
+    @pytest.mark.parametrize("norm_type", ["inf", math.inf, 1, 2, 3.5, "2", 0, -1.0, -2.5, "-inf"])
+    def test_order_may_be_anything_torch_takes(self, device, norm_type):
+        grads = [torch.rand(20, device=device) + 0.5, torch.rand(4, 5, device=device) + 0.5]
+        theirs = clipped(utils.clip_grad_norm_, grads, 0.1, norm_type)
+        ours = clipped(fastclip.clip_grad_norm_, grads, 0.1, norm_type)
+        assert same([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
     @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
     def test_a_rule_clips_as_the_number_it_returns(self, device, norm_type):
@@ -232,78 +174,6 @@ class TestNorm:
     def test_zero_size_tensor_counts_as_zero(self, device, norm_type):
         grads = [torch.zeros(0, device=device)]
         assert clipped(fastclip.clip_grad_norm_, grads, 1.0, norm_type)[0].item() == 0
-        if SEEN and math.isinf(norm_type):
-            with pytest.raises(RuntimeError):
-                clipped(utils.clip_grad_norm_, grads, 1.0, norm_type)
-
-    @pytest.mark.parametrize("norm_type", [0.0, -1.0, -math.inf])
-    def test_orders_up_to_zero_have_torchs_values(self, device, norm_type):
-        grads = [torch.rand(20, device=device) + 1, torch.rand(3, device=device) + 1]
-        expected = clipped(utils.clip_grad_norm_, grads, 0.1, norm_type)
-        ours = clipped(fastclip.clip_grad_norm_, grads, 0.1, norm_type)
-        assert same([ours[0], *ours[1]], [expected[0], *expected[1]])
-
-    def test_mixed_dtypes_are_one_norm(self, device):
-        grads = [torch.randn(33).to(d).to(device) for d in (torch.float16, torch.float32)]
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 0.5)
-        assert ulps(norm, oracle(grads, 2.0)) <= 2
-        assert [g.dtype for g in ours] == [torch.float16, torch.float32]
-        assert fastclip.get_total_norm(ours).item() == pytest.approx(0.5, rel=1e-3)
-
-    def test_dense_layouts_keep_their_strides(self, device):
-        grads = [torch.randn(4, 6, device=device).t(), torch.randn(2, 3, 4, 5, device=device)]
-        grads[1] = grads[1].to(memory_format=torch.channels_last)
-        made = parameters(grads)
-        for parameter, grad in zip(made, grads, strict=True):
-            parameter.grad = grad.clone()
-        assert ulps(fastclip.clip_grad_norm_(made, 0.5), oracle(grads, 2.0)) <= 2
-        assert [p.grad.stride() for p in made] == [g.stride() for g in grads]
-
-    def test_tensor_with_gaps_is_clipped(self, device):
-        memory = torch.randn(10, 10, device=device)
-        before = memory.clone()
-        (parameter,) = parameters([memory[::2, ::3]])
-        parameter.grad = memory[::2, ::3]
-        norm = fastclip.clip_grad_norm_([parameter], 0.5)
-        assert ulps(norm, oracle([before[::2, ::3]], 2.0)) <= 2
-        torch.testing.assert_close(memory[::2, ::3], before[::2, ::3] * (0.5 / (norm + 1e-6)))
-        assert torch.equal(memory[1::2], before[1::2])
-
-    @pytest.mark.parametrize(
-        "grad",
-        [torch.ones(1).expand(3), torch.ones(4, 1).expand(4, 2)],
-        ids=["expanded", "expanded-2d"],
-    )
-    def test_elements_that_share_memory_raise(self, grad):
-        first, second = parameters([torch.ones(3), grad.clone()])
-        second.grad = grad
-        for call in (
-            lambda: fastclip.clip_grad_norm_([first, second], 0.1),
-            lambda: fastclip.clip_grad_value_([first, second], 0.1),
-            lambda: fastclip.clip_grads_with_norm_([first, second], 0.1, torch.tensor(9.0)),
-        ):
-            with pytest.raises(RuntimeError, match=r"single memory location.*parameters\[1\]"):
-                call()
-        assert torch.equal(first.grad, torch.ones(3))
-        assert (second.grad == 1).all()
-        assert ulps(fastclip.get_total_norm([grad]), oracle([grad], 2.0)) <= 2
-
-    @pytest.mark.parametrize(
-        ("size", "stride"),
-        [((2, 3), (3, 2)), ((3, 2, 2), (4, 6, 1)), ((2, 0, 1), (0, 1, 0)), ((0, 3), (1, 1))],
-        ids=["interleaved", "interleaved-3d", "empty", "empty-inside"],
-    )
-    def test_elements_that_only_lie_between_each_other_are_clipped(self, size, stride):
-        first, second = parameters([torch.ones(3), torch.zeros(size)])
-        memory = torch.arange(1.0, 21.0)
-        taken = torch.zeros(20, dtype=torch.bool).as_strided(size, stride)
-        second.grad, before = memory.as_strided(size, stride), memory.clone()
-        taken |= True
-        expected = oracle([first.grad, second.grad], 2.0)
-        assert ulps(fastclip.clip_grad_norm_([first, second], 1.0), expected) <= 2
-        taken = taken.as_strided((20,), (1,))
-        after = before.where(~taken, before / (expected + 1e-6))
-        torch.testing.assert_close(memory, after)
 
     def test_version_counters_are_bumped(self, device):
         made = parameters([torch.ones(3, device=device), torch.ones(4, device=device)])
@@ -311,13 +181,6 @@ class TestNorm:
             versions = [p.grad._version for p in made]
             fastclip.clip_grad_norm_(made, max_norm)
             assert all(p.grad._version > v for p, v in zip(made, versions, strict=True))
-
-    def test_same_call_twice_gives_the_same_bits(self, device, dtype):
-        grads = [torch.randn(40_000).to(dtype).to(device) for _ in range(3)]
-        runs = [clipped(fastclip.clip_grad_norm_, grads, 0.5) for _ in range(3)]
-        for norm, after in runs[1:]:
-            assert torch.equal(norm, runs[0][0])
-            assert all(torch.equal(a, b) for a, b in zip(after, runs[0][1], strict=True))
 
     def test_two_halves_equal_the_whole(self, device, dtype):
         grads = [torch.randn(40_000).to(dtype).to(device) for _ in range(3)]
@@ -332,43 +195,24 @@ class TestNorm:
 @without_emulation
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("coalesced", [True, False])
-def test_sparse_gradient_is_measured_coalesced_and_stays_sparse(device, norm_type, coalesced):
-    indices = torch.tensor([[0, 2, 2, 5]])
-    sparse = torch.sparse_coo_tensor(
-        indices, torch.tensor([3.0, 1.0, 2.0, -4.0]), (9,), device=device
-    )
-    sparse = sparse.coalesce() if coalesced else sparse
-    dense = sparse.to_dense()
-    if SEEN:
-        with pytest.raises(NotImplementedError):
-            clipped(utils.clip_grad_norm_, [sparse], 1.0)
-    made = [torch.nn.Parameter(torch.zeros(9, device=device)) for _ in range(2)]
-    other = torch.nn.Parameter(torch.zeros(2, device=device))
-    made[0].grad, made[1].grad = sparse, sparse.clone()
-    other.grad = torch.ones(2, device=device)
-    versions = [p.grad._version for p in made]
-    expected = oracle([dense, dense, other.grad], norm_type)
-    norm = fastclip.clip_grad_norm_([*made, other], 1.0, norm_type)
-    assert ulps(norm, expected) <= 2
-    for parameter, version in zip(made, versions, strict=True):
-        assert parameter.grad.is_sparse
-        assert parameter.grad._version > version
-        torch.testing.assert_close(parameter.grad.to_dense(), dense / expected)
-    torch.testing.assert_close(other.grad, torch.ones(2, device=device) / expected)
-
-
-@without_emulation
-@pytest.mark.parametrize("coalesced", [True, False])
-def test_sparse_gradient_is_clamped_coalesced(device, coalesced):
+def test_sparse_gradient_is_clipped_coalesced_and_stays_sparse(device, norm_type, coalesced):
     indices, values = torch.tensor([[0, 2, 2, 5]]), torch.tensor([3.0, 0.6, 0.6, -4.0])
     sparse = torch.sparse_coo_tensor(indices, values, (9,), device=device)
     sparse = sparse.coalesce() if coalesced else sparse
-    expected = sparse.to_dense().clamp(-1, 1)
-    parameter = torch.nn.Parameter(torch.zeros(9, device=device))
-    parameter.grad = sparse
-    fastclip.clip_grad_value_([parameter], 1.0)
-    assert parameter.grad.is_sparse
-    assert torch.equal(parameter.grad.to_dense(), expected)
+    grads = [sparse, sparse.clone(), torch.ones(2, device=device)]
+    norm = oracle([g.to_dense() for g in grads], norm_type)
+    for clip, change in (
+        (lambda made: fastclip.clip_grad_norm_(made, 1.0, norm_type), lambda t: t / norm),
+        (lambda made: fastclip.clip_grad_value_(made, 1.0), lambda t: t.clamp(-1, 1)),
+    ):
+        made = parameters(grads)
+        versions = [p.grad._version for p in made]
+        found = clip(made)
+        assert found is None or ulps(found, norm) <= 2
+        for parameter, grad, version in zip(made, grads, versions, strict=True):
+            assert parameter.grad.layout == grad.layout
+            assert parameter.grad._version > version
+            torch.testing.assert_close(parameter.grad.to_dense(), change(grad.to_dense()))
 
 
 @without_emulation
@@ -377,16 +221,16 @@ def test_sparse_gradient_is_clamped_coalesced(device, coalesced):
 @pytest.mark.parametrize("lazy", [False, True], ids=["plain", "conjugate"])
 def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
     grad = torch.randn(50, dtype=dtype, device=device)
-    made = [torch.nn.Parameter(torch.zeros_like(grad)) for _ in range(2)]
-    for parameter in made:
-        parameter.grad = grad.clone().conj() if lazy else grad.clone()
+    (parameter,) = parameters([grad])
+    parameter.grad = grad.clone().conj() if lazy else grad.clone()
     # torch refuses to scale a list with a lazy conjugate.
-    made[0].grad = made[0].grad.resolve_conj()
-    expected = utils.clip_grad_norm_(made[0], 0.5, norm_type)
-    norm = fastclip.clip_grad_norm_(made[1], 0.5, norm_type)
+    expected, (theirs,) = clipped(
+        utils.clip_grad_norm_, [parameter.grad.resolve_conj()], 0.5, norm_type
+    )
+    norm = fastclip.clip_grad_norm_([parameter], 0.5, norm_type)
     assert norm.dtype == (torch.float32 if dtype == torch.complex64 else torch.float64)
     torch.testing.assert_close(norm, expected)
-    torch.testing.assert_close(made[1].grad, made[0].grad)
+    torch.testing.assert_close(parameter.grad, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -394,14 +238,12 @@ def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
 def test_half_complex_gradient_has_the_norm_of_its_elements(norm_type):
     # The magnitude of the first, 8.5e4, is beyond float16.
     grad = torch.tensor([6e4 + 6e4j, 3 - 4j, 0]).to(torch.complex32)
-    parameter = torch.nn.Parameter(torch.zeros_like(grad))
-    parameter.grad = grad.clone()
-    norm = fastclip.clip_grad_norm_([parameter], 100.0, norm_type)
+    norm, (after,) = clipped(fastclip.clip_grad_norm_, [grad], 100.0, norm_type)
     exact = grad.to(torch.complex128)
     expected = float(torch.linalg.vector_norm(exact, norm_type))
     assert norm.dtype == torch.float32
     assert ulps(norm, expected) <= 2
-    after = parameter.grad.to(torch.complex128)
+    after = after.to(torch.complex128)
     torch.testing.assert_close(after, exact * (100 / expected), rtol=1e-3, atol=1e-4)
 
 
@@ -432,40 +274,28 @@ def test_jagged_gradient_is_clipped_by_its_elements():
         fastclip.get_total_norm([holes])
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "gaps"])
+NEGATED = {
+    "dense": lambda z: torch._neg_view(z.real.clone()),
+    "gaps": lambda z: z.conj().imag,
+    "complex": torch._neg_view,
+    "conjugate": lambda z: torch._neg_view(z.conj()),
+}
+
+
 @without_emulation
-def test_lazily_negated_gradient_is_clipped(device, dense):
-    grad = torch.randn(50, dtype=torch.complex64, device=device).conj().imag
-    grad = torch._neg_view(grad.clone()) if dense else grad
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("negated", NEGATED.values(), ids=NEGATED)
+def test_lazily_negated_gradient_is_clipped(device, negated):
+    grad = negated(torch.randn(50, dtype=torch.complex64, device=device))
     assert grad.is_neg()
-    parameter = torch.nn.Parameter(torch.zeros(50, device=device))
-    parameter.grad, expected = grad, grad.resolve_neg().clamp(-0.3, 0.3)
-    fastclip.clip_grad_value_(parameter, 0.3)
-    assert torch.equal(parameter.grad, expected)
+    parameter = torch.nn.Parameter(torch.zeros_like(grad))
+    parameter.grad, expected = grad, grad.clone().resolve_neg().resolve_conj()
+    if not grad.is_complex():
+        expected = expected.clamp(-0.3, 0.3)
+        fastclip.clip_grad_value_(parameter, 0.3)
+        assert torch.equal(parameter.grad, expected)
     norm = fastclip.clip_grad_norm_(parameter, 0.5)
-    torch.testing.assert_close(parameter.grad, expected * (0.5 / norm))
-
-
-def test_several_devices_have_one_norm(monkeypatch):
-    # One CPU stands for two devices: what is grouped here is grouped there by device.
-    def alternate(tensors):
-        return {i: list(range(len(tensors)))[i::2] for i in range(2)}
-
-    monkeypatch.setattr(_ops, "extension", None)
-    grads = [torch.randn(1000) for _ in range(5)]
-    for norm_type in (1.0, 2.0, 3.0, math.inf):
-        with monkeypatch.context() as patch:
-            patch.setattr(local, "_by_device", alternate)
-            patch.setattr(torch.Tensor, "to", _to_any_device(torch.Tensor.to))
-            norm, ours = clipped(fastclip.clip_grad_norm_, grads, 0.5, norm_type)
-        assert ulps(norm, oracle(grads, norm_type)) <= 2
-        assert ulps(fastclip.get_total_norm(ours, norm_type), 0.5) <= 20
-
-
-def _to_any_device(to):
-    return lambda self, *args, **kwargs: (
-        self if args and isinstance(args[0], int) else to(self, *args, **kwargs)
-    )
+    torch.testing.assert_close(parameter.grad.resolve_conj(), expected * (0.5 / norm))
 
 
 @pytest.mark.usefixtures("path")
@@ -494,40 +324,20 @@ def test_foreach_is_accepted_and_raises_as_torchs(device):
     grads = [torch.ones(4, device=device)]
     for foreach in (None, True, False):
         assert clipped(fastclip.clip_grad_norm_, grads, 1.0, foreach=foreach)[0].item() == 2
-    meta = [torch.ones(4, device="meta")]
-    for function in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
-        with pytest.raises(
-            RuntimeError, match="foreach=True was passed, but can't use the foreach"
-        ):
-            clipped(function, meta, 1.0, foreach=True)
-    for function in (utils.clip_grad_value_, fastclip.clip_grad_value_):
-        with pytest.raises(
-            RuntimeError, match="foreach=True was passed, but can't use the foreach"
-        ):
-            clipped(function, meta, 1.0, foreach=True)
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        for module in (utils, fastclip):
+            with pytest.raises(RuntimeError, match="foreach=True was passed, but can't use the fo"):
+                clipped(getattr(module, name), [grads[0].to("meta")], 1.0, foreach=True)
 
 
-THRESHOLDS = {
-    "int": 1,
-    "bool": True,
-    "str": "1.0",
-    "Fraction": fractions.Fraction(1),
-    "Decimal": decimal.Decimal(1),
-    "float32": np.float32(1),
-    "float16": np.float16(1),
-    "int64": np.int64(1),
-    "array": np.array(1.0),
-    "integer tensor": torch.tensor(1),
-    "bool tensor": torch.tensor(True),
-    "float64 tensor": torch.tensor(1.0, dtype=torch.float64),
-    "bfloat16 tensor": torch.tensor(1.0).bfloat16(),
-    "1-d tensor": torch.tensor([1.0]),
-    "parameter": torch.nn.Parameter(torch.tensor(1.0)),
-}
+NUMBERS = [int, bool, str, Fraction, Decimal, np.float32, np.float16, np.int64, np.array]
+DTYPES = [torch.int64, torch.bool, torch.float64, torch.bfloat16]
+THRESHOLDS = [0.0, *(kind(1) for kind in NUMBERS), *(torch.tensor(1, dtype=d) for d in DTYPES)]
+THRESHOLDS += [torch.ones(1), torch.nn.Parameter(torch.ones(()))]
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("max_norm", THRESHOLDS.values(), ids=THRESHOLDS)
+@pytest.mark.parametrize("max_norm", THRESHOLDS, ids=repr)
 def test_a_threshold_is_any_number_on_any_device(device, max_norm):
     grads = [torch.full((4,), 3.0, device=device)]
     norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
@@ -545,6 +355,7 @@ LISTS = {
     "set": lambda module: set(module.parameters()),
     "chain": lambda module: itertools.chain(module[0].parameters(), module[1].parameters()),
     "group": lambda module: torch.optim.SGD(module.parameters()).param_groups[0]["params"],
+    "list": lambda module: list(module.parameters()),
     "tuple": lambda module: tuple(module.parameters()),
     "iterator": lambda module: iter(list(module.parameters())),
     "generator": lambda module: module.parameters(),
@@ -581,23 +392,36 @@ def test_foreach_takes_the_same_road(monkeypatch):
         fastclip.clip_grads_with_norm_(made, 1.0, norm, foreach=foreach)
 
 
+@pytest.mark.usefixtures("path")
 def test_memory_that_torch_refuses_to_write_to_is_refused():
     rng = random.Random(0)
     refused = 0
     for _ in range(1000):
         size = [rng.randint(0, 4) for _ in range(rng.randint(0, 4))]
-        stride = [rng.choice([0, 1, 3, 9]) for _ in size]
-        parameter = torch.nn.Parameter(torch.zeros(size))
-        parameter.grad = torch.ones(200).as_strided(size, stride)
+        how = size, [rng.choice([0, 1, 3, 9]) for _ in size]
+        memory = torch.arange(1.0, 201.0)
+        before = memory.clone()
+        first, second = parameters([torch.ones(3), torch.zeros(size)])
+        made, second.grad = [first, second], memory.as_strided(*how)
+        norm = oracle([p.grad for p in made], 2.0)
         try:
-            parameter.grad.mul_(1)
+            second.grad.mul_(1)
         except RuntimeError:
             refused += 1
-            with pytest.raises(RuntimeError, match="single memory location"):
-                fastclip.clip_grad_norm_([parameter], 0.1)
+            for call in (
+                lambda made: fastclip.clip_grad_norm_(made, 0.1),
+                lambda made: fastclip.clip_grad_value_(made, 0.1),
+                lambda made: fastclip.clip_grads_with_norm_(made, 0.1, torch.tensor(9.0)),
+            ):
+                with pytest.raises(RuntimeError, match=r"single memory location.*parameters\[1\]"):
+                    call(made)
+            assert torch.equal(first.grad, torch.ones(3))
+            assert ulps(fastclip.get_total_norm([p.grad for p in made]), norm) <= 2
         else:
-            norm = fastclip.clip_grad_norm_([parameter], 0.1)
-            assert ulps(norm, math.sqrt(parameter.numel())) <= 2
+            assert ulps(fastclip.clip_grad_norm_(made, 1.0), norm) <= 2
+            # What lies between the elements stays.
+            before.as_strided(*how).div_(norm + 1e-6)
+        torch.testing.assert_close(memory, before)
     assert 100 < refused < 900
 
 
@@ -624,22 +448,9 @@ def test_what_has_no_gradients_this_time_is_silent():
 
 def test_bfloat16_total_norm_is_taken_as_it_is(device):
     made = parameters([torch.ones(4, device=device)])
-    fastclip.clip_grads_with_norm_(
-        made, 1.0, torch.tensor(2.0, dtype=torch.bfloat16, device=device)
-    )
+    total_norm = torch.tensor(2.0, dtype=torch.bfloat16, device=device)
+    fastclip.clip_grads_with_norm_(made, 1.0, total_norm)
     torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
-
-
-@pytest.mark.usefixtures("path")
-def test_clip_grad_value_is_torchs(device, dtype):
-    grads = [torch.randn(100).to(dtype).to(device), None, torch.randn(3, 5).to(dtype).to(device)]
-    grads[0][7] = math.nan
-    ours, theirs = parameters(grads), parameters(grads)
-    assert fastclip.clip_grad_value_(ours, 0.3) is None
-    utils.clip_grad_value_(theirs, 0.3)
-    for a, b in zip(ours, theirs, strict=True):
-        if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("path")
@@ -660,10 +471,8 @@ def test_inference_tensors_are_clipped_in_inference_mode(device):
         torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
 
 
-@pytest.mark.parametrize("reader", ["walk", "python"])
-def test_inference_tensors_stay_as_they_are_outside(monkeypatch, reader):
-    if reader == "python":
-        monkeypatch.setattr(_ops, "extension", None)
+@pytest.mark.usefixtures("path")
+def test_inference_tensors_stay_as_they_are_outside():
     with torch.inference_mode():
         grad = torch.tensor([3.0, 4.0])
     parameter = torch.nn.Parameter(torch.zeros(2))

@@ -21,18 +21,16 @@ pytestmark = [
 ]
 
 CALLS: dict[str, Callable[[list[torch.nn.Parameter]], object]] = {
-    "clip_grad_norm_": lambda made: fastclip.clip_grad_norm_(made, 1.0),
-    "clip_grad_norm_ to a tensor": lambda made: fastclip.clip_grad_norm_(
-        made, torch.full((), 1.0, device="cuda")
+    "clip_grad_norm_": lambda ps: fastclip.clip_grad_norm_(ps, 1.0),
+    "by a tensor": lambda ps: fastclip.clip_grad_norm_(ps, torch.full((), 1.0, device="cuda")),
+    "of order inf": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, math.inf),
+    "of order 3": lambda ps: fastclip.clip_grad_norm_(ps, 1.0, 3.0),
+    "clip_grad_value_": lambda ps: fastclip.clip_grad_value_(ps, 0.5),
+    "get_total_norm": lambda ps: fastclip.get_total_norm([p.grad for p in ps]),
+    "clip_grads_with_norm_": lambda ps: fastclip.clip_grads_with_norm_(
+        ps, 1.0, torch.full((), 7.0, device="cuda")
     ),
-    "clip_grad_norm_ of order inf": lambda made: fastclip.clip_grad_norm_(made, 1.0, math.inf),
-    "clip_grad_norm_ of order 3": lambda made: fastclip.clip_grad_norm_(made, 1.0, 3.0),
-    "clip_grad_value_": lambda made: fastclip.clip_grad_value_(made, 0.5),
-    "get_total_norm": lambda made: fastclip.get_total_norm([p.grad for p in made]),
-    "clip_grads_with_norm_": lambda made: fastclip.clip_grads_with_norm_(
-        made, 1.0, torch.full((), 7.0, device="cuda")
-    ),
-    "norms": lambda made: _ops.norms([p.grad for p in made], 2.0),
+    "norms": lambda ps: _ops.norms([p.grad for p in ps], 2.0),
 }
 
 
@@ -113,37 +111,36 @@ def test_error_if_nonfinite_is_refused_while_capturing():
     assert all(torch.equal(p.grad, k) for p, k in zip(made, kept, strict=True))
 
 
+def clip_of_copies(tensors: list[Tensor], p: float = 2.0) -> list[Tensor]:
+    """Return the norm and the clipped copies."""
+    copies = [t.clone() for t in tensors]
+    return [_ops.clip_norm_(copies, 1.0, p), *copies]
+
+
 def test_two_streams_do_not_meet():
     streams = [torch.cuda.Stream() for _ in range(2)]
-    lists = [[t.clone() for t in mixed(s)] for s in (1.0, 5.0)]
-    expected = []
-    for tensors in lists:
-        copies = [t.clone() for t in tensors]
-        expected.append([_ops.clip_norm_(copies, 1.0, 2.0), *copies])
+    lists = [mixed(s) for s in (1.0, 5.0)]
+    expected = [clip_of_copies(tensors) for tensors in lists]
     torch.cuda.synchronize()
     for _ in range(50):
         results = []
         for stream, tensors in zip(streams, lists, strict=True):
             with torch.cuda.stream(stream):
-                copies = [t.clone() for t in tensors]
-                results.append([_ops.clip_norm_(copies, 1.0, 2.0), *copies])
+                results.append(clip_of_copies(tensors))
         torch.cuda.synchronize()
         for result, right in zip(results, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(result, right, strict=True))
+            assert all(map(torch.equal, result, right))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
 def test_many_runs_give_the_same_bits(p):
     source = [*mixed(), torch.randn(3_000_001, device="cuda")]
     busy, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
-    first = None
+    first = clip_of_copies(source, p)
     for _ in range(200):
         with torch.cuda.stream(busy):
             noise @ noise
-        tensors = [t.clone() for t in source]
-        norm = _ops.clip_norm_(tensors, 1.0, p)
-        first = first or [norm, *tensors]
-        assert all(torch.equal(a, b) for a, b in zip([norm, *tensors], first, strict=True))
+        assert all(map(torch.equal, clip_of_copies(source, p), first))
 
 
 def kernels(call: Callable[[], object]) -> list[str]:
@@ -159,17 +156,14 @@ def kernels(call: Callable[[], object]) -> list[str]:
     return [name for name in names if name != "Activity Buffer Request"]
 
 
-@pytest.mark.parametrize("call", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"])
-def test_a_list_that_fits_takes_at_most_two_kernels(call):
+@pytest.mark.parametrize(
+    ("call", "most"), [("clip_grad_norm_", 1), ("clip_grad_value_", 2), ("get_total_norm", 2)]
+)
+def test_a_list_that_fits_takes_a_kernel_or_two(call, most):
     made = parameters(many(1500))
     names = kernels(lambda: CALLS[call](made))
-    assert 1 <= len(names) <= 2, names
+    assert 1 <= len(names) <= most, names
     assert all("kernel" in name for name in names)
-
-
-def test_to_clip_is_one_kernel():
-    made = parameters(many(1500))
-    assert len(kernels(lambda: CALLS["clip_grad_norm_"](made))) == 1
 
 
 def test_beyond_the_l2_cache_it_is_two():

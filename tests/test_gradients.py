@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ORDERS, oracle, precision
+from conftest import ORDERS, oracle, parameters, precision
 from torch import Tensor
 
 from fastclip import _ops
@@ -22,13 +22,6 @@ SHAPES = [(3, 4), (5,), (2, 1, 2)]
 
 def values(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
-
-
-def parameters_with(grads: list[Tensor]) -> list[Tensor]:
-    parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad.clone()
-    return parameters
 
 
 def plain(parameters: list[Tensor], kind: Kind) -> Any:
@@ -73,7 +66,13 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.fixture(params=[plain, plain_in_python, local, spread], ids=lambda make: make.__name__)
 def make(request: pytest.FixtureRequest, _one_rank: None) -> Callable[..., Any]:
-    return request.param
+    """Of gradients, and how they are to be read: what reads them, and their parameters."""
+
+    def made(grads: list[Tensor], kind: Kind = Kind.TOTAL) -> tuple[Any, list[Tensor]]:
+        carriers = parameters(grads)
+        return request.param(carriers, kind), carriers
+
+    return made
 
 
 def floats(norms: Tensor) -> list[float]:
@@ -97,7 +96,7 @@ def test_all_kinds_have_all_verbs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_norms_are_float64_until_they_are_returned(make, dtype, p):
     grads = values(dtype)
-    made = make(parameters_with(grads), Kind.TOTAL)
+    made, _ = make(grads)
     assert len(made) == len(grads)
     assert made.is_wide() == (dtype == torch.float64)
     total, all_groups = made.norm(p), made.norms(p)
@@ -114,7 +113,7 @@ def test_norms_are_float64_until_they_are_returned(make, dtype, p):
 @pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])
 def test_each_norm_scales_its_own(make, rows):
     grads = values()
-    made = make(parameters := parameters_with(grads), Kind.ROWS if rows else Kind.EACH)
+    made, carriers = make(grads, Kind.ROWS if rows else Kind.EACH)
     units = [u for g in grads for u in (g.unbind() if rows and g.dim() > 1 else [g])]
     norms = made.each_norms(2.0, rows=rows)
     assert norms.shape == (len(units),)
@@ -123,46 +122,45 @@ def test_each_norm_scales_its_own(make, rows):
     coefs = torch.linspace(0.25, 1.75, len(units), dtype=torch.float64)
     made.scale_each_(coefs, rows=rows)
     scaled = [unit * coef.float() for unit, coef in zip(units, coefs, strict=True)]
-    found = torch.cat([p.grad.reshape(-1) for p in parameters])
+    found = torch.cat([p.grad.reshape(-1) for p in carriers])
     assert torch.equal(found, torch.cat([s.reshape(-1) for s in scaled]))
 
 
-@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
-@pytest.mark.parametrize("coef", [0.5, 1.0, -0.0])
-def test_a_coefficient_scales_all(make, coef, shape):
+HALF = torch.tensor(0.5, dtype=torch.float64)
+CHANGES = {
+    "half": (lambda made: made.scale_(HALF), lambda grad: grad / 2),
+    "half, 1-d": (lambda made: made.scale_(HALF[None]), lambda grad: grad / 2),
+    "one": (lambda made: made.scale_(HALF * 2), lambda grad: grad),
+    "zero": (lambda made: made.scale_(HALF * -0.0), torch.zeros_like),
+    "clamp": (lambda made: made.clamp_(0.5), lambda grad: grad.clamp(-0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_all_is_one_of_each_element_and_version(make, change, expected):
     grads = [*values(), torch.tensor([float("nan")])]
-    made = make(parameters := parameters_with(grads), Kind.TOTAL)
-    before = [p.grad._version for p in parameters]
-    made.scale_(torch.full(shape, coef, dtype=torch.float64))
-    for parameter, grad in zip(parameters, grads, strict=True):
-        expected = grad * coef if coef else torch.zeros_like(grad)
-        assert torch.equal(parameter.grad.nan_to_num(7), expected.nan_to_num(7))
-    assert all(p.grad._version > v for p, v in zip(parameters, before, strict=True))
-
-
-def test_elements_are_clamped(make):
-    grads = values()
-    made = make(parameters := parameters_with(grads), Kind.TOTAL)
-    made.clamp_(0.5)
-    for parameter, grad in zip(parameters, grads, strict=True):
-        assert torch.equal(parameter.grad, grad.clamp(-0.5, 0.5))
+    made, carriers = make(grads)
+    before = [p.grad._version for p in carriers]
+    change(made)
+    for parameter, grad, version in zip(carriers, grads, before, strict=True):
+        torch.testing.assert_close(parameter.grad, expected(grad), rtol=0, atol=0, equal_nan=True)
+        assert parameter.grad._version > version
 
 
 @pytest.mark.parametrize("max_norm", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 def test_one_verb_is_as_all_three(make, max_norm):
     grads = values()
-    made = make(parameters := parameters_with(grads), Kind.TOTAL)
+    made, carriers = make(grads)
     norm = oracle(grads, 2.0)
     assert floats(made.clip_norm_(max_norm, 2.0)) == pytest.approx([norm], rel=2e-7)
-    for parameter, grad in zip(parameters, grads, strict=True):
+    for parameter, grad in zip(carriers, grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad * (0.5 / (norm + 1e-6)))
 
 
-def test_no_gradients_have_a_norm_of_zero(make):
-    parameters = [torch.nn.Parameter(torch.zeros(3))]
-    if make is spread:
-        pytest.skip("test_mesh has ranks without gradients")
-    made = make(parameters, Kind.TOTAL)
+# test_mesh has ranks without gradients.
+@pytest.mark.parametrize("read_by", [plain, plain_in_python, local])
+def test_no_gradients_have_a_norm_of_zero(read_by):
+    made = read_by([torch.nn.Parameter(torch.zeros(3))], Kind.TOTAL)
     assert len(made) == 0
     assert floats(made.norm(2.0)) == [0.0]
     assert made.each_norms(2.0).shape == (0,)

@@ -14,7 +14,7 @@ from test_random_clipper import coefficient, is_wide, threshold
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import NormAccumulator, _ops
+from fastclip import NormAccumulator
 
 KINDS = {
     "sgd": torch.optim.SGD,
@@ -286,11 +286,9 @@ class Case:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-@pytest.mark.parametrize("reader", ["walk", "python"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("seed", range(90))
-def test_any_steps_are_those_of_torchs_sequence(monkeypatch, reader, seed):
-    if reader == "python":
-        monkeypatch.setattr(_ops, "extension", None)
+def test_any_steps_are_those_of_torchs_sequence(seed):
     case = Case(seed)
     for step in range(case.rng.randint(3, 6)):
         wrong = case.step(step)

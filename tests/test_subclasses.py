@@ -47,25 +47,17 @@ class Quantised(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def made(*, scale: float = 1.0, beside: bool = True) -> list[nn.Parameter]:
-    """Gradients (3, 4) and a plain 12: together of norm 13."""
-    found = [nn.Parameter(torch.zeros(1, 2))]
-    found[0].grad = Quantised(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor(scale))
-    if beside:
-        found.append(nn.Parameter(torch.zeros(1)))
-        found[1].grad = torch.tensor([12.0])
-    return found
+def made() -> list[nn.Parameter]:
+    """Gradients (3, 4) and a plain 12, together of norm 13. Their weights have norms 1 and 12."""
+    quantised, plain = (nn.Parameter(torch.full((1, n), x)) for n, x in ((2, 0.5**0.5), (1, 12.0)))
+    quantised.grad = Quantised(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor(1.0))
+    plain.grad = torch.tensor([[12.0]])
+    return [quantised, plain]
 
 
 def values(items: list[nn.Parameter]) -> list[float]:
     grads = [i.grad.dense() if isinstance(i.grad, Quantised) else i.grad for i in items]
     return torch.cat([g.reshape(-1) for g in grads]).tolist()
-
-
-def test_torch_clips_them() -> None:
-    items = made()
-    assert utils.clip_grad_norm_(items, 6.5) == 13
-    assert values(items) == pytest.approx([1.5, 2.0, 6.0])
 
 
 def two_halves(items: list[nn.Parameter]) -> None:
@@ -78,32 +70,50 @@ def unscaled(items: list[nn.Parameter]) -> None:
     fastclip.unscale_and_clip_(torch.optim.SGD(items, lr=1.0), 6.5, scaler)
 
 
-HALF = {
-    "norm": lambda items: fastclip.clip_grad_norm_(items, 6.5),
-    "tensor": lambda items: fastclip.clip_grad_norm_(items, torch.tensor(6.5)),
-    "rule": lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / 2),
-    "policy": lambda items: fastclip.clip_grad_norm_(items, 6.5, nonfinite="keep"),
-    "halves": two_halves,
-    "clipper": lambda items: fastclip.GradClipper(items, 6.5).clip_(),
-    "accumulator": lambda items: fastclip.NormAccumulator(items).clip_(6.5),
-    "unscaled": unscaled,
-    "factor": lambda items: fastclip.clip_grad_norm_(items, math.inf, grad_scale=0.5),
-    "normalised": lambda items: fastclip.normalize_grad_(items, 6.5),
+def in_groups(items: list[nn.Parameter]) -> None:
+    limits = zip(items, (2.5, 6.0), strict=True)
+    groups = [{"params": [item], "max_norm": limit} for item, limit in limits]
+    fastclip.GradClipper(groups=groups).clip_()
+
+
+HALF = [1.5, 2.0, 6.0]
+CLIPS = {
+    "torch": (lambda items: utils.clip_grad_norm_(items, 6.5), HALF),
+    "norm": (lambda items: fastclip.clip_grad_norm_(items, 6.5), HALF),
+    "tensor": (lambda items: fastclip.clip_grad_norm_(items, torch.tensor(6.5)), HALF),
+    "rule": (lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / 2), HALF),
+    "policy": (lambda items: fastclip.clip_grad_norm_(items, 6.5, nonfinite="keep"), HALF),
+    "halves": (two_halves, HALF),
+    "clipper": (lambda items: fastclip.GradClipper(items, 6.5).clip_(), HALF),
+    "groups": (in_groups, HALF),
+    "accumulator": (lambda items: fastclip.NormAccumulator(items).clip_(6.5), HALF),
+    "unscaled": (unscaled, HALF),
+    "factor": (lambda items: fastclip.clip_grad_norm_(items, math.inf, grad_scale=0.5), HALF),
+    "normalised": (lambda items: fastclip.normalize_grad_(items, 6.5), HALF),
+    "each": (lambda items: fastclip.clip_grad_norms_(items, 2.5), [1.5, 2.0, 2.5]),
+    "rows": (lambda items: fastclip.clip_grad_agc_(items, clip_factor=0.5), [0.3, 0.4, 6.0]),
+    "values": (lambda items: fastclip.clip_grad_value_(items, 2.0), [2.0, 2.0, 2.0]),
+    "alone": (lambda items: fastclip.clip_grad_norm_(items[:1], 2.5), [1.5, 2.0, 12.0]),
 }
 
 
-@pytest.mark.parametrize("clip", HALF.values(), ids=HALF)
-def test_they_are_measured_and_scaled(clip: Callable) -> None:
+@pytest.mark.parametrize(("clip", "expected"), CLIPS.values(), ids=CLIPS)
+def test_they_are_measured_and_changed(clip: Callable, expected: list[float]) -> None:
     items = made()
     clip(items)
-    assert values(items) == pytest.approx([1.5, 2.0, 6.0], rel=1e-6)
+    assert values(items) == pytest.approx(expected, rel=1e-6)
 
 
-def test_alone_and_in_other_orders() -> None:
-    for p, norm in ((1.0, 7.0), (3.0, 91 ** (1 / 3)), (math.inf, 4.0)):
-        items = made(beside=False)
-        assert fastclip.clip_grad_norm_(items, norm / 2, p).item() == pytest.approx(norm, rel=1e-6)
-        assert values(items) == pytest.approx([1.5, 2.0], rel=1e-6)
+@pytest.mark.parametrize(("p", "norm"), [(1.0, 7.0), (3.0, 91 ** (1 / 3)), (math.inf, 4.0)])
+def test_other_orders_are_of_their_elements(p: float, norm: float) -> None:
+    items = made()[:1]
+    assert fastclip.clip_grad_norm_(items, norm / 2, p).item() == pytest.approx(norm, rel=1e-6)
+    assert values(items) == pytest.approx([1.5, 2.0], rel=1e-6)
+
+
+def test_norms_are_returned() -> None:
+    assert fastclip.clip_grad_norm_(made(), 6.5) == 13
+    assert fastclip.clip_grad_norms_(made(), 2.5).tolist() == [5, 12]
 
 
 def test_nothing_to_clip_changes_nothing() -> None:
@@ -118,31 +128,3 @@ def test_zeros_where_the_norm_is_not_finite() -> None:
     items[1].grad[0] = math.nan
     fastclip.clip_grad_norm_(items, 1.0, nonfinite="zero")
     assert values(items) == [0, 0, 0]
-
-
-def test_each_has_a_norm_of_its_own() -> None:
-    items = made()
-    assert fastclip.clip_grad_norms_(items, 2.5).tolist() == [5, 12]
-    assert values(items) == pytest.approx([1.5, 2.0, 2.5], rel=1e-6)
-    items = made()
-    fastclip.GradClipper(
-        groups=[
-            {"params": [item], "max_norm": limit}
-            for item, limit in zip(items, (2.5, 6.0), strict=False)
-        ]
-    ).clip_()
-    assert values(items) == pytest.approx([1.5, 2.0, 6.0], rel=1e-6)
-
-
-def test_rows_are_clipped_by_their_weights() -> None:
-    items = made()
-    items[0].data.fill_(0.5**0.5)  # of norm 1
-    items[1].data.fill_(12.0)
-    fastclip.clip_grad_agc_(items, clip_factor=0.5)
-    assert values(items) == pytest.approx([0.3, 0.4, 6.0], rel=1e-6)
-
-
-def test_values_are_clamped() -> None:
-    items = made()
-    fastclip.clip_grad_value_(items, 2.0)
-    assert values(items) == pytest.approx([2.0, 2.0, 2.0])

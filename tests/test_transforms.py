@@ -5,7 +5,7 @@ What is right is said by the formulas in float64, sample by sample, and by finit
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +14,14 @@ from conftest import ORDERS
 from torch import Tensor
 
 import fastclip
-from fastclip import _ops
 
 BATCH = 5
 EPS = 1e-6
 
 
-@pytest.fixture(autouse=True, params=["walk", "python"])
-def _silent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _silent(path: None) -> Iterator[None]:
     """No transform warns of anything, whoever reads the gradients."""
-    if request.param == "python":
-        monkeypatch.setattr(_ops, "extension", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # torch's own in-place clamp has no rule for batches either, and says that it is slow.
@@ -38,25 +35,8 @@ def norm(x: Tensor, p: float) -> Tensor:
     return x.amax() if math.isinf(p) else (x**p).sum() ** (1 / p)
 
 
-def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
-    """What `call` makes of gradients, as a function of them: all elements as one vector."""
-
-    def function(*grads: Tensor) -> Tensor:
-        weights = [torch.ones(g.shape, dtype=g.dtype) for g in grads]
-        for weight, grad in zip(weights, grads, strict=True):
-            weight.grad = grad.clone()
-        call(weights)
-        return torch.cat([weight.grad.reshape(-1) for weight in weights])
-
-    return function
-
-
-def coef(total_norm: Tensor, max_norm: float = 1.0) -> Tensor:
+def coef(total_norm: Tensor, max_norm: float | Tensor = 1.0) -> Tensor:
     return (max_norm / (total_norm + EPS)).clamp(max=1)
-
-
-def each(scaled: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda *grads: torch.cat([scaled(g).reshape(-1) for g in grads])
 
 
 def rows_by_weights(g: Tensor) -> Tensor:
@@ -66,49 +46,58 @@ def rows_by_weights(g: Tensor) -> Tensor:
     return rows * (limit / norms).clamp(max=1)[:, None]
 
 
-def flat(*grads: Tensor) -> Tensor:
+def flat(grads: Iterable[Tensor]) -> Tensor:
     return torch.cat([g.reshape(-1) for g in grads])
 
 
-# Each function, and the formula that it stands for.
-FUNCTIONS = {
-    "norm": (
-        clipped(lambda weights: fastclip.clip_grad_norm_(weights, 1.0)),
-        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2)),
-    ),
+def by_known_norm(weights: list[Tensor]) -> None:
+    total_norm = fastclip.get_total_norm([w.grad for w in weights])
+    fastclip.clip_grads_with_norm_(weights, 1.0, total_norm)
+
+
+# Each function, and the formula that it stands for: of all elements as one vector, or of each one.
+CLIPS = {
+    "norm": (lambda ws: fastclip.clip_grad_norm_(ws, 1.0), lambda x: x * coef(norm(x, 2))),
     "factor": (
-        clipped(lambda weights: fastclip.clip_grad_norm_(weights, 1.0, 1.0, grad_scale=0.5)),
-        lambda *grads: flat(*grads) * 0.5 * coef(0.5 * norm(flat(*grads), 1)),
+        lambda ws: fastclip.clip_grad_norm_(ws, 1.0, 1.0, grad_scale=0.5),
+        lambda x: x * 0.5 * coef(0.5 * norm(x, 1)),
     ),
     "rule": (
-        clipped(lambda weights: fastclip.clip_grad_norm_(weights, lambda total: total.sqrt())),
-        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2), norm(flat(*grads), 2).sqrt()),
+        lambda ws: fastclip.clip_grad_norm_(ws, lambda total: total.sqrt()),
+        lambda x: x * coef(norm(x, 2), norm(x, 2).sqrt()),
     ),
-    "known norm": (
-        clipped(
-            lambda weights: fastclip.clip_grads_with_norm_(
-                weights, 1.0, fastclip.get_total_norm([w.grad for w in weights])
-            )
-        ),
-        lambda *grads: flat(*grads) * coef(norm(flat(*grads), 2)),
-    ),
-    "norms": (
-        clipped(lambda weights: fastclip.clip_grad_norms_(weights, 1.0)),
-        each(lambda g: g * coef(norm(g, 2))),
-    ),
-    "agc": (
-        clipped(lambda weights: fastclip.clip_grad_agc_(weights, 0.3)),
-        each(rows_by_weights),
-    ),
-    "normalize": (
-        clipped(lambda weights: fastclip.normalize_grad_(weights, 2.0)),
-        lambda *grads: flat(*grads) * 2 / norm(flat(*grads), 2),
-    ),
-    "value": (
-        clipped(lambda weights: fastclip.clip_grad_value_(weights, 0.5)),
-        each(lambda g: g.clamp(-0.5, 0.5)),
-    ),
+    "known norm": (by_known_norm, lambda x: x * coef(norm(x, 2))),
+    "normalize": (lambda ws: fastclip.normalize_grad_(ws, 2.0), lambda x: x * 2 / norm(x, 2)),
+    "value": (lambda ws: fastclip.clip_grad_value_(ws, 0.5), lambda x: x.clamp(-0.5, 0.5)),
 }
+CLIPS_OF_EACH = {
+    "norms": (lambda ws: fastclip.clip_grad_norms_(ws, 1.0), lambda g: g * coef(norm(g, 2))),
+    "agc": (lambda ws: fastclip.clip_grad_agc_(ws, 0.3), rows_by_weights),
+}
+
+
+def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
+    """What `call` makes of gradients, as a function of them: all elements as one vector."""
+
+    def function(*grads: Tensor) -> Tensor:
+        weights = [torch.ones(g.shape, dtype=g.dtype) for g in grads]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad.clone()
+        call(weights)
+        return flat(weight.grad for weight in weights)
+
+    return function
+
+
+def pair(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    if name in CLIPS:
+        call, formula = CLIPS[name]
+        return clipped(call), lambda *grads: formula(flat(grads))
+    call, formula = CLIPS_OF_EACH[name]
+    return clipped(call), lambda *grads: flat(map(formula, grads))
+
+
+FUNCTIONS = {name: pair(name) for name in [*CLIPS, *CLIPS_OF_EACH]}
 
 
 def samples(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -124,7 +113,7 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def test_per_sample_norms(p):
     grads = samples()
     norms = torch.vmap(lambda *some: fastclip.get_total_norm(some, p))(*grads)
-    expected = torch.stack([norm(flat(*some), p) for some in zip(*grads, strict=True)])
+    expected = torch.stack([norm(flat(some), p) for some in zip(*grads, strict=True)])
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
 
@@ -133,7 +122,7 @@ def test_per_sample_norms_of_mixed_dtypes_and_of_what_all_samples_share():
     half, single, shared = torch.randn(BATCH, 6).half(), torch.randn(4, BATCH), torch.randn(3)
     norms = torch.vmap(lambda a, b: fastclip.get_total_norm([a, shared, b]), (0, 1))(half, single)
     for i in range(BATCH):
-        expected = norm(flat(half[i].double(), shared.double(), single[:, i].double()), 2)
+        expected = norm(flat([half[i].double(), shared.double(), single[:, i].double()]), 2)
         torch.testing.assert_close(norms[i].double(), expected, rtol=1e-6, atol=0)
 
 
@@ -145,24 +134,6 @@ def test_per_sample_clips(name):
     for i, some in enumerate(zip(*grads, strict=True)):
         expected = formula(*(g.double() for g in some))
         torch.testing.assert_close(found[i].double(), expected, rtol=2e-6, atol=0)
-
-
-def test_per_sample_gradients_of_a_model_are_clipped_in_one_call():
-    model = torch.nn.Linear(4, 3).double()
-    weights = dict(model.named_parameters())
-    x = torch.randn(BATCH, 4, dtype=torch.float64)
-
-    def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return torch.func.functional_call(model, weights, sample).square().sum()
-
-    def clip(sample: Tensor) -> Tensor:
-        return FUNCTIONS["norm"][0](*torch.func.grad(loss)(weights, sample).values())
-
-    found = torch.vmap(clip)(x)
-    for i in range(BATCH):
-        grads = torch.autograd.grad(model(x[i]).square().sum(), weights.values())
-        expected = FUNCTIONS["norm"][1](*grads)
-        torch.testing.assert_close(found[i], expected)
 
 
 def differences(function: Callable[..., Tensor], grads: list[Tensor], direction: list[Tensor]):

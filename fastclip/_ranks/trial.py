@@ -3,6 +3,7 @@
 import copy
 import datetime
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ def leave() -> None:
     """Wait for all ranks, then leave: once one rank ends with an error, torchrun ends them all."""
     dist.barrier()
     dist.destroy_process_group()
+    # Threads of gloo that still free a tensor would abort a process that ends (pytorch#190489).
+    time.sleep(0.1)
 
 
 def gather(value: Any) -> list[Any]:
