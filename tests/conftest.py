@@ -6,12 +6,14 @@ import math
 import os
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import emulation
 import pytest
 import torch
+from ranks import World, join_gloo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,3 +222,19 @@ def awkward(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Sizes round every border of the kernels: lanes, buffers, tiles; 0-d and empty; any order."""
     sizes = [(), (0,), (1,), (31,), (32,), (33,), (127, 3), (2048,), (2049,), (16383,), (16385, 2)]
     return [(torch.randn(size) * (1 + i)).to(dtype).to(device) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., World]]:
+    """Processes by their number: those of a file start when first needed, and end with it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    made: list[World] = []
+
+    @functools.cache
+    def world_of(size: int, join: Callable[..., None] = join_gloo) -> World:
+        made.append(World(size, folder, join))
+        return made[-1]
+
+    yield world_of
+    for one in made:
+        one.stop()
