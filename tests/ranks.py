@@ -72,17 +72,22 @@ class World:
 
 
 def on_ranks(*sizes: int, seconds: float = 60) -> Callable[[Callable[..., None]], Any]:
-    """Run a test on every rank of a world of each of these sizes: `world` is in conftest.py."""
+    """Run a test on every rank of a world of each of these sizes, which it may ask for as `size`.
+
+    The fixture `world` is in conftest.py.
+    """
 
     def decorate(function: Callable[..., None]) -> Any:
         wanted = inspect.signature(function).parameters
 
         @functools.wraps(function)
         def test(world: Callable[[int], World], size: int, **given: Any) -> None:
+            given["size"] = size
             world(size).run(test, *(given[name] for name in wanted), seconds=seconds)
 
         own = list(inspect.signature(test, follow_wrapped=False).parameters.values())[:2]
-        test.__signature__ = inspect.Signature([*own, *wanted.values()])
+        others = [value for name, value in wanted.items() if name != "size"]
+        test.__signature__ = inspect.Signature([*own, *others])
         return pytest.mark.parametrize("size", sizes)(test)
 
     return decorate
