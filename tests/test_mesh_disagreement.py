@@ -222,6 +222,22 @@ def test_a_gradient_that_cannot_be_unscaled_is_told():
         fastclip.unscale_and_clip_(optimizer, 1.0, scaler)
 
 
+@on_ranks(4, seconds=120)
+def test_a_rank_may_be_compiled_alone():
+    mesh = grid()
+    for p in (2.0, 1.0, math.inf, 8.0):
+        parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), plain(3)]
+        parameters += [spread((6,), mesh, Shard(0), Replicate()) for _ in range(2)]
+        parameters += [spread((6,), mesh, Replicate(), Shard(0))]
+        expected = oracle(grads_of(parameters), p)
+        torch._dynamo.reset()
+        clip = lambda: fastclip.clip_grad_norm_(parameters, expected / 2, p)  # noqa: B023, E731
+        if dist.get_rank() == 2:
+            clip = torch.compile(clip, backend="aot_eager", fullgraph=True)
+        assert ulps(full(clip()), expected) <= 3
+        assert oracle(grads_of(parameters), p) == pytest.approx(expected / 2, rel=1e-4)
+
+
 @on_ranks(4, seconds=20)
 def test_no_rank_of_a_grid_waits_for_one_that_raised():
     """The rank across adds up with ranks that are told, and tell it in turn."""
