@@ -6,6 +6,7 @@ add up what is drawn in test_random_layouts.py.
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -28,17 +29,17 @@ import fastclip
 from fastclip import _ops, _ranks
 from fastclip._gradients import reading
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-if dist.is_available():
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
+if not dist.is_available():
+    pytest.skip("torch without distributed", allow_module_level=True)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 ORDERS = [1.0, 2.0, 3.0, 8.0, math.inf]
 
@@ -155,18 +156,8 @@ def steps_of(call: Callable[[], Any]) -> int:
 # Layouts: what a rank holds, and how many collectives a clip of it may take.
 
 
-def fsdp(size: int) -> tuple[list[nn.Parameter], int]:
-    return sharded(init_device_mesh("cpu", (size,))), 1
-
-
-def fsdp_offloaded(size: int) -> tuple[list[nn.Parameter], int]:
-    policy = CPUOffloadPolicy(pin_memory=False)
-    return sharded(init_device_mesh("cpu", (size,)), offload_policy=policy), 1
-
-
-def fsdp_bf16(size: int) -> tuple[list[nn.Parameter], int]:
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    return sharded(init_device_mesh("cpu", (size,)), torch.bfloat16, mp_policy=policy), 1
+def fsdp(size: int, **options: Any) -> tuple[list[nn.Parameter], int]:
+    return sharded(init_device_mesh("cpu", (size,)), **options), 1
 
 
 def hsdp(size: int) -> tuple[list[nn.Parameter], int]:
@@ -209,15 +200,6 @@ def experts(size: int) -> tuple[list[nn.Parameter], int]:
     return parameters, 3 if size > 2 else 1
 
 
-def mixed(size: int) -> tuple[list[nn.Parameter], int]:
-    """Plain parameters beside DTensors that are cut, uneven, replicated, empty on some ranks."""
-    mesh = init_device_mesh("cpu", (size,))
-    parameters = [plain(5), spread((7, 3), mesh, Shard(0)), spread((4, 5), mesh, Shard(1))]
-    parameters += [spread((6,), mesh, Replicate()), plain(2, 2), spread((1,), mesh, Shard(0))]
-    parameters += [spread((3,), mesh, Shard(0), dtype=d) for d in (torch.bfloat16, torch.float64)]
-    return parameters, 1
-
-
 def data_parallel(size: int) -> tuple[list[nn.Parameter], int]:
     model = nn.parallel.DistributedDataParallel(Block())
     torch.manual_seed(dist.get_rank())
@@ -225,29 +207,27 @@ def data_parallel(size: int) -> tuple[list[nn.Parameter], int]:
     return list(model.parameters()), 0
 
 
-def uneven_mesh(size: int) -> tuple[list[nn.Parameter], int]:
-    """Ranks in an order in which distances between them do not tell the dimensions apart."""
-    rows = DeviceMesh("cpu", [[0, 3], [1, 2]] if size == 4 else [[1, 0]])
-    parameters = [
-        spread((8, 8), rows, Shard(0), Shard(1)),
-        spread((8,), rows, Shard(0), Replicate()),
-    ]
-    return [*parameters, spread((5,), rows, Replicate(), Shard(0))], 2 if size == 4 else 1
-
-
-LAYOUTS = [
-    *(fsdp, fsdp_offloaded, fsdp_bf16, hsdp, tensor_parallel, fsdp_tensor_parallel),
-    *(experts, mixed, data_parallel, uneven_mesh),
-]
+LAYOUTS: dict[str, Callable[[int], tuple[list[nn.Parameter], int]]] = {
+    "fsdp": fsdp,
+    "offloaded": functools.partial(fsdp, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "bfloat16": functools.partial(
+        fsdp, dtype=torch.bfloat16, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    ),
+    "hsdp": hsdp,
+    "tensor parallel": tensor_parallel,
+    "fsdp and tensor parallel": fsdp_tensor_parallel,
+    "experts": experts,
+    "data parallel": data_parallel,
+}
 
 
 @pytest.mark.parametrize("reader", ["walk", "python"])
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("build", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", LAYOUTS)
 @on_ranks(2, 4)
-def test_every_layout_clips_as_one_process_would(build, p, reader):
+def test_every_layout_clips_as_one_process_would(size, name, p, reader):
     with read_by(reader):
-        parameters, collectives = build(dist.get_world_size())
+        parameters, collectives = LAYOUTS[name](size)
         taken = steps_of(lambda: check(parameters, p))
         assert taken == collectives * (2 if p == 8 else 1), taken
         grads = [q.grad for q in parameters]
