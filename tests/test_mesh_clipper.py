@@ -91,25 +91,6 @@ def test_what_is_not_finite_is_counted_on_a_rank_alone():
 
 
 @on_ranks(2)
-def test_pipeline_stages_share_a_clipper():
-    rank = dist.get_rank()
-    mine = [plain(3 + rank)]
-    mine[0].grad = torch.full((3 + rank,), 1.0 + rank)
-    clipper = GradClipper(mine, 1.0, process_group=dist.group.WORLD)
-    for _ in range(2):
-        mine[0].grad.fill_(1.0 + rank)
-        assert float(clipper.clip_()) == pytest.approx(math.sqrt(3 + 4 * 4))
-    assert clipper.stats()["clipped"] == 2
-    if rank == 1:
-        mine[0].grad.fill_(math.nan)
-    before = mine[0].grad.clone()
-    skipping = GradClipper(mine, 1.0, nonfinite="keep", process_group=dist.group.WORLD)
-    skipping.clip_()
-    torch.testing.assert_close(mine[0].grad, before, equal_nan=True)
-    assert skipping.stats()["nonfinite"] == 1
-
-
-@on_ranks(2)
 def test_a_copy_shares_process_groups_which_cannot_be_pickled():
     rank = dist.get_rank()
     made = nn.ParameterList([torch.zeros(2)])

@@ -355,6 +355,21 @@ class Case:
             return self.is_each_right(norms)
         return all(self.is_label_right(label, n) for label, n in enumerate(norms.reshape(-1)))
 
+    def alike(self, norms: Tensor | None) -> dict[Any, str]:
+        """Norms by what they are of: whoever measures the same has the same bits."""
+        is_apart = self.spoilt is not None and self.policy != "propagate"
+        if norms is None or is_apart or self.call == "units":
+            return {}
+        if self.call == "each":
+            # They are float64 where any of them is.
+            keys, norms = [self.pieces.index(piece) for piece, _ in self.held], norms.float()
+        else:
+            keys = []
+            for label, asked in enumerate(self.asked):
+                over = () if asked == "none" else self.line(label, self.rank)
+                keys.append((*map(self.pieces.index, self.counted(label)), "over", *over))
+        return dict(zip(keys, map(str, norms.reshape(-1).tolist()), strict=True))
+
     def is_label_right(self, label: int, found: Tensor) -> bool:
         expected, limit = self.norm(label), self.limits[label]
         bad = self.spoilt if self.policy != "propagate" else None
@@ -446,9 +461,9 @@ def is_same(one: Tensor, other: Tensor) -> bool:
     return same and torch.allclose(one.double(), other.double(), 0, 0, equal_nan=True)
 
 
-def live(seed: int) -> str:
-    """What is wrong."""
-    case, wrong = Case(seed), ""
+def live(seed: int) -> tuple[str, dict[Any, str]]:
+    """What is wrong, and what other ranks have to have alike."""
+    case, wrong, alike = Case(seed), "", {}
     for time in range(2):
         case.draw()
         norms, error = None, None
@@ -459,10 +474,11 @@ def live(seed: int) -> str:
         norms = norms.to_local() if isinstance(norms, DTensor) else norms
         if not case.is_right(norms, error):
             wrong += f"call {time}: {case.call} of order {case.p}: {norms}, {error!r}\n"
-    return wrong
+        alike |= {(time, key): value for key, value in case.alike(norms).items()}
+    return wrong, alike
 
 
-def work(seeds: range) -> dict[int, str]:
+def work(seeds: range) -> dict[int, tuple[str, dict[Any, str]]]:
     found = {}
     for seed in seeds:
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
@@ -479,6 +495,10 @@ def work(seeds: range) -> dict[int, str]:
 
 @pytest.mark.parametrize("start", range(0, 600, 40))
 def test_any_layout_is_that_of_the_full_gradients(world, start):
-    for rank, found in enumerate(world(4).run(work, range(start, start + 40), seconds=60)):
-        wrong = {seed: why for seed, why in found.items() if why}
+    answers = world(4).run(work, range(start, start + 40), seconds=60)
+    for rank, found in enumerate(answers):
+        wrong = {seed: why for seed, (why, _) in found.items() if why}
         assert not wrong, f"rank {rank}, by seed: {wrong}"
+    for seed in answers[0]:
+        norms = {pair for found in answers for pair in found[seed][1].items()}
+        assert len(norms) == len(dict(norms)), f"seed {seed}, ranks have other bits: {norms}"

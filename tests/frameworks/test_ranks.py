@@ -117,14 +117,15 @@ def torchtitans_clip(bf16: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torchtitan.distributed import utils
 
-    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "fsdp"))
 
     def train(steps: int) -> list[float]:
         model = net()
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        clip = functools.partial(utils.clip_grad_norm_, max_norm=0.5, foreach=True)
-        return numbers_of(model, clip, steps)
+        fully_shard(model, mesh=mesh["fsdp"], mp_policy=policy)
+        # It raises the norm to its power in place, to add it up over the stages.
+        how = dict(max_norm=0.5, foreach=True, pp_mesh=mesh["pp"])
+        return numbers_of(model, functools.partial(utils.clip_grad_norm_, **how), steps)
 
     check_clipped(check_reached(train, name="clip_grads_with_norm_"))
 
