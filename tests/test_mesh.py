@@ -99,26 +99,16 @@ class Block(nn.Module):
         return self.head(x) * self.gain
 
 
-class Transformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 7)
-        self.blocks = nn.ModuleList(
-            [nn.TransformerEncoderLayer(7, 1, 5, 0.0, batch_first=True), Block()]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+def transformer() -> nn.Sequential:
+    layer = nn.TransformerEncoderLayer(7, 1, 5, 0.0, batch_first=True)
+    return nn.Sequential(nn.Embedding(11, 7), layer, Block())
 
 
 def sharded(mesh: Any, dtype: torch.dtype = torch.float32, **options: Any) -> list[nn.Parameter]:
     """A transformer under `fully_shard`, after a backward on other data on every rank."""
     torch.manual_seed(0)
-    model = Transformer().to(dtype)
-    for block in model.blocks:
+    model = transformer().to(dtype)
+    for block in model[1:]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     torch.manual_seed(dist.get_rank())
@@ -616,10 +606,10 @@ def test_the_collective_runs_where_the_group_has_a_backend(world, request):
 def train(clip: Callable[[list[nn.Parameter]], object], size: int, rank: int) -> float:
     """20 steps of a transformer on its part of 8 batches; the last loss over all of them."""
     torch.manual_seed(0)
-    model = Transformer()
+    model = transformer()
     if size > 1:
         mesh = init_device_mesh("cpu", (size,))
-        for block in model.blocks:
+        for block in model[1:]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)

@@ -15,6 +15,7 @@ from test_mesh import full, grads_of, here, plain, spread, steps_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fastclip
 from fastclip import GradClipper, _agreement, _ops, _ranks
@@ -146,8 +147,6 @@ def test_a_nan_does_not_swallow_that_a_rank_cannot_clip(p):
 @on_ranks(2, seconds=30)
 def test_bits_of_a_nan_are_no_failure():
     """A NaN may have any bits, and is no failure; and a failure is heard under a dispatch mode."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     mesh = init_device_mesh("cpu", (2,))
     parameter = spread((4,), mesh, Shard(0), dtype=torch.float64)
     if dist.get_rank():
