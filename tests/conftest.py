@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import emulation
 import pytest
 import torch
+from ranks import World, join_gloo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -254,3 +256,19 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Both readers of gradients: the C++ walk, if it is built, and Python."""
     if request.param == "python":
         monkeypatch.setattr(_ops, "extension", None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., World]]:
+    """Processes by their number: those of a file start when first needed, and end with it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    made: list[World] = []
+
+    @functools.cache
+    def world_of(size: int, join: Callable[..., None] = join_gloo) -> World:
+        made.append(World(size, folder, join))
+        return made[-1]
+
+    yield world_of
+    for one in made:
+        one.stop()

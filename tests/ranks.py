@@ -1,5 +1,7 @@
 """Real processes, one a rank, that run functions together, and a time limit on each function."""
 
+import functools
+import inspect
 import multiprocessing
 import time
 import traceback
@@ -8,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -68,12 +71,36 @@ class World:
             pipe.recv()
 
 
+def on_ranks(*sizes: int, seconds: float = 60) -> Callable[[Callable[..., None]], Any]:
+    """Run a test on every rank of a world of each of these sizes, which it may ask for as `size`.
+
+    The fixture `world` is in conftest.py.
+    """
+
+    def decorate(function: Callable[..., None]) -> Any:
+        wanted = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def test(world: Callable[[int], World], size: int, **given: Any) -> None:
+            given["size"] = size
+            world(size).run(test, *(given[name] for name in wanted), seconds=seconds)
+
+        own = list(inspect.signature(test, follow_wrapped=False).parameters.values())[:2]
+        others = [value for name, value in wanted.items() if name != "size"]
+        test.__signature__ = inspect.Signature([*own, *others])
+        return pytest.mark.parametrize("size", sizes)(test)
+
+    return decorate
+
+
 def _serve(rank: int, size: int, store: str, join: Callable[..., None], pipe: Connection) -> None:
     torch.set_num_threads(1)
     join(rank, size, store)
     pipe.send("ready")
     while True:
         function, args = pipe.recv()
+        # Of a test with `on_ranks`, what it wraps.
+        function = inspect.unwrap(function)
         torch.manual_seed(0)
         try:
             pipe.send((function(*args), None))

@@ -1,13 +1,12 @@
 """FullyShardedDataParallel, whose gradients are local shards: ours with its group, and its own."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ulps
-from ranks import World
+from ranks import on_ranks
 from torch import nn
 
 import fastclip
@@ -17,40 +16,25 @@ if not dist.is_available():
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    made = World(4, tmp_path_factory.mktemp("stores"))
-    yield made
-    made.stop()
-
-
 def net() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
 
 
-def clipped(strategy: str, use_orig_params: bool) -> None:
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
+@on_ranks(4)
+def test_every_sharding_strategy_is_one_norm(strategy, use_orig_params):
     rank, world = dist.get_rank(), dist.group.WORLD
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = (pairs[rank // 2], across[rank % 2]) if strategy == "HYBRID_SHARD" else world
     model = net()
-    wrapped = FullyShardedDataParallel(
-        nn.Sequential(
-            FullyShardedDataParallel(
-                copy.deepcopy(model[:2]),
-                group,
-                ShardingStrategy[strategy],
-                use_orig_params=use_orig_params,
-                device_id=torch.device("cpu"),
-            ),
-            copy.deepcopy(model[2:]),
-        ),
-        group,
-        ShardingStrategy[strategy],
-        use_orig_params=use_orig_params,
-        device_id=torch.device("cpu"),
-    )
+    how = dict(use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    shard = lambda part: FullyShardedDataParallel(part, group, ShardingStrategy[strategy], **how)  # noqa: E731
+    first, last = copy.deepcopy(model[:2]), copy.deepcopy(model[2:])
+    wrapped = shard(nn.Sequential(shard(first), last))
     batches = [torch.randn(6, 7, generator=torch.Generator().manual_seed(r)) for r in range(4)]
     wrapped(batches[rank]).square().sum().backward()
     double = model.double()
@@ -67,10 +51,3 @@ def clipped(strategy: str, use_orig_params: bool) -> None:
         now.copy_(then)
     theirs = wrapped.clip_grad_norm_(expected / 2)
     torch.testing.assert_close(norm, theirs, rtol=1e-5, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
-def test_every_sharding_strategy_is_one_norm(world, strategy, use_orig_params):
-    world.run(clipped, strategy, use_orig_params)

@@ -1,48 +1,32 @@
 """DTensors in a graph of `torch.compile`: whole graphs with the numbers that there are without."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import World
+from conftest import oracle, ulps
+from ranks import on_ranks
+from test_mesh import full, grads_of, here, plain, spread
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import fastclip
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    made = World(2, tmp_path_factory.mktemp("stores"))
-    yield made
-    made.stop()
-
-
-def made(kinds: str, mesh: Any, lacks: bool = False) -> list[torch.nn.Parameter]:
+def made(kinds: str, mesh: Any, lacks: bool = False) -> list[nn.Parameter]:
     """A parameter for each letter: sharded by rows, by columns, replicated, or plain."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    placements = {"s": [Shard(0)], "c": [Shard(1)], "r": [Replicate()]}
+    placements = {"s": Shard(0), "c": Shard(1), "r": Replicate()}
     torch.manual_seed(0)
-    found = []
-    for i, kind in enumerate(kinds):
-        weight, grad = torch.zeros(3, 5), torch.randn(3, 5) * (i + 1)
-        if kind != "p":
-            weight = distribute_tensor(weight, mesh, placements[kind])
-            grad = distribute_tensor(grad, mesh, placements[kind])
-        parameter = torch.nn.Parameter(weight)
-        parameter.grad = grad
-        found.append(parameter)
+    found = [
+        plain(3, 5) if kind == "p" else spread((3, 5), mesh, placements[kind]) for kind in kinds
+    ]
     if lacks:
         found[0].grad = None
     return found
-
-
-def plain(value: Any) -> Any:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 CALLS = {
@@ -59,63 +43,65 @@ CALLS = {
 }
 
 
-def whole_graphs(
-    backend: str, kinds: str, names: list[str], lacks: bool = False, spoiled: float = 0.0
+def check_graphs(
+    names: Iterable[str],
+    kinds: str,
+    lacks: bool = False,
+    spoiled: float | None = None,
+    backend: str = "aot_eager",
 ) -> None:
-    mesh = dist.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     for name in names:
-        call = CALLS[name]
         torch._dynamo.reset()
-        compiled = torch.compile(call, backend=backend, fullgraph=True)
+        compiled = torch.compile(CALLS[name], backend=backend, fullgraph=True)
         for _ in range(2):
             ours, theirs = made(kinds, mesh, lacks), made(kinds, mesh, lacks)
-            if spoiled != 0:
+            if spoiled is not None and dist.get_rank() == 0:
                 for ps in (ours, theirs):
-                    inner = ps[-1].grad
-                    inner = inner.to_local() if hasattr(inner, "to_local") else inner
-                    if dist.get_rank() == 0:
-                        inner.view(-1)[0] = spoiled
-            found, expected = compiled(ours), call(theirs)
+                    here(ps[-1].grad).view(-1)[0] = spoiled
+            found, expected = compiled(ours), CALLS[name](theirs)
             if expected is not None:
                 assert type(found) is type(expected), name
-                torch.testing.assert_close(
-                    plain(found), plain(expected), rtol=1e-6, atol=0, equal_nan=True, msg=name
-                )
+                check_close(full(found), full(expected), 1e-6)
             for one, other in zip(ours, theirs, strict=True):
                 if other.grad is not None:
-                    torch.testing.assert_close(
-                        plain(one.grad), plain(other.grad), rtol=2e-6, atol=0, equal_nan=True
-                    )
+                    check_close(full(one.grad), full(other.grad), 2e-6)
 
 
-def partial_sums() -> None:
-    from torch.distributed.tensor import DTensor, Partial
+def check_close(found: Tensor, expected: Tensor, rtol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
 
-    mesh = dist.init_device_mesh("cpu", (2,))
+
+@on_ranks(2, seconds=120)
+def test_dtensors_are_in_whole_graphs():
+    check_graphs(CALLS, "src")
+
+
+@on_ranks(2, seconds=120)
+def test_a_rank_without_a_gradient_takes_part():
+    check_graphs(["clip", "inf", "-inf", "total"], "sp", lacks=True)
+
+
+@pytest.mark.parametrize("spoiled", [math.inf, math.nan])
+@on_ranks(2, seconds=120)
+def test_what_is_not_finite_on_one_rank_is_so_on_all(spoiled):
+    check_graphs(["clip", "inf", "3"], "ss", spoiled=spoiled)
+
+
+@on_ranks(2, seconds=240)
+def test_inductor():
+    check_graphs(["clip"], "sr", backend="inductor")
+
+
+@on_ranks(2, seconds=120)
+def test_partial_sums_and_process_groups_break_the_graph():
+    mesh = init_device_mesh("cpu", (2,))
     (weight,) = made("r", mesh)
     weight.grad = DTensor.from_local(torch.ones(3, 5), mesh, [Partial()])
     torch._dynamo.reset()
     norm = torch.compile(CALLS["clip"], backend="aot_eager")([weight])
-    assert plain(norm).item() == pytest.approx(2 * 15**0.5)
-
-
-def test_dtensors_are_in_whole_graphs(world):
-    world.run(whole_graphs, "aot_eager", "src", list(CALLS), seconds=120)
-
-
-def test_a_rank_without_a_gradient_takes_part(world):
-    world.run(whole_graphs, "aot_eager", "sp", ["clip", "inf", "-inf", "total"], True, seconds=120)
-
-
-@pytest.mark.parametrize("spoiled", [math.inf, math.nan])
-def test_what_is_not_finite_on_one_rank_is_so_on_all(world, spoiled):
-    names = ["clip", "inf", "3"]
-    world.run(whole_graphs, "aot_eager", "ss", names, False, spoiled, seconds=120)
-
-
-def test_inductor(world):
-    world.run(whole_graphs, "inductor", "sr", ["clip"], seconds=240)
-
-
-def test_partial_sums_break_the_graph(world):
-    world.run(partial_sums, seconds=120)
+    assert full(norm).item() == pytest.approx(2 * 15**0.5)
+    shards = made("p", mesh)
+    expected = math.sqrt(2) * oracle(grads_of(shards), 2)
+    clip = lambda ps: fastclip.clip_grad_norm_(ps, 1e9, process_group=dist.group.WORLD)  # noqa: E731
+    assert ulps(torch.compile(clip, backend="aot_eager")(shards), expected) <= 2

@@ -11,7 +11,7 @@ import functools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import fastclip
 from fastclip import GradClipper, _ops
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-if dist.is_available():
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+if not dist.is_available():
+    pytest.skip("torch without distributed", allow_module_level=True)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # What was sent: over which ranks, by which of the groups of these ranks, how, and how much.
 Sent = tuple[tuple[int, ...], int, str, str, torch.dtype, int]
@@ -160,9 +160,8 @@ class Call:
         return list(_sent)
 
 
-def clipper(call: Call, parameters: list[nn.Parameter], steps: int = 2) -> None:
-    made = GradClipper(parameters, 1.0, call.p, call.policy, process_group=call.group)
-    for _ in range(steps):
+def clip_twice(made: GradClipper) -> None:
+    for _ in range(2):
         with contextlib.suppress(Exception):
             made.clip_()
 
@@ -170,10 +169,7 @@ def clipper(call: Call, parameters: list[nn.Parameter], steps: int = 2) -> None:
 def groups(call: Call, parameters: list[nn.Parameter]) -> None:
     some = [[q for q, of in zip(parameters, call.labels, strict=True) if of == i] for i in (0, 1)]
     given = [{"params": qs, "max_norm": 1.0, "process_group": call.group} for qs in some]
-    made = GradClipper(groups=given, norm_type=call.p, nonfinite=call.policy)
-    for _ in range(2):
-        with contextlib.suppress(Exception):
-            made.clip_()
+    clip_twice(GradClipper(groups=given, norm_type=call.p, nonfinite=call.policy))
 
 
 def stepped(
@@ -184,15 +180,9 @@ def stepped(
     optimizer = torch.optim.SGD(parameters, lr=0.1, fused=in_step)
     p = abs(call.p) or 2.0
     norms = fastclip.NormAccumulator(parameters, p) if measured else None
-    group = None if measured else call.group
-    if in_step:
-        fastclip.clipped_step(
-            optimizer, 1.0, scaler, norm_type=p, process_group=group, measured=norms
-        )
-    else:
-        fastclip.unscale_and_clip_(
-            optimizer, 1.0, scaler, norm_type=p, process_group=group, measured=norms
-        )
+    how = dict(norm_type=p, process_group=None if measured else call.group, measured=norms)
+    step = fastclip.clipped_step if in_step else fastclip.unscale_and_clip_
+    step(optimizer, 1.0, scaler, **how)
 
 
 CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
@@ -211,7 +201,9 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
     "value": lambda call, qs: fastclip.clip_grad_value_(qs, 1.0),
     "nonfinite": lambda call, qs: fastclip.find_nonfinite(qs),
     "by parameter": lambda call, qs: GradClipper(qs, 1.0, call.p).norms_by_parameter(),
-    "clipper": clipper,
+    "clipper": lambda call, qs: clip_twice(
+        GradClipper(qs, 1.0, call.p, call.policy, process_group=call.group)
+    ),
     "each": lambda call, qs: GradClipper(
         qs, 1.0, abs(call.p) or 2.0, nonfinite=call.policy, each=True
     ).clip_(),
@@ -223,15 +215,11 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
 }
 
 
-# What may be different on a rank: each changes the parameters, or what surrounds the call.
+# What may be different on a rank, of some of the parameters.
 
 
 def inner(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def some_of(rng: random.Random, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    return rng.sample(parameters, rng.randint(1, len(parameters)))
 
 
 def replaced(parameter: nn.Parameter, local: Tensor) -> None:
@@ -242,71 +230,42 @@ def replaced(parameter: nn.Parameter, local: Tensor) -> None:
     parameter.grad = local
 
 
-def lacks(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in some_of(rng, parameters):
-        q.grad = None
+def lacks(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
-def frozen(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in some_of(rng, parameters):
-        q.grad = None
-        q.requires_grad_(False)
+def frozen(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+    parameter.requires_grad_(False)
 
 
-def spoiled(rng: random.Random, parameters: list[nn.Parameter], by: float) -> None:
-    for q in some_of(rng, parameters):
-        inner(q.grad).fill_(by)
+def laid_out_anew(parameter: nn.Parameter) -> None:
+    if isinstance(parameter, DTensor):
+        how = parameter.device_mesh, parameter.placements
+        parameter.grad = DTensor.from_local(inner(parameter.grad), *how, run_check=False)
 
 
-def integer(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in some_of(rng, parameters):
-        replaced(q, torch.ones(inner(q).shape, dtype=torch.int32))
-
-
-def expanded(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in some_of(rng, parameters):
-        replaced(q, torch.ones((), dtype=q.dtype).expand(inner(q).shape))
-
-
-def half(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in some_of(rng, parameters):
-        replaced(q, torch.ones(inner(q).shape, dtype=torch.float16))
-
-
-def laid_out_anew(rng: random.Random, parameters: list[nn.Parameter]) -> None:
-    for q in parameters:
-        if isinstance(q, DTensor):
-            q.grad = DTensor.from_local(inner(q.grad), q.device_mesh, q.placements, run_check=False)
-
-
-DIFFERENCES: dict[str, Callable[[random.Random, list[nn.Parameter]], None]] = {
-    "nothing": lambda rng, qs: None,
+DIFFERENCES: dict[str, Callable[[nn.Parameter], object]] = {
+    "nothing": lambda q: None,
     "lacks": lacks,
     "frozen": frozen,
-    "nan": functools.partial(spoiled, by=math.nan),
-    "inf": functools.partial(spoiled, by=math.inf),
-    "integer": integer,
-    "expanded": expanded,
-    "half": half,
+    "nan": lambda q: inner(q.grad).fill_(math.nan),
+    "inf": lambda q: inner(q.grad).fill_(math.inf),
+    "integer": lambda q: replaced(q, torch.ones(inner(q).shape, dtype=torch.int32)),
+    "expanded": lambda q: replaced(q, torch.ones((), dtype=q.dtype).expand(inner(q).shape)),
+    "half": lambda q: replaced(q, torch.ones(inner(q).shape, dtype=torch.float16)),
     "laid out anew": laid_out_anew,
 }
 
 
-@contextlib.contextmanager
-def broken(name: str) -> Iterator[None]:
-    """An op that raises what nobody expects."""
+def differ(name: str, seed: int, parameters: list[nn.Parameter]) -> None:
+    rng = random.Random(seed)
+    for parameter in rng.sample(parameters, rng.randint(1, len(parameters))):
+        DIFFERENCES[name](parameter)
 
-    def raises(*args: Any, **kwargs: Any) -> Any:
-        raise AttributeError("a private name of torch that has gone")
 
-    real, extension = getattr(_ops, name), _ops.extension
-    setattr(_ops, name, raises)
-    _ops.extension = None
-    try:
-        yield
-    finally:
-        setattr(_ops, name, real)
-        _ops.extension = extension
+def raises(*args: Any, **kwargs: Any) -> Any:
+    raise AttributeError("a private name of torch that has gone")
 
 
 def law(name: str, seeds: range) -> tuple[int, int, list[Any]]:
@@ -318,23 +277,24 @@ def law(name: str, seeds: range) -> tuple[int, int, list[Any]]:
         usual = call.sent(parameters)
         sending += bool(usual)
         found = {"the plan kept": call.sent(parameters), "a new plan": call.sent(call.parameters())}
-        for difference, change in DIFFERENCES.items():
+        for difference in DIFFERENCES:
             for kept in (False, True):
                 made = call.parameters()
                 if kept:
                     call.sent(made)
-                change(random.Random(seed), made)
+                differ(difference, seed, made)
                 found[f"{difference}, {'plan kept' * kept}"] = call.sent(made)
         if not call.is_listed and call.function != "groups":
             made = call.parameters()
             random.Random(seed).shuffle(made)
             found["another order"] = call.sent(made)
-        for op in ("norm", "norms"):
-            with broken(op):
-                found[f"{op} is broken"] = call.sent(call.parameters())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_ops, "extension", None)
-            found["no extension"] = call.sent(call.parameters())
+        # Also with an op that raises what nobody expects.
+        for broken in ("norm", "norms", None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_ops, "extension", None)
+                if broken:
+                    patch.setattr(_ops, broken, raises)
+                found[f"no extension, broken: {broken}"] = call.sent(call.parameters())
         compared += len(found)
         odd += [
             (seed, call.function, call.p, call.policy, difference, usual, sent)
@@ -358,10 +318,10 @@ def compiled_law(name: str, seeds: range) -> tuple[int, list[Any]]:
             call.specs.append((mesh, placements, (2,), torch.float32))
         call.rng.shuffle(call.specs)
         usual = call.sent(call.parameters())
-        for change in (DIFFERENCES["nothing"], lacks):
+        for difference in ("nothing", "lacks"):
             torch._dynamo.reset()
             made = call.parameters()
-            change(random.Random(seed), made)
+            differ(difference, seed, made)
             sent = call.sent(made, compiled=True)
             compared += 1
             if sent != usual:
@@ -380,33 +340,26 @@ def which_group(name: str) -> list[Sent]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[Callable[[str], World]]:
-    folder = tmp_path_factory.mktemp("recorded")
-
-    @functools.cache
-    def made(name: str) -> World:
-        return World(1, folder, functools.partial(join_recorded, name=name))
-
-    yield made
-    for name in WORLDS:
-        made(name).stop()
+def recorded(world) -> Callable[[str], World]:
+    join = functools.cache(lambda name: functools.partial(join_recorded, name=name))
+    return lambda name: world(1, join(name))
 
 
 @pytest.mark.parametrize("name", ["line", "square", "cube", "large"])
-def test_what_is_sent_depends_on_arguments_layouts_and_groups_alone(world, name):
-    ((compared, sending, odd),) = world(name).run(law, name, range(100), seconds=120)
+def test_what_is_sent_depends_on_arguments_layouts_and_groups_alone(recorded, name):
+    ((compared, sending, odd),) = recorded(name).run(law, name, range(100), seconds=120)
     assert not odd, f"{len(odd)} of {compared}: {odd[0]}"
     assert compared > 2000
     assert sending >= 50
 
 
 @pytest.mark.parametrize("name", ["line", "square", "large"])
-def test_a_graph_sends_what_is_sent_without_it(world, name):
-    ((compared, odd),) = world(name).run(compiled_law, name, range(4), seconds=120)
+def test_a_graph_sends_what_is_sent_without_it(recorded, name):
+    ((compared, odd),) = recorded(name).run(compiled_law, name, range(4), seconds=120)
     assert not odd, f"{len(odd)} of {compared}: {odd[0]}"
 
 
-def test_of_two_groups_of_the_same_ranks_all_take_the_same(world):
-    one, other = (world(name).run(which_group, name)[0] for name in ("square", "renamed square"))
+def test_of_two_groups_of_the_same_ranks_all_take_the_same(recorded):
+    one, other = (recorded(name).run(which_group, name)[0] for name in ("square", "renamed square"))
     assert one
     assert one == other

@@ -3,25 +3,17 @@
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from loops import check_clipped, check_reached, losses_of
-from ranks import World
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fastclip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    made = World(2, tmp_path_factory.mktemp("stores"))
-    yield made
-    made.stop()
 
 
 def net() -> nn.Module:
@@ -35,11 +27,29 @@ def batches(steps: int) -> list[torch.Tensor]:
 
 
 def distance(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return (model(x) - 3).square().mean()
+    return (model(x).float() - 3).square().mean()
 
 
 def total(tensor: torch.Tensor) -> float:
     return float(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def numbers_of(model: nn.Module, clip: Callable[[list[nn.Parameter]], Any], steps: int) -> Any:
+    """The losses of a loop, and the norms that its clip returned."""
+    norms: list[float] = []
+    parameters = list(model.parameters())
+    losses = losses_of(
+        sgd(model),
+        batches(steps),
+        functools.partial(distance, model),
+        torch.Tensor.backward,
+        lambda: norms.append(total(clip(parameters))),
+    )
+    return losses + norms
 
 
 def lightnings_ddp() -> None:
@@ -54,17 +64,12 @@ def lightnings_ddp() -> None:
         fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[environment])
         fabric.launch()
         model = net()
-        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model, optimizer = fabric.setup(model, sgd(model))
         clip = functools.partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
         far = functools.partial(distance, model)
         return losses_of(optimizer, batches(steps), far, fabric.backward, clip)
 
     check_clipped(check_reached(train))
-
-
-def test_lightnings_ddp(world):
-    pytest.importorskip("lightning")
-    world.run(lightnings_ddp)
 
 
 def accelerates_ddp() -> None:
@@ -79,18 +84,13 @@ def accelerates_ddp() -> None:
         AcceleratorState._reset_state(True)
         accelerator = Accelerator(cpu=True)
         model = net()
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model, optimizer = accelerator.prepare(model, sgd(model))
         assert isinstance(model, nn.parallel.DistributedDataParallel)
         clip = functools.partial(accelerator.clip_grad_norm_, list(model.parameters()), 0.5)
         far = functools.partial(distance, model)
         return losses_of(optimizer, batches(steps), far, accelerator.backward, clip)
 
     check_clipped(check_reached(train))
-
-
-def test_accelerates_ddp(world):
-    pytest.importorskip("accelerate")
-    world.run(accelerates_ddp, seconds=120)
 
 
 def accelerates_meshes() -> None:
@@ -104,14 +104,7 @@ def accelerates_meshes() -> None:
         model = net()
         for part in model if several else [model]:
             fully_shard(part, mesh=dist.init_device_mesh("cpu", (2,), mesh_dim_names=(f"{part}",)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found = []
-        for x in batches(steps):
-            optimizer.zero_grad()
-            (model(x) - 3).square().mean().backward()
-            found.append(total(clip(list(model.parameters()), 0.5)))
-            optimizer.step()
-        return found
+        return numbers_of(model, lambda parameters: clip(parameters, 0.5), steps)
 
     check_clipped(check_reached(functools.partial(train, several=False)))
     # A norm for each mesh, and one more scaling, of nothing.
@@ -120,39 +113,21 @@ def accelerates_meshes() -> None:
     )
 
 
-def test_accelerates_meshes(world):
-    pytest.importorskip("accelerate")
-    world.run(accelerates_meshes, seconds=120)
-
-
 def torchtitans_clip(bf16: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torchtitan.distributed import utils
 
-    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "fsdp"))
 
     def train(steps: int) -> list[float]:
         model = net()
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses = []
-        for x in batches(steps):
-            optimizer.zero_grad()
-            loss = (model(x).float() - 3).square().mean()
-            loss.backward()
-            norm = utils.clip_grad_norm_(model.parameters(), 0.5, foreach=True)
-            optimizer.step()
-            losses += [loss.item(), total(norm)]
-        return losses
+        fully_shard(model, mesh=mesh["fsdp"], mp_policy=policy)
+        # It raises the norm to its power in place, to add it up over the stages.
+        how = dict(max_norm=0.5, foreach=True, pp_mesh=mesh["pp"])
+        return numbers_of(model, functools.partial(utils.clip_grad_norm_, **how), steps)
 
     check_clipped(check_reached(train, name="clip_grads_with_norm_"))
-
-
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_torchtitans_clip(world, bf16):
-    pytest.importorskip("torchtitan")
-    world.run(torchtitans_clip, bf16, seconds=120)
 
 
 class CudaIsHere(TorchFunctionMode):
@@ -174,11 +149,11 @@ def megatrons_clip() -> None:
 
     def train(steps: int, decoupled: bool) -> list[float]:
         model = net()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = sgd(model)
         found = []
         for x in batches(steps):
             optimizer.zero_grad()
-            (model(x) - 3).square().mean().backward()
+            distance(model, x).backward()
             for p in model.parameters():
                 # What its optimizers clip is the main parameters' grad, made of main_grad.
                 p.main_grad = p.grad.float()
@@ -209,6 +184,18 @@ def megatrons_clip() -> None:
         assert max(ours[:20]) > 0.5
 
 
-def test_megatrons_clip(world):
-    pytest.importorskip("megatron.core.optimizer.clip_grads")
-    world.run(megatrons_clip, seconds=120)
+LOOPS = {
+    "lightning": ("lightning", lightnings_ddp),
+    "accelerate": ("accelerate", accelerates_ddp),
+    "accelerate's meshes": ("accelerate", accelerates_meshes),
+    "torchtitan": ("torchtitan", functools.partial(torchtitans_clip, bf16=False)),
+    "torchtitan in bf16": ("torchtitan", functools.partial(torchtitans_clip, bf16=True)),
+    "megatron": ("megatron.core.optimizer.clip_grads", megatrons_clip),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_framework_on_two_ranks_is_clipped(world, name):
+    module, loop = LOOPS[name]
+    pytest.importorskip(module)
+    world(2).run(loop, seconds=120)
