@@ -220,3 +220,12 @@ def awkward(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Sizes round every border of the kernels: lanes, buffers, tiles; 0-d and empty; any order."""
     sizes = [(), (0,), (1,), (31,), (32,), (33,), (127, 3), (2048,), (2049,), (16383,), (16385, 2)]
     return [(torch.randn(size) * (1 + i)).to(dtype).to(device) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture(params=["walk", "python"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients read by the extension, and without it."""
+    if request.param == "python":
+        monkeypatch.setattr(_ops, "extension", None)
+    elif _ops.extension is None:
+        pytest.skip("no extension")
