@@ -22,8 +22,8 @@ HUGE = {torch.float16: 1e4, torch.float64: 1e60}
 class Percentile:
     """What AutoClip promises."""
 
-    def __init__(self, percent: float, history: int) -> None:
-        self.percent, self.history, self.norms = percent, history, []
+    def __init__(self, percentile: float, history: int) -> None:
+        self.percent, self.history, self.norms = percentile, history, []
 
     def __call__(self, norm: float) -> float:
         if math.isfinite(norm) and norm:
@@ -36,13 +36,13 @@ class Percentile:
 class Outliers:
     """What ZClip promises."""
 
-    def __init__(self, alpha: float, most: float, warmup: int) -> None:
-        self.alpha, self.most, self.warmup = alpha, most, warmup
+    def __init__(self, alpha: float, z_threshold: float, warmup_steps: int) -> None:
+        self.alpha, self.most, self.warmup = alpha, z_threshold, warmup_steps
         self.first, self.mean, self.variance = [], 0.0, 0.0
 
     def __call__(self, norm: float) -> float:
         if not math.isfinite(norm):
-            return 0.0 if math.isinf(norm) else math.nan
+            return self.mean if math.isinf(norm) else math.nan
         if not norm:
             return math.inf
         if len(self.first) < self.warmup:
@@ -64,10 +64,16 @@ class Spikes:
     """What DropSpikes promises: NaN for a step that is dropped."""
 
     def __init__(
-        self, limit: float, factor: float, alpha: float, warmup: int, patience: int
+        self,
+        max_norm: float,
+        factor: float = 4.0,
+        alpha: float = 0.98,
+        warmup_steps: int = 25,
+        patience: int = 20,
     ) -> None:
-        self.limit, self.factor, self.alpha, self.patience = limit, factor, alpha, patience
-        self.warmup, self.first, self.mean, self.drops = warmup, [], 0.0, 0
+        self.limit, self.factor, self.alpha = max_norm, factor, alpha
+        self.warmup, self.patience = warmup_steps, patience
+        self.first, self.mean, self.drops = [], 0.0, 0
 
     def __call__(self, norm: float) -> float:
         if math.isfinite(norm) and norm:
