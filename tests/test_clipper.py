@@ -40,6 +40,14 @@ def assert_same(made, twins):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
 
 
+def clipper_of(items, limits, **how):
+    """With several thresholds each has a group: of n of them the first has every nth item."""
+    if len(limits) == 1:
+        return GradClipper(items, limits[0], **how)
+    groups = [{"params": items[i :: len(limits)], "max_norm": n} for i, n in enumerate(limits)]
+    return GradClipper(groups=groups, **how)
+
+
 THRESHOLDS = {
     "number": lambda: 0.5,
     "loose": lambda: 1e9,
@@ -57,16 +65,8 @@ THRESHOLDS = {
 def test_clips_are_those_of_the_function_to_the_bit(reader, device, names, policy, p):
     made, twins = parameters(grads(0, device) * 2), parameters(grads(0, device) * 2)
     ours, theirs = ([THRESHOLDS[name]() for name in names] for _ in range(2))
-    parts = [slice(i, None, len(names)) for i in range(len(names))]
-    groups = [
-        {"params": made[part], "max_norm": limit, "name": name}
-        for part, limit, name in zip(parts, ours, names, strict=True)
-    ]
     how = {"norm_type": p, "nonfinite": policy}
-    if len(names) == 1:
-        clipper = GradClipper(made, ours[0], **how)
-    else:
-        clipper = GradClipper(groups=groups, **how)
+    clipper = clipper_of(made, ours, **how)
     for step in range(8):
         for some in (made, twins):
             for parameter, grad in zip(some, grads(step, device) * 2, strict=True):
@@ -76,8 +76,8 @@ def test_clips_are_those_of_the_function_to_the_bit(reader, device, names, polic
             made[3].grad[3] = twins[3].grad[3] = math.inf
         norms = clipper.clip_().reshape(-1)
         expected = [
-            fastclip.clip_grad_norm_(twins[part], limit, **how)
-            for part, limit in zip(parts, theirs, strict=True)
+            fastclip.clip_grad_norm_(twins[i :: len(names)], limit, **how)
+            for i, limit in enumerate(theirs)
             if limit is not None
         ]
         torch.testing.assert_close(norms, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
@@ -149,11 +149,8 @@ def test_a_step_does_not_depend_on_the_dtype_of_those_before(device, kind):
     values = torch.tensor([3.0, 4.0], dtype=torch.float64, device=device)
     made = narrow, wide = parameters([values.float(), values])
     limit = (lambda norm: norm * 0.1) if kind == "rule" else 0.1
-    clipper = {
-        "number": lambda: GradClipper(made, limit),
-        "rule": lambda: GradClipper(made, limit),
-        "groups": lambda: GradClipper(groups=[{"params": made, "max_norm": limit}]),
-    }[kind]()
+    groups = [{"params": made, "max_norm": limit}]
+    clipper = GradClipper(groups=groups) if kind == "groups" else GradClipper(made, limit)
     for size in (1.0, 1e60, 1.0):
         for one, grad in ((narrow, values.float()), (wide, values * size)):
             narrow.grad = wide.grad = None
@@ -163,7 +160,8 @@ def test_a_step_does_not_depend_on_the_dtype_of_those_before(device, kind):
             coef = (norm * 0.1 if kind == "rule" else 0.1) / (norm + 1e-6)
             rtol = 1e-14 if one is wide else 1e-6
             torch.testing.assert_close(one.grad, grad * coef, rtol=rtol, atol=0)
-    stats = clipper.stats()["0"] if kind == "groups" else clipper.stats()
+    stats = clipper.stats()
+    stats = stats.get("0", stats)
     assert stats["total_norm"] == pytest.approx([5.0, 5.0, 5.0, 5e60, 5.0, 5.0], rel=1e-14)
     assert (stats["nonfinite"], stats["clipped"]) == (0, 6)
     assert all(coef > 0 for coef in stats["coef"])
@@ -310,29 +308,26 @@ def test_a_first_call_in_inference_mode_leaves_a_clipper_that_trains(rule, loads
 
 
 def test_the_state_goes_on_where_it_was(device):
-    def make(max_norm):
-        made = parameters(grads(0, device))
-        groups = [{"params": made[:3], "max_norm": max_norm}, {"params": made[3:], "max_norm": 1.0}]
-        return made, GradClipper(groups=groups)
-
-    (made, clipper), (twins, other) = (make(AutoClip(50, 9)) for _ in range(2))
+    made, twins, others = (parameters(grads(0, device)) for _ in range(3))
+    clipper, twin = (clipper_of(some, [AutoClip(50, 9), 1.0]) for some in (made, twins))
     for step in range(6):
         if step == 3:
-            other.load_state_dict(clipper.state_dict())
+            twin.load_state_dict(clipper.state_dict())
         for some in (made, twins):
             for parameter, grad in zip(some, grads(step, device), strict=True):
                 parameter.grad = grad.clone()
         clipper.clip_()
         if step >= 3:
-            other.clip_()
+            twin.clip_()
             assert_same(made, twins)
-            assert other.stats() == clipper.stats()
+            assert twin.stats() == clipper.stats()
+    other = clipper_of(others, [1.0, 1.0])
     with pytest.raises(ValueError, match="state: expected rules of"):
-        make(1.0)[1].load_state_dict(clipper.state_dict())
+        other.load_state_dict(clipper.state_dict())
     with pytest.raises(ValueError, match="state: expected what state_dict of this Ring returns"):
-        make(1.0)[1].load_state_dict(GradClipper(made, 1.0).state_dict())
-    other.load_state_dict(make(AutoClip(50, 9))[1].state_dict())
-    assert [one["steps"] for one in other.stats().values()] == [0, 0]
+        other.load_state_dict(clipper_of(others, [1.0]).state_dict())
+    clipper.load_state_dict(clipper_of(others, [AutoClip(50, 9), 1.0]).state_dict())
+    assert [one["steps"] for one in clipper.stats().values()] == [0, 0]
 
 
 @pytest.mark.parametrize("rule", [AutoClip, ZClip, lambda: DropSpikes(1.0)])
@@ -443,19 +438,11 @@ def test_a_compiled_step_clips_alike(kind):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", ["number", "rule", "groups"])
-def test_a_captured_clip_counts_its_replays(kind):
-    made = parameters(grads(0, "cuda"))
-    clipper = {
-        "number": lambda: GradClipper(made, 0.5),
-        "rule": lambda: GradClipper(made, AutoClip(50, 4), nonfinite="keep"),
-        "groups": lambda: GradClipper(
-            groups=[
-                {"params": made[:2], "max_norm": 0.5},
-                {"params": made[2:], "max_norm": ZClip()},
-            ]
-        ),
-    }[kind]()
+@pytest.mark.parametrize("policy", ["propagate", "keep"])
+@pytest.mark.parametrize("names", [["number"], ["percentile"], ["number", "outliers"]])
+def test_a_captured_clip_counts_its_replays(names, policy):
+    limits = [THRESHOLDS[name]() for name in names]
+    clipper = clipper_of(parameters(grads(0, "cuda")), limits, nonfinite=policy)
     clipper.clip_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -463,7 +450,7 @@ def test_a_captured_clip_counts_its_replays(kind):
     for _ in range(3):
         graph.replay()
     stats = clipper.stats()
-    assert (stats["0"] if kind == "groups" else stats)["steps"] == 4
+    assert stats.get("0", stats)["steps"] == 4
 
 
 @pytest.mark.parametrize("inside", ["itself", "list", "layer"])
@@ -523,42 +510,29 @@ def test_what_is_no_attribute_cannot_be_set():
     assert (own.writer, own.step) == (3, 3)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor(0.5)], ids=str)
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_a_factor_is_that_of_clip_grad_norm(device, as_tensor, each):
-    scale = torch.tensor(0.5, device=device) if as_tensor else 0.5
+@pytest.mark.parametrize("limits", [[0.5], [0.5, 2.0]])
+def test_factors_and_norms_of_each_gradient_clip_as_the_function(device, limits, each, scale, p):
+    scale = scale.to(device) if isinstance(scale, torch.Tensor) else scale
     made, twins = parameters(grads(1, device)), parameters(grads(1, device))
-    clipper = GradClipper(made, 0.5, each=each)
-    norm = fastclip.clip_grad_norm_(twins, 0.5, grad_scale=scale)
-    torch.testing.assert_close(clipper.clip_(grad_scale=scale), norm, rtol=1e-6, atol=0)
+    clipper = clipper_of(made, limits, norm_type=p, each=each)
+    norms = clipper.clip_(grad_scale=scale).reshape(-1)
+    expected = [
+        fastclip.clip_grad_norm_(twins[i :: len(limits)], limit, p, grad_scale=scale)
+        for i, limit in enumerate(limits)
+    ]
+    torch.testing.assert_close(norms, torch.stack(expected), rtol=1e-6, atol=0)
     for a, b in zip(made, twins, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
     if each:
-        expected = [0.5 * oracle([grad], 2.0) for grad in grads(1)]
-        assert [*clipper.norms_by_parameter().values()] == pytest.approx(expected, rel=1e-6)
+        found = sorted(clipper.norms_by_parameter().values())
+        expected = sorted(float(scale) * oracle([grad], p) for grad in grads(1))
+        assert found == pytest.approx(expected, rel=1e-6)
     for bad in (0, -1, math.inf):
         with pytest.raises(ValueError, match="grad_scale"):
             clipper.clip_(grad_scale=bad)
-
-
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-def test_groups_are_measured_by_their_gradients(device, p):
-    made, twins = parameters(grads(1, device)), parameters(grads(1, device))
-    clippers = [
-        GradClipper(
-            groups=[{"params": q, "max_norm": n} for q, n in ((some[:2], 0.5), (some[2:], 2.0))],
-            norm_type=p,
-            each=each,
-        )
-        for some, each in ((made, True), (twins, False))
-    ]
-    expected = [oracle([grad], p) for grad in grads(1)]
-    norms, others = (clipper.clip_() for clipper in clippers)
-    torch.testing.assert_close(norms, others, rtol=1e-6, atol=0)
-    for a, b in zip(made, twins, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
-    found = list(clippers[0].norms_by_parameter().values())
-    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_gradient_that_cannot_be_measured_is_named_without_ranks():
