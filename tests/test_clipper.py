@@ -217,12 +217,12 @@ def test_a_ring_is_bounded_in_bytes():
 
 # In a process of its own, where no memory was freed before that may be taken again.
 TOUCHED = """
-import resource, torch
+import torch
 from fastclip._history import Ring
 
 def resident():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+        return int(file.read().split()[1]) * 4096
 
 before = resident()
 rings = [Ring(2000) for _ in range(40)]
@@ -281,13 +281,11 @@ def test_the_default_device_has_no_part_in_it(rule, tmp_path):
         clipper.load_state_dict(saved.state_dict())
         parameter.grad.mul_(0).add_(4)
         assert float(clipper.clip_()) == pytest.approx(math.sqrt(32))
-        stats = clipper.stats()
+        assert clipper.stats()["total_norm"] == pytest.approx([5, math.sqrt(32)])
         clipper.plot(tmp_path / "norms.png")
         assert float(fastclip.clip_grad_norm_([], 1.0)) == 0
         assert fastclip.clip_grad_norms_([], 1.0).tolist() == []
         fastclip.clip_grad_value_([parameter], 1.0)
-    assert stats["total_norm"] == pytest.approx([5, math.sqrt(32)])
-    assert stats["percentiles"]["p50"] == pytest.approx((5 + math.sqrt(32)) / 2)
     assert parameter.grad.tolist() == [1.0, 1.0]
 
 
@@ -367,11 +365,6 @@ def test_plot_without_matplotlib_says_what_is_missing(monkeypatch, tmp_path):
         GradClipper(parameters([torch.ones(2)]), 1.0).plot(tmp_path / "norms.png")
 
 
-def bad(**change):
-    group = {"params": parameters([torch.ones(2)]), "max_norm": 1.0} | change
-    return {key: value for key, value in group.items() if value != "gone"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
@@ -385,10 +378,10 @@ def bad(**change):
         (dict(parameters=[], max_norm=1.0, nonfinite="stop"), ValueError, "nonfinite"),
         (dict(parameters=[], max_norm=1.0, norm_type=math.nan), ValueError, "norm_type"),
         (dict(parameters=[], max_norm=1.0, process_group=3), TypeError, "process_group"),
-        (dict(groups=[bad(norm=1)]), ValueError, r"groups\[0\].*norm"),
-        (dict(groups=[bad(max_norm="gone")]), ValueError, r"groups\[0\].*max_norm"),
-        (dict(groups=[bad(params="gone")]), ValueError, r"groups\[0\].*params"),
-        (dict(groups=[bad(), bad(name="0")]), ValueError, "named '0'"),
+        (dict(groups=[dict(params=[], max_norm=1.0, norm=1)]), ValueError, r"groups\[0\].*norm"),
+        (dict(groups=[dict(params=[])]), ValueError, r"groups\[0\].*max_norm"),
+        (dict(groups=[dict(max_norm=1.0)]), ValueError, r"groups\[0\].*params"),
+        (dict(groups=[dict(params=[], max_norm=1.0, name=0)] * 2), ValueError, "named '0'"),
         (dict(parameters=[], max_norm=1.0, history=0), ValueError, "history"),
         (dict(parameters=[], max_norm=1.0, nonfinite="skip"), ValueError, "'keep'"),
         (dict(parameters=[], max_norm=1.0, each=True, norm_type=0), ValueError, "norm_type"),
@@ -496,15 +489,13 @@ def test_the_threshold_of_a_group_may_be_changed_by_its_name():
             clipper.max_norm = bad
 
 
-def test_what_is_no_attribute_cannot_be_set():
-    clipper = GradClipper([], 1.0)
-    for name in ("max_nrom", "norm_type", "thresholds", "names"):
-        with pytest.raises(AttributeError):
-            setattr(clipper, name, 1.0)
-
+def test_what_is_no_attribute_can_be_set_in_a_subclass_alone():
     class Logged(GradClipper):
         writer = None
 
+    for name in ("max_nrom", "norm_type", "thresholds", "names"):
+        with pytest.raises(AttributeError):
+            setattr(GradClipper([], 1.0), name, 1.0)
     own = Logged([], 1.0)
     own.writer = own.step = 3
     assert (own.writer, own.step) == (3, 3)

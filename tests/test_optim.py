@@ -152,10 +152,9 @@ def test_an_accumulator_of_other_gradients_is_refused():
         (NormAccumulator(net), {"process_group": "any"}, ValueError),
         (2.0, {}, TypeError),
     ):
-        with pytest.raises(error, match="measured"):
-            fastclip.unscale_and_clip_(optimizer, 1.0, scaler, measured=measured, **more)
-        with pytest.raises(error, match="measured"):
-            fastclip.clipped_step(optimizer, 1.0, scaler, measured=measured, **more)
+        for call in (fastclip.unscale_and_clip_, fastclip.clipped_step):
+            with pytest.raises(error, match="measured"):
+                call(optimizer, 1.0, scaler, measured=measured, **more)
     assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before, strict=True))
     # What the optimizer leaves out may be without a gradient.
     stranger.zero_grad()

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -220,10 +220,6 @@ class Group:
         return dict(found.values())
 
 
-def grads_by_id(items: Iterable[nn.Parameter]) -> dict[int, Tensor | None]:
-    return {id(item): item.grad for item in items}
-
-
 class Life:
     """A clipper, the groups that it was made of, and what it should have recorded."""
 
@@ -437,7 +433,8 @@ class Life:
                 self.clipper.norms_by_parameter()
             return True
         found = self.clipper.norms_by_parameter()
-        grads = self.each if self.is_each else grads_by_id(items.values())
+        now = {id(item): item.grad for item in items.values()}
+        grads = self.each if self.is_each else now
         return list(found) == list(items) and all(
             norm_is(found[name], [dense(g) for g in [grads[id(item)]] if g is not None], self.p)
             for name, item in items.items()
