@@ -252,10 +252,12 @@ def python(*command: str, cwd: Path | None = None, input: str | None = None, **v
 
 
 @pytest.fixture(params=["walk", "python"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both readers of gradients: the C++ walk, if it is built, and Python."""
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients read by the extension, and without it."""
     if request.param == "python":
         monkeypatch.setattr(_ops, "extension", None)
+    elif _ops.extension is None:
+        pytest.skip("the extension is not built")
 
 
 @pytest.fixture(scope="module")

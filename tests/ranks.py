@@ -38,7 +38,10 @@ class World:
         while len(answers) < self.size and not errors and time.monotonic() < deadline:
             for rank, (_, pipe) in enumerate(self.ranks):
                 if rank not in answers and pipe.poll(0.002):
-                    answers[rank], error = pipe.recv()
+                    try:
+                        answers[rank], error = pipe.recv()
+                    except EOFError:
+                        error = "its process has ended"
                     errors += [f"rank {rank}: {error}"] if error else []
         if errors or len(answers) < self.size:
             self.stop()

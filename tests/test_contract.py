@@ -34,7 +34,7 @@ def same(ours, theirs) -> bool:
     )
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 class TestNorm:
     @pytest.mark.parametrize("max_norm", [0.5, 3, 100.0])
     def test_coefficient_is_torchs(self, device, dtype, max_norm):
@@ -283,7 +283,7 @@ NEGATED = {
 
 
 @without_emulation
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("negated", NEGATED.values(), ids=NEGATED)
 def test_lazily_negated_gradient_is_clipped(device, negated):
     grad = negated(torch.randn(50, dtype=torch.complex64, device=device))
@@ -298,7 +298,7 @@ def test_lazily_negated_gradient_is_clipped(device, negated):
     torch.testing.assert_close(parameter.grad.resolve_conj(), expected * (0.5 / norm))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("asked", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_total_norm_has_the_dtype_that_is_asked_for(device, dtype, asked):
     grads = awkward(dtype, device)
@@ -309,7 +309,7 @@ def test_a_total_norm_has_the_dtype_that_is_asked_for(device, dtype, asked):
     assert abs(norm.double().item() - expected) <= (torch.finfo(asked).eps + own) * expected
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 def test_a_dtype_that_does_not_hold_the_norm_is_an_error_if_that_is_asked_for(device):
     grads = [torch.full((4,), 6e4, device=device)]
     assert fastclip.get_total_norm(grads, dtype=torch.float16).item() == math.inf
@@ -336,7 +336,7 @@ THRESHOLDS = [0.0, *(kind(1) for kind in NUMBERS), *(torch.tensor(1, dtype=d) fo
 THRESHOLDS += [torch.ones(1), torch.nn.Parameter(torch.ones(()))]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("max_norm", THRESHOLDS, ids=repr)
 def test_a_threshold_is_any_number_on_any_device(device, max_norm):
     grads = [torch.full((4,), 3.0, device=device)]
@@ -365,7 +365,7 @@ LISTS = {
 }
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
 def test_parameters_come_in_any_iterable(listed):
     norms = []
@@ -392,7 +392,7 @@ def test_foreach_takes_the_same_road(monkeypatch):
         fastclip.clip_grads_with_norm_(made, 1.0, norm, foreach=foreach)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 def test_memory_that_torch_refuses_to_write_to_is_refused():
     rng = random.Random(0)
     refused = 0
@@ -453,7 +453,7 @@ def test_bfloat16_total_norm_is_taken_as_it_is(device):
     torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 def test_a_gradient_that_requires_grad_is_clipped(device):
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=device))
     (w**3).sum().backward(create_graph=True)
@@ -471,7 +471,7 @@ def test_inference_tensors_are_clipped_in_inference_mode(device):
         torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 def test_inference_tensors_stay_as_they_are_outside():
     with torch.inference_mode():
         grad = torch.tensor([3.0, 4.0])

@@ -10,7 +10,7 @@ from conftest import parameters
 import fastclip
 from fastclip import _decide
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = pytest.mark.usefixtures("reader")
 
 
 @pytest.fixture

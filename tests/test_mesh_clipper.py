@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import oracle
 from ranks import on_ranks
 from test_mesh import full, plain, spread
-from test_rules import autoclip, zclip
+from test_random_clipper import Outliers, Percentile
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -143,7 +143,8 @@ def saved(path: str) -> None:
 
 def restored(path: str) -> None:
     norms = [norm_at(step) for step in range(12)]
-    limits = [[1.0] * 12, autoclip(norms, 50, 4), zclip(norms, 0.5, 1.0, 2)]
+    promises = Percentile(50, 4), Outliers(0.5, 1.0, 2)
+    limits = [[1.0] * 12, *(list(map(promise, norms)) for promise in promises)]
     for kind, done in itertools.product(("fresh", "warm"), (0, 2)):
         clipper, made = grouped()
         run_steps(clipper, made, range(done))

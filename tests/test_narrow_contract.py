@@ -39,7 +39,7 @@ def _of_a_device(module: ModuleType | type) -> dict[str, object]:
 
 
 globals().update(_of_a_device(test_ops), **_of_a_device(test_contract))
-TestNorm = pytest.mark.usefixtures("path")(
+TestNorm = pytest.mark.usefixtures("reader")(
     type("TestNorm", (), _of_a_device(test_contract.TestNorm))
 )
 

@@ -286,7 +286,7 @@ class Case:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("seed", range(90))
 def test_any_steps_are_those_of_torchs_sequence(seed):
     case = Case(seed)

@@ -71,7 +71,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("call", CLIPS.values(), ids=CLIPS)
 def test_every_clip_takes_a_norm_beyond_float32(call):
     (made,) = parameters([torch.tensor(HUGE)])

@@ -1,13 +1,17 @@
 """README keeps its promises: its code runs, its names are the tested ones, its numbers measured."""
 
 import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from test_scenarios import NAMES
 
-from fastclip import _ops, clip, patching
+import fastclip
+from fastclip import _ops, clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,8 +46,10 @@ def test_what_the_page_links_to_is_there():
 
 
 def test_docstring_examples_are_right():
-    for module in (clip, patching):
-        assert doctest.testmod(module, extraglobs={"torch": clip.torch}).failed == 0
+    names = [module.name for module in pkgutil.iter_modules(fastclip.__path__)]
+    for name in (name for name in names if name[0] != "_"):
+        module = importlib.import_module(f"fastclip.{name}")
+        assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0, name
     assert all(t.examples for t in doctest.DocTestFinder().find(clip) if t.name.endswith("_"))
 
 
