@@ -14,7 +14,6 @@ from ._gradients import (
     SpreadGrads,
     aligned,
     found_in_groups,
-    present,
     read,
     read_by,
 )
@@ -77,25 +76,24 @@ class Grouped:
         self._is_spread = is_spread(items)
 
     def read(self, agree: bool) -> Gradients:
-        if self.each:
-            return read(self.items, kind=Kind.EACH, agree=agree)
+        kind = Kind.EACH if self.each else Kind.of_order(self.p)
         if self.is_simple:
-            return read(self.items, kind=Kind.of_order(self.p), agree=agree)
-        grads: SpreadGrads = read_by(
-            self._plan, self.items, self.asked, self.group_of, self.p, agree
-        )
+            return read(self.items, kind=kind, agree=agree)
+        grads: SpreadGrads = read_by(self._plan, self.items, self.asked, self.group_of, kind, agree)
         self._plan = grads.plan
         return grads
 
     def norms(self, grads: Gradients, scale: float | Tensor | None) -> Tensor:
         """Return the norm of each group times `scale`, 1-d, float64."""
         if self.each:
-            found = grads.each_norms(self.p)
-            self._present = present(found, self.items)
-            each = aligned(found, self.items)
+            each = grads.each_norms(self.p)
             self.each_norms = each if scale is None else each * scale
             counts = [self.group_of.count(group) for group in range(len(self.asked))]
-            return _ops.norms(list(self.each_norms.split(counts)), self.p, None, True)
+            norms = _ops.norms(list(self.each_norms.split(counts)), self.p, None, True)
+            # A flag is infinite or NaN if the norm of its group is so on another rank.
+            if isinstance(grads, SpreadGrads) and len(grads.flags):
+                norms = norms + grads.flags
+            return norms
         norms = grads.norm(self.p).reshape(1) if self.is_one else grads.norms(self.p)
         return norms if scale is None else norms * scale
 
@@ -105,7 +103,7 @@ class Grouped:
             grads.scale_(coefs[0])
         elif self.each:
             of_group = coefs.unbind()
-            each = [of_group[self.group_of[i]] for i in self._present]
+            each = [of_group[group] for group in self.group_of]
             grads.scale_each_(torch.stack(each) if each else coefs[:0])
         else:
             grads.scale_(coefs)

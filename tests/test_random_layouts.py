@@ -228,9 +228,7 @@ class Case:
         usual = [q for q in self.pieces if q.given is q.places and not q.lacking]
         usual = [q for q in usual if q.grad.numel() > 1]
         chance = rng.random()
-        # Where each gradient is measured by itself, ranks do not agree on what is not finite.
-        may_spoil = self.policy == "propagate" or not self.is_each
-        may_spoil = may_spoil and self.p > 0 and self.call not in ("each", "units")
+        may_spoil = self.p > 0 and self.call not in ("each", "units")
         if usual and chance < 0.3 and may_spoil:
             self._spoil(rng.choice(usual))
         elif usual and 0.3 < chance < 0.5:

@@ -108,11 +108,11 @@ def read_by(
     parameters: list[Tensor],
     asked: Asked,
     group_of: Sequence[int],
-    p: float,
+    kind: Kind,
     agree: bool,
 ) -> SpreadGrads:
     """Read gradients as `read` does, in the groups of `group_of`; reuse `plan` if it still fits."""
-    plan, grads = follow(plan, parameters, asked, True, Kind.of_order(p), group_of)
+    plan, grads = follow(plan, parameters, asked, True, kind, group_of)
     return _spread(plan, grads, None, agree, lambda: look(parameters, True, plan))
 
 

@@ -53,6 +53,9 @@ class SpreadGrads:
         self._local, self.plan, self.agree = local, plan, agree
         self.failure = None if error is None else Failure(error)
         self.reduction, self.is_in_graph = plan.reduction, is_in_graph
+        # Set by `each_norms`, for plans of kind EACH that send anything: a number for each group,
+        # infinite or NaN if a gradient of the group is so on any rank, else 0.
+        self.flags = torch.empty(0, dtype=torch.float64, device="cpu")
         self.wide = plan.wide or (error is None and local.is_wide())
 
     @property
@@ -95,8 +98,9 @@ class SpreadGrads:
                 parts = _ranks.share_nonfinite(parts, reduction.counts, reduction.beside)
             parts = _ranks.all_reduce_members(step, parts, order, reduction.beside, sizes)
         if reduction.kind.is_each:
-            end = parts.numel() - reduction.beside
-            norms, numbers = parts[:end], parts[end:]
+            last = min(reduction.beside, NUMBERS)
+            sizes = [parts.numel() - reduction.beside, reduction.beside - last, last]
+            norms, self.flags, numbers = parts.split(sizes)
         else:
             of = reduction
             norms, numbers = _ranks.combine_slots(parts, of.members, of.beside, order)

@@ -57,17 +57,15 @@ def as_norms(parts: Tensor, p: float) -> Tensor:
 
 
 def share_nonfinite(parts: Tensor, counts: list[int], beside: int) -> Tensor:
-    """Make all parts of a group infinite or NaN if one is; `counts` says how many slots each has.
+    """Make the flag of a group infinite or NaN if a part of its slots is.
 
-    The group's flag becomes infinite or NaN too: it tells ranks that have other slots.
+    `counts` says how many slots each group has. The flags tell ranks that have other slots.
     """
     slots, flags, numbers = parts.split([parts.numel() - beside, len(counts), NUMBERS])
     if is_host_readable(parts) and math.isfinite(float(parts.sum())):
         return parts
     sums = torch.stack([some.sum() for some in slots.split(counts)]) + flags
-    bad = sums.masked_fill(sums.isfinite(), 0)
-    each = zip(slots.split(counts), bad.unbind(), strict=True)
-    return torch.cat([*(some + one for some, one in each), flags + bad, numbers])
+    return torch.cat([slots, sums.where(~sums.isfinite(), 0), numbers])
 
 
 def combine_slots(

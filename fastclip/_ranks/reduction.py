@@ -83,14 +83,13 @@ def reduction(
 ) -> Reduction:
     """Plan the sums for items with these layouts; the layout of a plain tensor is None.
 
-    `group_of` is the group of each item, by default 0. For EACH and ROWS each item is a group.
+    `group_of` is the group of each item, by default 0. For EACH and ROWS no process group is asked
+    for, and each item has a slot of its own.
 
     Raises:
         ValueError: two process groups in `asked` have more than this rank in common.
     """
     process_groups = list(map(groups_of, asked))
-    if kind.is_each:
-        group_of, asked = range(len(layouts)), [()] * len(layouts)
     group_of = [0] * len(layouts) if group_of is None else group_of
     # An owner is a group (TOTAL) or an item. Items of one owner share a slot if placed alike.
     owners = group_of if kind is Kind.TOTAL else range(len(layouts))
@@ -109,7 +108,7 @@ def reduction(
     for i, (group, slot) in enumerate(zip(group_of_slot, slots, strict=True)):
         counts[group] += 1
         members[group] += [i] * slot.counts_for_mesh
-    flags = 0 if kind.is_each else len(asked)
+    flags = 0 if kind is Kind.ROWS else len(asked)
     beside, mesh_steps, group_steps = _collectives(places, slots, process_groups, flags)
     for group in range(flags if beside else 0):
         members[group].append(len(slots) + group)
@@ -123,7 +122,7 @@ def reduction(
         beside=beside,
         mesh_steps=mesh_steps,
         group_steps=group_steps,
-        crossing=_find_crossing(group_of, places, reaches),
+        crossing=None if kind.is_each else _find_crossing(group_of, places, reaches),
     )
 
 
