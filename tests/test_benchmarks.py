@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 from conftest import python
 from test_house import cycle
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,6 +21,8 @@ from conftest import parameters, python
 import fastclip
 from fastclip import _ops
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # What each copy of the package does, in a child that is forked before one is imported.
 COPIES = """

@@ -7,6 +7,8 @@ from conftest import awkward, parameters
 import fastclip
 from fastclip import _ops
 
+pytestmark = pytest.mark.slow
+
 
 def fastclip_nodes(graph: torch.fx.Graph) -> list[str]:
     return [str(n.target) for n in graph.nodes if "fastclip" in str(n.target)]

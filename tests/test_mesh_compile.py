@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import fastclip
 
+pytestmark = pytest.mark.slow
+
 
 def made(kinds: str, mesh: Any, lacks: bool = False) -> list[nn.Parameter]:
     """A parameter for each letter: sharded by rows, by columns, replicated, or plain."""

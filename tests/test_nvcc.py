@@ -15,7 +15,10 @@ KERNEL = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc"),
+]
 
 
 def compiled(architecture: str, source: Path, folder: Path, flags: str = STRICT) -> str:

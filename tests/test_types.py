@@ -8,6 +8,8 @@ import typed_use
 
 import fastclip
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TYPOS = """
 from collections.abc import Callable
