@@ -285,7 +285,7 @@ def test_each_gradient_may_have_a_threshold_of_its_own(device):
     assert norms.tolist() == pytest.approx([5.0, 0.0, 10.0, 0.5, 0.0])
     after = [float(torch.linalg.vector_norm(one.grad.cpu())) for one in made[:3]]
     assert after == pytest.approx([1.0, 2.0, 0.5])
-    for bad in (limits[:4], limits[:, None], -1.0):
+    for bad in (limits[:4], limits.repeat(2), limits[:, None], -1.0):
         with pytest.raises(ValueError, match="max_norm"):
             fastclip.clip_grad_norms_(items, bad)
     one = parameters([torch.tensor([3.0, 4.0], device=device)])
