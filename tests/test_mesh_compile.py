@@ -119,3 +119,20 @@ def test_inductor(world):
 
 def test_partial_sums_break_the_graph(world):
     world.run(partial_sums, seconds=120)
+
+
+def kept_on_all() -> None:
+    """A replicated gradient that is infinite on one rank only: no sum over shards tells of it."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    parameters = made("sr", mesh)
+    before = plain(parameters[0].grad).clone()
+    if dist.get_rank() == 0:
+        parameters[1].grad.to_local()[0, 0] = math.inf
+    torch._dynamo.reset()
+    keep = torch.compile(fastclip.clip_grad_norm_, backend="aot_eager")
+    keep(parameters, 0.1, nonfinite="keep")
+    assert torch.equal(plain(parameters[0].grad), before)
+
+
+def test_a_policy_is_that_of_all_ranks(world):
+    world.run(kept_on_all, seconds=120)
