@@ -67,9 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         place = "cuda" if item.get_closest_marker("cuda") else "emulated" in item.keywords
         spec = getattr(item, "callspec", None)
+        ops = spec.params.get("ops") if spec else None
         # The default ops are no other on an emulated device than on the CPU.
-        if not (spec and spec.params.get("ops") is reference and place is True):
-            functions.setdefault((item.parent, item.originalname, place), []).append(item)
+        if not (ops is reference and place is True):
+            key = item.parent, item.originalname, place, id(ops)
+            functions.setdefault(key, []).append(item)
     kept = {item for cases in functions.values() for item in covering(cases)}
     items[:] = [item for item in items if item in kept]
 

@@ -375,6 +375,9 @@ def test_the_result_is_the_same_number_however_it_is_read():
     check(cut)
     fastclip.clip_grad_norm_(cut, threshold)
     assert oracle(grads_of(cut), 2) == pytest.approx(0.5, rel=1e-5)
+    alone = [plain(3)]
+    fastclip.clip_grad_norm_(alone, threshold)
+    assert oracle(grads_of(alone), 2) == pytest.approx(0.5, rel=1e-5)
     theirs = nn.utils.get_total_norm([q.grad for q in cut])
     fastclip.clip_grads_with_norm_(cut, 0.25, theirs)
     assert oracle(grads_of(cut), 2) == pytest.approx(0.25, rel=1e-5)

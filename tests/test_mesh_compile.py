@@ -107,3 +107,16 @@ def test_partial_sums_and_process_groups_break_the_graph():
     expected = math.sqrt(2) * oracle(grads_of(shards), 2)
     clip = lambda ps: fastclip.clip_grad_norm_(ps, 1e9, process_group=dist.group.WORLD)  # noqa: E731
     assert ulps(torch.compile(clip, backend="aot_eager")(shards), expected) <= 2
+
+
+@on_ranks(2, seconds=120)
+def test_a_policy_is_that_of_all_ranks():
+    """A replicated gradient that is infinite on one rank only: no sum over shards tells of it."""
+    parameters = made("sr", init_device_mesh("cpu", (2,)))
+    before = full(parameters[0].grad).clone()
+    if dist.get_rank() == 0:
+        parameters[1].grad.to_local()[0, 0] = math.inf
+    torch._dynamo.reset()
+    keep = torch.compile(fastclip.clip_grad_norm_, backend="aot_eager")
+    keep(parameters, 0.1, nonfinite="keep")
+    assert torch.equal(full(parameters[0].grad), before)

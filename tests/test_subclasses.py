@@ -123,8 +123,9 @@ def test_nothing_to_clip_changes_nothing() -> None:
     assert items[0].grad.scale is scale
 
 
-def test_zeros_where_the_norm_is_not_finite() -> None:
-    items = made()
-    items[1].grad[0] = math.nan
+@pytest.mark.parametrize("inside", [True, False])
+def test_zeros_where_the_norm_is_not_finite(inside: bool) -> None:
+    items = made(scale=math.nan if inside else 1.0)
+    items[1].grad[0] = 12.0 if inside else math.nan
     fastclip.clip_grad_norm_(items, 1.0, nonfinite="zero")
     assert values(items) == [0, 0, 0]
