@@ -72,7 +72,7 @@ def test_each_gradient_has_a_norm_and_a_threshold_of_its_own(reader, device, bad
     assert norms.tolist() == pytest.approx([5.0, 0.0, 10.0, 0.5, 0.0, bad], nan_ok=True)
     after = [float(torch.linalg.vector_norm(one.grad.cpu())) for one in made[:4]]
     assert after == pytest.approx([1, 2, 0.5, 0.5 if bad == 1 else math.nan], nan_ok=True)
-    for wrong in (limits[:4], limits[:, None], -1.0):
+    for wrong in (limits[:4], limits.repeat(2), limits[:, None], -1.0):
         with pytest.raises(ValueError, match="max_norm"):
             fastclip.clip_grad_norms_(items, wrong)
     assert fastclip.clip_grad_norms_(made[:1], torch.tensor([1.0])).shape == (1,)
