@@ -159,12 +159,6 @@ def test_a_name_is_there(path):
     assert not isinstance(private(path), Missing)
 
 
-def test_a_fused_optimizer_says_that_it_divides():
-    weight = torch.nn.Parameter(torch.ones(1))
-    assert getattr(torch.optim.SGD([weight], fused=True), SAID_OTHERWISE)
-    assert not hasattr(torch.optim.SGD([weight]), SAID_OTHERWISE)
-
-
 WITHOUT_ANY = """
 import pkgutil
 

@@ -108,16 +108,6 @@ def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
     assert runs[0] == runs[1]
 
 
-def test_a_tensor_threshold_is_read_at_every_step():
-    class Lower(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            max_norm.zero_()
-
-    max_norm = torch.tensor(math.inf)
-    once, often = fitted(1), fitted(5, GradClip(max_norm), Lower())
-    assert all(map(torch.equal, once.parameters(), often.parameters()))
-
-
 def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):
     def groups(module: Module) -> list[dict[str, Any]]:
         return [

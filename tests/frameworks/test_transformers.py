@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import python
 from loops import check_clipped, check_reached, losses_of
 
 import fastclip
@@ -174,27 +173,3 @@ def test_bad_arguments_are_named(tmp_path):
         trained(tmp_path, 2, GradClip(0.5))
     with pytest.raises(ValueError, match="the Trainer has two of these callbacks"):
         trained(tmp_path, 2, GradClip(0.5), GradClip(0.5), max_grad_norm=0.0)
-
-
-LAUNCHED = """
-import sys
-import torch
-from accelerate import Accelerator
-
-accelerator = Accelerator(cpu=True)
-model = torch.nn.Linear(4, 1)
-model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-for _ in range(3):
-    accelerator.backward(model(torch.randn(2, 4)).sum())
-    accelerator.clip_grad_norm_(model.parameters(), 0.1)
-    optimizer.step()
-print(sys.argv[1:])
-"""
-
-
-def test_a_script_under_accelerate_launch(tmp_path):
-    (tmp_path / "train.py").write_text(LAUNCHED)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    ran = python(*launch, "-m", "fastclip", "run", "--stats", "train.py", "--x", cwd=tmp_path)
-    assert ran.stdout == "['--x']\n", ran.stderr
-    assert "fastclip run: clip_grad_norm_ 3 times" in ran.stderr
