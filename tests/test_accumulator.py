@@ -150,14 +150,16 @@ def test_parameters_that_are_replaced_are_measured(source):
     assert not any(q._post_accumulate_grad_hooks for q in module.parameters())
 
 
-def test_ranks_that_come_later_change_gradients_unseen():
+@pytest.mark.parametrize("are_later", [False, True])
+def test_ranks_change_gradients_unseen(are_later):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     module = net()
-    norms = NormAccumulator(module)
-    run(module, 0)
+    norms = NormAccumulator(module) if are_later else None
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
+        norms = norms or NormAccumulator(module)
+        run(module, 0)
         # As a collective writes: the version counter does not tell.
         module.layers[0].weight.grad.data.mul_(2)
         check(norms, module)
@@ -350,17 +352,6 @@ def test_what_was_not_there_from_the_beginning_is_no_error_of_backward():
         reads_of(measured, items)
 
 
-def averaged_by_hand() -> None:
-    module = net()
-    norms = NormAccumulator(module)
-    run(module, dist.get_rank())
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            # Leaves no trace in the version counter.
-            dist.all_reduce(parameter.grad)
-    check(norms, module)
-
-
 def averaged(way: str) -> None:
     """With and without an accumulator; each rank has a batch more than the one before, or two."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -461,7 +452,6 @@ def copied_while_attached() -> None:
 @pytest.mark.parametrize(
     "scenario",
     [
-        averaged_by_hand,
         reduced_in_python,
         sharded,
         copied_while_attached,

@@ -124,15 +124,18 @@ def test_where_one_launch_does_not_pay_or_go_it_is_two_with_the_same_bits(machin
     assert machine.last_error == 0  # nobody else is told of it
 
 
-def test_a_list_of_one_tile_is_measured_in_one_launch(module, machine):
-    for tensors in ([torch.randn(8192, device="emulated")], [torch.ones((), device="emulated")]):
-        norms = []
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_one_tile_is_measured_in_one_launch_with_the_bits_of_a_clip(module, machine, p):
+    doubles = torch.randn(20, 1000, dtype=torch.float64).unbind()
+    for tensor in (torch.randn(8192), torch.ones(()), *doubles):
+        tensor, norms = tensor.to("emulated"), []
         before = module.allocated_bytes()
-        assert count(machine, lambda t=tensors, n=norms: n.append(_ops.norm(t, 2.0))) == 1
-        assert module.allocated_bytes() - before == 4
-        assert ulps(norms[0], oracle(tensors, 2.0)) <= 2
-        clipped = _ops.clip_norm_([t.clone() for t in tensors], 1.0, 2.0)
-        assert torch.equal(norms[0].cpu(), clipped.cpu())
+        assert count(machine, lambda t=tensor, n=norms: n.append(_ops.norm([t], p))) == 1
+        (alone,) = norms
+        assert module.allocated_bytes() - before == alone.itemsize
+        assert ulps(alone, oracle([tensor], p)) <= 2
+        beside = _ops.norms([tensor, tensor.new_empty(0)], p)[0]
+        assert alone.item() == _ops.clip_norm_([tensor.clone()], 1.0, p).item() == beside.item()
 
 
 @pytest.mark.parametrize(("width", "rows"), [(3, 5000), (8193, 4100)])
@@ -145,15 +148,6 @@ def test_many_rows_need_no_finish(machine, width, rows):
     assert count(machine, call) <= most
     expected = torch.cat([t.cpu().double().norm(dim=1) for t in tensors])
     torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("p", [1.0, 2.0])
-def test_one_span_has_the_same_bits_alone_and_in_a_clip(p):
-    for _ in range(20):
-        tensor = torch.randn(1000, dtype=torch.float64, device="emulated")
-        alone, clipped = _ops.norm([tensor], p), _ops.clip_norm_([tensor.clone()], 1.0, p)
-        beside = _ops.norms([tensor, tensor[:0]], p)[0]
-        assert alone.item() == clipped.item() == beside.item()
 
 
 def test_parameters_of_4_kib_take_fewer_tensors_a_launch(machine):
