@@ -284,16 +284,16 @@ class Case:
             return fastclip.clip_grad_norms_(parameters, self.each_limit(), self.p)
         if self.call == "units":
             return fastclip.clip_grad_agc_(parameters, 0.1, 1e-3)
+        how = dict(nonfinite=self.policy, each=self.is_each)
         if self.clipper is None and self.call == "clipper":
             one = parameters, self.limits[0], self.p
-            how = dict(nonfinite=self.policy, process_group=groups[0], each=self.is_each)
-            self.clipper = GradClipper(*one, **how)
+            self.clipper = GradClipper(*one, process_group=groups[0], **how)
         elif self.clipper is None:
-            dicts = []
-            for label, (limit, group) in enumerate(zip(self.limits, groups, strict=True)):
-                own = [parameter for piece, parameter in self.held if piece.label == label]
-                dicts.append({"params": own, "max_norm": limit, "process_group": group})
-            how = dict(nonfinite=self.policy, each=self.is_each)
+            dicts = [
+                {"params": [q for piece, q in self.held if piece.label == label]}
+                | {"max_norm": self.limits[label], "process_group": group}
+                for label, group in enumerate(groups)
+            ]
             self.clipper = GradClipper(norm_type=self.p, groups=dicts, **how)
         return self.clipper.clip_()
 
@@ -403,13 +403,11 @@ class Case:
         return self.before[i] if piece.given is piece.places else piece.here(self.rank)
 
     def is_untouched(self) -> bool:
-        for i, (piece, parameter) in enumerate(self.held):
-            if self.rank in piece.lacking:
-                continue
-            now = local(parameter.grad)
-            if not any(is_same(now, then) for then in (self.before[i], self.then(i))):
-                return False
-        return True
+        return all(
+            any(is_same(local(parameter.grad), then) for then in (self.before[i], self.then(i)))
+            for i, (piece, parameter) in enumerate(self.held)
+            if self.rank not in piece.lacking
+        )
 
     def is_each_right(self, norms: Tensor) -> bool:
         for i, ((piece, parameter), found) in enumerate(zip(self.held, norms, strict=True)):
