@@ -1,12 +1,11 @@
-"""Lightning's Trainer and Fabric; the callback; the recipe for fused optimizers with a scaler."""
+"""Lightning's Trainer; the callback; the recipe for fused optimizers with a scaler."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from loops import check_clipped, check_reached, losses_of
+from loops import check_clipped, check_reached
 from torch import nn
 
 import fastclip
@@ -65,21 +64,6 @@ def test_trainer(precision, algorithm):
     counted = check_reached(lambda steps: fitted(steps, **how).losses, rtol=rtol)
     if algorithm == "norm":
         check_clipped(counted)
-
-
-def test_fabric():
-    from lightning.fabric import Fabric
-
-    def train(steps: int) -> list[float]:
-        fabric = Fabric(accelerator="cpu", devices=1)
-        module = Module()
-        model, optimizer = fabric.setup(module, module.configure_optimizers())
-        model.mark_forward_method("training_step")
-        clip = partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
-        step = partial(model.training_step, index=0)
-        return losses_of(optimizer, data(steps), step, fabric.backward, clip)
-
-    check_clipped(check_reached(train))
 
 
 def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
