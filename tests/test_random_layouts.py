@@ -169,10 +169,12 @@ class Piece:
 
     def placed(self, whole: Tensor, places: list[Any]) -> Tensor:
         """A tensor on this rank."""
-        local = part(whole, self.grid, places, dist.get_rank()).clone()
+        return self.made_of(part(whole, self.grid, places, dist.get_rank()).clone(), places)
+
+    def made_of(self, local: Tensor, places: list[Any]) -> Tensor:
         if self.is_plain:
             return local
-        like = dict(shape=whole.shape, stride=whole.stride(), run_check=False)
+        like = dict(shape=self.weight.shape, stride=self.weight.stride(), run_check=False)
         return DTensor.from_local(local, my_meshes()[self.name], places, **like)
 
 
@@ -263,11 +265,7 @@ class Case:
                 parameter.grad_dtype = None
                 inner = local(parameter.grad)
                 made = inner.int() if kind == "integer" else inner.new_ones(1).expand(inner.shape)
-                if not piece.is_plain:
-                    mesh, places = my_meshes()[piece.name], piece.places
-                    like = dict(shape=piece.grad.shape, stride=piece.grad.stride())
-                    made = DTensor.from_local(made, mesh, places, run_check=False, **like)
-                parameter.grad = made
+                parameter.grad = piece.made_of(made, piece.places)
 
     def run(self) -> Any:
         parameters = [parameter for _, parameter in self.held]
@@ -415,10 +413,8 @@ class Case:
             if self.rank in piece.lacking or expected is None:
                 continue
             coef = coefficient(expected, self.each_limit(), "propagate")
-            now = local(parameter.grad)
-            if not (
-                is_near(found, expected, [piece]) and is_scaled(now, self.then(i), coef, False)
-            ):
+            is_right = is_scaled(local(parameter.grad), self.then(i), coef, False)
+            if not (is_right and is_near(found, expected, [piece])):
                 return False
         return True
 
