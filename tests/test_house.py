@@ -192,15 +192,13 @@ def test_what_breaks_a_rule_is_seen():
     assert len(mutable("a = []\nb = (dict(), 1)\nc: dict = defaultdict(int)\nd = (1, 2)")) == 3
 
 
-def test_every_public_name_is_typed_and_documented():
+def test_every_public_name_is_documented():
     public = re.findall(r'^    "(\w+)",$', (ROOT / "fastclip/__init__.py").read_text(), re.M)
     found = set()
     for path in (ROOT / "fastclip").glob("[!_]*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name in public:
                 found.add(node.name)
-                assert node.returns is not None
-                assert all(a.annotation for a in node.args.args)
                 docstring = ast.get_docstring(node)
                 arguments = ("Args:", "Raises:") if node.args.args else ()
                 for section in (*arguments, "Reference:", ">>>"):

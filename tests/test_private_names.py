@@ -4,12 +4,10 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import python
 
 from fastclip import _ops
-from fastclip._private import Missing, private
 
 FUNCTORCH = "torch._C._are_functorch_transforms_active"
 FOREACH = "torch.utils._foreach_utils._device_has_foreach_support"
@@ -147,11 +145,6 @@ def test_what_is_promised_as_little_is_used_in_one_file():
     assert sorted(headers) == sorted(HEADERS)
     code = [re.sub(r"#.*|//.*", "", text) for text in texts]
     assert {name: sum(name in text for text in code) for name in OTHERS} == dict.fromkeys(OTHERS, 1)
-
-
-@pytest.mark.parametrize("path", sorted(PATHS))
-def test_a_name_is_there(path):
-    assert not isinstance(private(path), Missing)
 
 
 WITHOUT_ANY = """

@@ -63,14 +63,7 @@ class Outliers:
 class Spikes:
     """What DropSpikes promises: NaN for a step that is dropped."""
 
-    def __init__(
-        self,
-        max_norm: float,
-        factor: float = 4.0,
-        alpha: float = 0.98,
-        warmup_steps: int = 25,
-        patience: int = 20,
-    ) -> None:
+    def __init__(self, max_norm, factor=4.0, alpha=0.98, warmup_steps=25, patience=20) -> None:
         self.limit, self.factor, self.alpha = max_norm, factor, alpha
         self.warmup, self.patience = warmup_steps, patience
         self.first, self.mean, self.drops = [], 0.0, 0
