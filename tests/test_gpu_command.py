@@ -207,62 +207,29 @@ def test_targets_are_met_or_not(gpu):
         assert [t["met"] for t in gpu.targets(record(rows=rows))] == [is_met] * 3
     assert all(t["met"] for t in gpu.targets(record(launches=launches())))
     slow = gpu.targets(record(launches=launches(apart=9.0, fused=20.0)))
-    names = [t["target"] for t in slow]
     assert [t["met"] for t in slow] == [False, False, False, True, False]
-    assert names[0] == "clip of 1 MB: two launches over one, in time >= 1"
-    assert names[2:] == [
-        "clip of 20 MB, from a cold cache: of a read and a copy >= 1.1",
-        "clip of 160 MB, from a cold cache: of a read and a copy >= 0.95",
-        "a call that clips nothing: µs beyond the norm phase <= 5",
-    ]
     assert slow[4]["value"] == "10"
 
 
-def test_targets_are_of_rows_that_are_measured(gpu):
+def test_targets_are_of_published_lists_with_their_sizes(gpu):
     import gpu_targets
-    from models import CUDA, HEADLINE
+    from models import CUDA, HEADLINE, matrices, table
 
     lists = {**CUDA, **HEADLINE}
     for work in {*gpu_targets.BANDWIDTH, *gpu_targets.H100_MS}:
         assert work.rsplit(", ", 1)[0] in lists
     for work, dtype in gpu_targets.SPEEDUPS:
         assert dtype in lists[work.rsplit(", ", 1)[0]][1]
+    sizes = [math.prod(shape) for shape in matrices()]
+    assert (len(sizes), sum(sizes), table()) == (500, 225_181_696, [(6_000_261, 256)])
 
 
-@pytest.fixture
-def reported(gpu, monkeypatch, tmp_path):
-    """The block that the report makes of a record, and the names and texts of what it keeps."""
+def test_the_report_takes_the_record_and_what_pytest_writes(gpu, monkeypatch, tmp_path):
     import report
 
-    def make(found: dict, changed: str, times: int = 1) -> tuple[str, dict[str, str]]:
-        (tmp_path / "run.json").write_text(json.dumps(found))
-        (tmp_path / "results").mkdir()
-        monkeypatch.setattr(report, "HERE", tmp_path)
-        for _ in range(times):
-            report.main(str(tmp_path / "run.json"), changed)
-        # A name begins with a date.
-        kept = {path.name[10:]: path.read_text() for path in (tmp_path / "results").iterdir()}
-        return (tmp_path / "RESULTS.md").read_text(), kept
-
-    return make
-
-
-def test_the_report_takes_the_record(gpu, reported):
     step = {"state": "failed: exit status 1", "last_line": "1 failed", "failures": ["test_a"]}
     found = record(rows=[row("w")], launches=launches(), texts=["a text"], steps={"tests": step})
     found |= {"complete": False, "targets": gpu.targets(found)}
-    block, kept = reported(found, "a first look", times=2)
-    for part in (
-        "· abc · Some H100 80GB HBM3 · torch 2\n\na first look\n\nDriver 1.2, nvcc 13.0",
-        "tests: failed: exit status 1; test_a.",
-        "The run is not complete.",
-        *("| NOT met |", "apex ms", "| w, CUDA |", "160 MB", "10.0 *", "\n\na text\n"),
-    ):
-        assert part in block
-    assert sorted(kept) == ["-abc-gpu-2.json", "-abc-gpu.json"]
-
-
-def test_the_report_takes_what_pytest_writes(reported):
     measured = row("w", "fp32", device="cpu", of_limit=None, gbps=1.0, speedup=2.0)
     measured["ms"] = {"fastclip": 1.0, "default": 4.0, "foreach": 2.0, "loop": 3.0}
     machine = {"cpu": {"brand_raw": "A CPU"}, "machine": "x86_64", "threads": 2, "gpu": None}
@@ -271,20 +238,26 @@ def test_the_report_takes_what_pytest_writes(reported):
         "commit_info": {"id": "0123456789"},
         "benchmarks": [{"extra_info": {"row": measured}}, {"extra_info": {"text": "a text"}}],
     }
-    block, kept = reported(run, "what changed")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    for some in (found, found, run):
+        (tmp_path / "run.json").write_text(json.dumps(some))
+        report.main(str(tmp_path / "run.json"), "what changed")
+    *blocks, block = (tmp_path / "RESULTS.md").read_text().split("\n## ")[1:]
+    for part in (
+        "· abc · Some H100 80GB HBM3 · torch 2\n\nwhat changed\n\nDriver 1.2, nvcc 13.0",
+        "tests: failed: exit status 1; test_a.",
+        "The run is not complete.",
+        *("| NOT met |", "apex ms", "| w, CUDA |", "160 MB", "10.0 *", "\n\na text\n"),
+    ):
+        assert all(part in block for block in blocks)
     assert "· 0123456 · A CPU, 2 threads · torch 2\n\nwhat changed\n\n| work" in block
     assert "| w    | fp32  | 1.000       | 4.000      | 2.000      | 3.000   | 2.00      |" in block
     assert block.endswith("\n\na text\n")
-    (text,) = kept.values()
-    assert json.loads(text)["rows"] == [measured]
-
-
-def test_the_published_lists_have_their_sizes(gpu):
-    import models
-
-    sizes = [math.prod(shape) for shape in models.matrices()]
-    assert (len(sizes), sum(sizes)) == (500, 225_181_696)
-    assert models.table() == [(6_000_261, 256)]
+    # A name begins with a date.
+    kept = {path.name[10:]: path.read_text() for path in (tmp_path / "results").iterdir()}
+    assert sorted(kept) == ["-0123456.json", "-abc-gpu-2.json", "-abc-gpu.json"]
+    assert json.loads(kept["-0123456.json"])["rows"] == [measured]
 
 
 def test_without_a_gpu_the_command_says_so(gpu, monkeypatch, tmp_path):

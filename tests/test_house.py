@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,67 +124,63 @@ def escapes(path: Path) -> list[str]:
     return re.findall(r"\\[a-zA-Z]{3}", "".join(ast.get_docstring(n) or "" for n in nodes))
 
 
-# What breaks a rule in a file, and the files that it is for.
-RULES = {
-    "a room imports the rooms that it names": (unnamed_rooms, IN_ROOMS),
-    "a room is entered by its door": (entered_elsewhere, PYTHON),
-    "nothing imports what users start": (imported_from_above, PYTHON),
-    "files and functions have a size": (too_long, PYTHON + SOURCES + MEASURING),
-    "tensors are made on a named device": (lambda path: unplaced(path.read_text()), PYTHON),
-    "no mutable module state": (lambda path: mutable(path.read_text()), PYTHON),
-    "help is plain text": (escapes, PYTHON),
-}
+def saying(pattern: str) -> Callable[[Path], list[str]]:
+    """What the code of a file says, outside of comments and docstrings, that has this pattern."""
 
+    def found(path: Path) -> list[str]:
+        text = path.read_text()
+        code = re.sub(r'"""[\s\S]*?"""|#.*', "", text) if path.suffix == ".py" else text
+        return [match[0] for match in re.finditer(pattern, code, re.M)]
 
-def test_a_file_opens_with_what_it_holds():
-    begins = {path: path.read_text().lstrip()[:3] for path in PYTHON + BUILD + SOURCES + TESTED}
-    assert not [path for path, text in begins.items() if text not in ('"""', "// ")]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_file_keeps_the_rule(rule):
-    broken_by, files = RULES[rule]
-    assert len(files) > 2
-    assert not {str(path): found for path in files if (found := broken_by(path))}
+    return found
 
 
 def outside(room: str) -> list[Path]:
     return [path for path in PYTHON if path.parent.name != room]
 
 
+def compiled(*kinds: str) -> list[Path]:
+    return [path for path in SOURCES if {path.suffix, path.parent.name} & {*kinds}]
+
+
 OPS = r"(?<![\w.])(torch\.ops|_C|fastclip\._C)\b"
+RANKS = r"(?<![\w.])(DTensor|torch\.distributed)\b|\ball_reduce\("
 TORCHS = r'#include [<"](torch|ATen|c10)/'
-# What the code does not say, and the files that it is for.
-UNSAID = {
-    "the ops, outside of their room": (OPS, outside("_ops")),
-    "ranks, outside of their room": (
-        r"(?<![\w.])(DTensor|torch\.distributed)\b|\ball_reduce\(",
-        outside("_ranks"),
+# What breaks a rule in a file, and the files that it is for.
+RULES = {
+    "a file opens with what it holds": (
+        lambda path: path.read_text().lstrip()[:3] not in ('"""', "// "),
+        PYTHON + BUILD + SOURCES + TESTED,
     ),
+    "a name says something": (
+        lambda path: re.search(r"(utils|common|helpers|misc|v\d)$", path.stem),
+        PYTHON + SOURCES,
+    ),
+    "a room imports the rooms that it names": (unnamed_rooms, IN_ROOMS),
+    "a room is entered by its door": (entered_elsewhere, PYTHON),
+    "nothing imports what users start": (imported_from_above, PYTHON),
+    "files and functions have a size": (too_long, PYTHON + SOURCES + MEASURING),
+    "setup is not a program": (lambda path: len(path.read_text().splitlines()) > 60, BUILD),
+    "tensors are made on a named device": (lambda path: unplaced(path.read_text()), PYTHON),
+    "no mutable module state": (lambda path: mutable(path.read_text()), PYTHON),
+    "help is plain text": (escapes, PYTHON),
+    "one room has the ops": (saying(OPS), outside("_ops")),
+    "one room has ranks": (saying(RANKS), outside("_ranks")),
     # Of a tensor it waits for the device; the command line may.
-    "item": (r"\.item\(\)", [path for path in PYTHON if path.stem != "__main__"]),
-    "all of torch": (r'#include [<"]torch/extension\.h', SOURCES),
-    "torch in kernels": (TORCHS, [path for path in SOURCES if path.suffix in (".cu", ".cuh")]),
-    "cuda in cpu": (
-        r'#include [<"].*cuda/',
-        [path for path in SOURCES if path.parent.name == "cpu"],
-    ),
-    "cpu in cuda": (
-        r'#include [<"].*cpu/',
-        [path for path in SOURCES if path.parent.name == "cuda"],
-    ),
-    "macros of our own": (r"^\s*#\s*define", SOURCES),
+    "no item": (saying(r"\.item\(\)"), [path for path in PYTHON if path.stem != "__main__"]),
+    "not all of torch": (saying(r'#include [<"]torch/extension\.h'), SOURCES),
+    "no torch in kernels": (saying(TORCHS), compiled(".cu", ".cuh")),
+    "no cuda in cpu": (saying(r'#include [<"].*cuda/'), compiled("cpu")),
+    "no cpu in cuda": (saying(r'#include [<"].*cpu/'), compiled("cuda")),
+    "no macros of our own": (saying(r"^\s*#\s*define"), SOURCES),
 }
 
 
-@pytest.mark.parametrize("thing", UNSAID)
-def test_code_does_not_say(thing):
-    pattern, files = UNSAID[thing]
-    assert len(files) > 2
-    for path in files:
-        text = path.read_text()
-        code = re.sub(r'"""[\s\S]*?"""|#.*', "", text) if path.suffix == ".py" else text
-        assert not re.search(pattern, code, re.M), path
+@pytest.mark.parametrize("rule", RULES)
+def test_every_file_keeps_the_rule(rule):
+    broken_by, files = RULES[rule]
+    assert len(files) > 1
+    assert not {str(path): found for path in files if (found := broken_by(path))}
 
 
 def test_what_breaks_a_rule_is_seen():
@@ -195,29 +192,18 @@ def test_what_breaks_a_rule_is_seen():
     assert len(mutable("a = []\nb = (dict(), 1)\nc: dict = defaultdict(int)\nd = (1, 2)")) == 3
 
 
-def test_the_host_asks_for_a_finite_norm_once():
-    assert (ROOT / "fastclip/_decide.py").read_text().count("not norms.isfinite()") == 1
-
-
-def test_every_public_name_is_typed_and_documented():
+def test_every_public_name_is_documented():
     public = re.findall(r'^    "(\w+)",$', (ROOT / "fastclip/__init__.py").read_text(), re.M)
     found = set()
     for path in (ROOT / "fastclip").glob("[!_]*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name in public:
                 found.add(node.name)
-                assert node.returns is not None
-                assert all(a.annotation for a in node.args.args)
                 docstring = ast.get_docstring(node)
                 arguments = ("Args:", "Raises:") if node.args.args else ()
                 for section in (*arguments, "Reference:", ">>>"):
                     assert section in docstring, f"{node.name}: {section}"
     assert found == {name for name in public if name.islower()}
-
-
-def test_names_follow_the_house():
-    stems = [path.stem for path in PYTHON + SOURCES]
-    assert not [stem for stem in stems if re.search(r"(utils|common|helpers|misc|v\d)$", stem)]
 
 
 def test_nothing_else_stands_at_the_top():
@@ -226,7 +212,3 @@ def test_nothing_else_stands_at_the_top():
     names = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     extra = {n for n in names - allowed if not n.endswith((".egg-info", ".png"))}
     assert not extra
-
-
-def test_setup_is_not_a_program():
-    assert all(len(path.read_text().splitlines()) <= 60 for path in BUILD)

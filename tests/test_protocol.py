@@ -3,15 +3,17 @@ parameters are laid out and on the process groups, and on nothing else that one 
 
 One process stands for a rank of a world of any size: its groups write down what they are asked to
 send, and send nothing. The same call is made as it is, and with something different; what was sent
-has to be the same.
+has to be the same. Two other stand-ins for ranks are at the end: torch's fake groups, and threads.
 """
 
 import contextlib
 import functools
 import math
 import random
+import threading
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from ranks import World
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastclip
 from fastclip import GradClipper, _ops
@@ -26,7 +29,8 @@ from fastclip import GradClipper, _ops
 if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 # What was sent: over which ranks, by which of the groups of these ranks, how, and how much.
 Sent = tuple[tuple[int, ...], int, str, str, torch.dtype, int]
@@ -106,7 +110,8 @@ class Call:
     """A list of parameters and what is called with it, drawn from a seed; made anew each time."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.rng, self.world = random.Random(f"{name} {seed}"), name
+        self.rng = random.Random(f"{name.split()[-1]} {seed}")
+        self.world = name
         rng = self.rng
         some = rng.sample(meshes(name), rng.randint(1, min(2, len(meshes(name)))))
         self.specs = [self.spec(some) for _ in range(rng.randint(1, 6))]
@@ -160,29 +165,29 @@ class Call:
         return list(_sent)
 
 
-def clip_twice(made: GradClipper) -> None:
-    for _ in range(2):
-        with contextlib.suppress(Exception):
-            made.clip_()
+def clip_twice(made: GradClipper) -> Tensor:
+    with contextlib.suppress(Exception):
+        made.clip_()
+    return made.clip_()
 
 
-def groups(call: Call, parameters: list[nn.Parameter]) -> None:
+def groups(call: Call, parameters: list[nn.Parameter]) -> Tensor:
     some = [[q for q, of in zip(parameters, call.labels, strict=True) if of == i] for i in (0, 1)]
     given = [{"params": qs, "max_norm": 1.0, "process_group": call.group} for qs in some]
-    clip_twice(GradClipper(groups=given, norm_type=call.p, nonfinite=call.policy))
+    return clip_twice(GradClipper(groups=given, norm_type=call.p, nonfinite=call.policy))
 
 
 def stepped(
     call: Call, parameters: list[nn.Parameter], in_step: bool, measured: bool = False
-) -> None:
+) -> Tensor:
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
-    optimizer = torch.optim.SGD(parameters, lr=0.1, fused=in_step)
+    optimizer = torch.optim.AdamW(parameters, fused=in_step)
     p = abs(call.p) or 2.0
     norms = fastclip.NormAccumulator(parameters, p) if measured else None
     how = dict(norm_type=p, process_group=None if measured else call.group, measured=norms)
     step = fastclip.clipped_step if in_step else fastclip.unscale_and_clip_
-    step(optimizer, 1.0, scaler, **how)
+    return step(optimizer, 1.0, scaler, **how)
 
 
 CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
@@ -195,6 +200,9 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
     "total": lambda call, qs: fastclip.get_total_norm(
         [q.detach() if q.grad is None else q.grad for q in qs], call.p, process_group=call.group
     ),
+    "halves": lambda call, qs: fastclip.clip_grads_with_norm_(
+        qs, 1.0, fastclip.get_total_norm([q.detach() for q in qs])
+    ),
     "norms": lambda call, qs: fastclip.clip_grad_norms_(qs, 1.0, call.p),
     "agc": lambda call, qs: fastclip.clip_grad_agc_(qs),
     "normalize": lambda call, qs: fastclip.normalize_grad_(qs),
@@ -202,7 +210,7 @@ CALLS: dict[str, Callable[[Call, list[nn.Parameter]], object]] = {
     "nonfinite": lambda call, qs: fastclip.find_nonfinite(qs),
     "by parameter": lambda call, qs: GradClipper(qs, 1.0, call.p).norms_by_parameter(),
     "clipper": lambda call, qs: clip_twice(
-        GradClipper(qs, 1.0, call.p, call.policy, process_group=call.group)
+        GradClipper(qs, 1.0, call.p, nonfinite=call.policy, process_group=call.group)
     ),
     "each": lambda call, qs: GradClipper(
         qs, 1.0, abs(call.p) or 2.0, nonfinite=call.policy, each=True
@@ -329,14 +337,10 @@ def compiled_law(name: str, seeds: range) -> tuple[int, list[Any]]:
     return compared, odd
 
 
-def which_group(name: str) -> list[Sent]:
-    """What is sent over ranks that have two groups, by which of them."""
-    root, _, _, experts = meshes(name)
-    call = Call(name, 0)
-    call.specs = [(root, [Shard(0), Shard(0)], (2,), torch.float32)]
-    call.specs += [(experts, [Shard(0)], (2,), torch.float32)]
-    call.function = "clip by 2"
-    return call.sent(call.parameters())
+def usual(name: str, seeds: range) -> list[list[Sent]]:
+    """What is sent, among others over ranks that have two groups, and by which of them."""
+    calls = [Call(name, seed) for seed in seeds]
+    return [call.sent(call.parameters()) for call in calls]
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +364,68 @@ def test_a_graph_sends_what_is_sent_without_it(recorded, name):
 
 
 def test_of_two_groups_of_the_same_ranks_all_take_the_same(recorded):
-    one, other = (recorded(name).run(which_group, name)[0] for name in ("square", "renamed square"))
-    assert one
+    names = "square", "renamed square"
+    (one,), (other,) = (recorded(name).run(usual, name, range(60)) for name in names)
     assert one == other
+    assert any(number for calls in one for _, number, *_ in calls)
+
+
+def join_fake(rank: int, size: int, store: str) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+
+
+def clip_without_data() -> None:
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
+    for p, group in ((2.0, None), (3.0, dist.group.WORLD), (math.inf, mesh)):
+        call = SimpleNamespace(p=p, policy="keep", group=group, labels=[0, 1] * 2)
+        # What returns numbers of Python has none.
+        for name in CALLS.keys() - {"nonfinite", "by parameter"}:
+            with FakeTensorMode():
+                model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+                fully_shard(model, mesh=mesh)
+                model(torch.randn(2, 8)).sum().backward()
+                weights = list(model.parameters())
+                norm = CALLS[name](call, weights)
+            is_silent = name in ("halves", "agc", "normalize", "value")
+            assert is_silent or isinstance(inner(norm), FakeTensor), name
+            assert all(isinstance(inner(weight.grad), FakeTensor) for weight in weights), name
+
+
+def test_gradients_without_data_on_ranks_that_are_not_there_are_clipped(world):
+    world(1, join_fake).run(clip_without_data, seconds=120)
+
+
+def join_threads(rank: int, size: int, store: str) -> None:
+    from torch.testing._internal.distributed import multi_threaded_pg
+
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    multi_threaded_pg._install_threaded_pg()
+
+
+def clip_in_threads() -> list[list[float]]:
+    store, found = dist.HashStore(), {}
+
+    def work(rank: int) -> None:
+        dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
+        mesh = init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        weight.grad = distribute_tensor(torch.tensor([1.0, 2.0, 2.0, 4.0]), mesh, [Shard(0)])
+        plain = nn.Parameter(torch.zeros(1))
+        plain.grad = torch.full((1,), 3.0 + rank)
+        norms = [fastclip.clip_grad_norm_([weight], math.inf, p) for p in (1.0, 2.0, 3.0, math.inf)]
+        norm = fastclip.clip_grad_norm_([plain], math.inf, process_group=dist.group.WORLD)
+        found[rank] = [*(norm.full_tensor().item() for norm in norms), norm.item()]
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [found[rank] for rank in range(2)]
+
+
+def test_groups_written_in_python_add_up(world):
+    (found,) = world(1, join_threads).run(clip_in_threads)
+    assert found == [pytest.approx([9.0, 5.0, 81 ** (1 / 3), 4.0, 5.0])] * 2

@@ -63,14 +63,7 @@ class Outliers:
 class Spikes:
     """What DropSpikes promises: NaN for a step that is dropped."""
 
-    def __init__(
-        self,
-        max_norm: float,
-        factor: float = 4.0,
-        alpha: float = 0.98,
-        warmup_steps: int = 25,
-        patience: int = 20,
-    ) -> None:
+    def __init__(self, max_norm, factor=4.0, alpha=0.98, warmup_steps=25, patience=20) -> None:
         self.limit, self.factor, self.alpha = max_norm, factor, alpha
         self.warmup, self.patience = warmup_steps, patience
         self.first, self.mean, self.drops = [], 0.0, 0
@@ -336,19 +329,19 @@ class Life:
         return True
 
     def clip(self) -> bool:
-        kept = [[item for item in group.once().values()] for group in self.groups]
-        before = [[None if i.grad is None else dense(i.grad) for i in some] for some in kept]
-        grads = {
-            group.name: [g for g in some if g is not None]
-            for group, some in zip(self.groups, before, strict=True)
-        }
-        norms = [norm_of(grads[group.name], self.p) for group in self.measured]
-        self.each = {
-            id(item): grad
-            for some, then in zip(kept, before, strict=True)
-            for item, grad in zip(some, then, strict=True)
-        }
-        dtype = torch.float64 if is_wide(self.all_of(grads)) else torch.float32
+        held = [
+            (group, item, None if item.grad is None else dense(item.grad))
+            for group in self.groups
+            for item in group.once().values()
+        ]
+        self.each = {id(item): grad for _, item, grad in held}
+        grads = [
+            [grad for of, _, grad in held if of is group and grad is not None]
+            for group in self.measured
+        ]
+        wide = any(map(is_wide, grads))
+        dtype = torch.float64 if wide else torch.float32
+        norms = [norm_of(some, self.p) for some in grads]
         found, message = norms, ""
         try:
             total_norm = self.clipper.clip_()
@@ -357,41 +350,32 @@ class Life:
             message = str(error)
         raises = self.policy == "error"
         is_refused = raises and not all(map(math.isfinite, norms))
-        limits = (
-            []
-            if is_refused
-            else [group.limit_of(norm) for group, norm in zip(self.measured, found, strict=True)]
-        )
-        is_dropped = raises and any(map(math.isnan, limits))
-        coefs: dict[str, float | None] = dict.fromkeys(grads, 1.0)
-        if is_refused or is_dropped:
+        pairs = [] if is_refused else zip(self.measured, found, strict=True)
+        limits = [group.limit_of(norm) for group, norm in pairs]
+        coefs: dict[str, float | None] = {}
+        if is_refused or (raises and any(map(math.isnan, limits))):
             if ("non-finite" if is_refused else "it is NaN") not in message:
                 return False
         else:
-            right = [
-                norm_is(norm, grads[group.name], self.p)
-                for norm, group in zip(found, self.measured, strict=True)
-            ]
-            if message or total_norm.dtype != dtype or not all(right):
+            right = all(
+                norm_is(norm, some, self.p) for norm, some in zip(found, grads, strict=True)
+            )
+            if message or total_norm.dtype != dtype or not right:
                 return False
             most = torch.finfo(dtype).max
-            each = [
+            for group, norm, limit in zip(self.measured, found, limits, strict=True):
                 # A limit beyond the dtype of a finite norm is infinite.
-                coefficient(norm, math.inf if limit > most > norm else limit, self.policy)
-                for norm, limit in zip(found, limits, strict=True)
-            ]
-            coefs |= dict(zip((group.name for group in self.measured), each, strict=True))
-            self.history.append((found, limits, each))
-            self.has_rounded |= dtype == torch.float32
-        wide = is_wide(self.all_of(grads)) and not self.has_rounded
+                limit = math.inf if limit > most > norm else limit
+                coefs[group.name] = coefficient(norm, limit, self.policy)
+            self.history.append((found, limits, [*coefs.values()]))
+            self.has_rounded |= not wide
+        wide = wide and not self.has_rounded
         return all(
-            item.grad is None if grad is None else is_scaled(dense(item.grad), grad, coef, wide)
-            for coef, some, then in zip(coefs.values(), kept, before, strict=True)
-            for item, grad in zip(some, then, strict=True)
+            item.grad is None
+            if grad is None
+            else is_scaled(dense(item.grad), grad, coefs.get(group.name, 1.0), wide)
+            for group, item, grad in held
         )
-
-    def all_of(self, grads: dict[str, list[Tensor]]) -> list[Tensor]:
-        return [grad for group in self.measured for grad in grads[group.name]]
 
     def stats(self) -> bool:
         stats = self.clipper.stats()

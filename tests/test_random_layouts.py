@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import oracle
 from test_random_clipper import coefficient, is_scaled
 from torch import Tensor, nn
 
@@ -102,14 +103,14 @@ def joined(ranks: set[int], links: list[set[int]]) -> set[int]:
 
 def norm_of(values: list[Tensor], p: float) -> float | None:
     """None where there is no answer: of a negative order, of nothing."""
+    if p > 0:
+        return oracle(values, p)
     every = torch.cat([torch.zeros(0), *(v.flatten() for v in values)]).double().abs()
     if p == 0:
         return float(every.count_nonzero())
     if not len(every):
-        return 0.0 if p > 0 else None
-    if math.isinf(p):
-        return float(every.max() if p > 0 else every.min())
-    return float((every**p).sum() ** (1 / p))
+        return None
+    return float(every.min() if math.isinf(p) else (every**p).sum() ** (1 / p))
 
 
 class Piece:
@@ -168,10 +169,12 @@ class Piece:
 
     def placed(self, whole: Tensor, places: list[Any]) -> Tensor:
         """A tensor on this rank."""
-        local = part(whole, self.grid, places, dist.get_rank()).clone()
+        return self.made_of(part(whole, self.grid, places, dist.get_rank()).clone(), places)
+
+    def made_of(self, local: Tensor, places: list[Any]) -> Tensor:
         if self.is_plain:
             return local
-        like = dict(shape=whole.shape, stride=whole.stride(), run_check=False)
+        like = dict(shape=self.weight.shape, stride=self.weight.stride(), run_check=False)
         return DTensor.from_local(local, my_meshes()[self.name], places, **like)
 
 
@@ -260,11 +263,7 @@ class Case:
                 parameter.grad_dtype = None
                 inner = local(parameter.grad)
                 made = inner.int() if kind == "integer" else inner.new_ones(1).expand(inner.shape)
-                if not piece.is_plain:
-                    mesh, places = my_meshes()[piece.name], piece.places
-                    like = dict(shape=piece.grad.shape, stride=piece.grad.stride())
-                    made = DTensor.from_local(made, mesh, places, run_check=False, **like)
-                parameter.grad = made
+                parameter.grad = piece.made_of(made, piece.places)
 
     def run(self) -> Any:
         parameters = [parameter for _, parameter in self.held]
@@ -281,16 +280,16 @@ class Case:
             return fastclip.clip_grad_norms_(parameters, self.each_limit(), self.p)
         if self.call == "units":
             return fastclip.clip_grad_agc_(parameters, 0.1, 1e-3)
+        how = dict(nonfinite=self.policy, each=self.is_each)
         if self.clipper is None and self.call == "clipper":
             one = parameters, self.limits[0], self.p
-            how = dict(nonfinite=self.policy, process_group=groups[0], each=self.is_each)
-            self.clipper = GradClipper(*one, **how)
+            self.clipper = GradClipper(*one, process_group=groups[0], **how)
         elif self.clipper is None:
-            dicts = []
-            for label, (limit, group) in enumerate(zip(self.limits, groups, strict=True)):
-                own = [parameter for piece, parameter in self.held if piece.label == label]
-                dicts.append({"params": own, "max_norm": limit, "process_group": group})
-            how = dict(nonfinite=self.policy, each=self.is_each)
+            dicts = [
+                {"params": [q for piece, q in self.held if piece.label == label]}
+                | {"max_norm": self.limits[label], "process_group": group}
+                for label, group in enumerate(groups)
+            ]
             self.clipper = GradClipper(norm_type=self.p, groups=dicts, **how)
         return self.clipper.clip_()
 
@@ -400,13 +399,11 @@ class Case:
         return self.before[i] if piece.given is piece.places else piece.here(self.rank)
 
     def is_untouched(self) -> bool:
-        for i, (piece, parameter) in enumerate(self.held):
-            if self.rank in piece.lacking:
-                continue
-            now = local(parameter.grad)
-            if not any(is_same(now, then) for then in (self.before[i], self.then(i))):
-                return False
-        return True
+        return all(
+            any(is_same(local(parameter.grad), then) for then in (self.before[i], self.then(i)))
+            for i, (piece, parameter) in enumerate(self.held)
+            if self.rank not in piece.lacking
+        )
 
     def is_each_right(self, norms: Tensor) -> bool:
         for i, ((piece, parameter), found) in enumerate(zip(self.held, norms, strict=True)):
@@ -414,10 +411,8 @@ class Case:
             if self.rank in piece.lacking or expected is None:
                 continue
             coef = coefficient(expected, self.each_limit(), "propagate")
-            now = local(parameter.grad)
-            if not (
-                is_near(found, expected, [piece]) and is_scaled(now, self.then(i), coef, False)
-            ):
+            is_right = is_scaled(local(parameter.grad), self.then(i), coef, False)
+            if not (is_right and is_near(found, expected, [piece])):
                 return False
         return True
 

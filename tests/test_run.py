@@ -196,11 +196,7 @@ IMPORTS = [
     "import fastclip.rules\nimport torch",
     "import torch, fastclip",
 ]
-CLIP = """
-w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-w.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
-print(torch.nn.utils.clip_grad_norm_([w], 1.0).dtype, flush=True)
-"""
+CLIP = "\nfrom train import *\nprint(dtype_of_a_norm(), flush=True)\n"
 
 
 def test_torch_is_patched_whatever_a_program_and_its_children_import_first(run):

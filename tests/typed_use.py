@@ -79,17 +79,10 @@ def in_the_step() -> Tensor:
             scaler.scale(loss).backward(retain_graph=True)
         scaler.scale(loss).backward(retain_graph=True)
         fastclip.clipped_step(optimizer, 1.0, scaler, measured=norms)
+        scaler.update()
+        fastclip.unscale_and_clip_([optimizer], ZClip(), scaler, norm_type=2)
         norms.forget()
         return norms.clip_(1.0)
-
-
-def unscaled() -> None:
-    model = fresh()
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.ones(2, 4, device="cpu")).sum()).backward()
-    fastclip.unscale_and_clip_([optimizer], ZClip(), scaler, norm_type=2)
-    scaler.step(optimizer)
 
 
 def main() -> None:
@@ -100,4 +93,3 @@ def main() -> None:
     rules()
     groups()
     in_the_step()
-    unscaled()

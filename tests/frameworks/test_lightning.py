@@ -1,12 +1,11 @@
-"""Lightning's Trainer and Fabric; the callback; the recipe for fused optimizers with a scaler."""
+"""Lightning's Trainer; the callback; the recipe for fused optimizers with a scaler."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from loops import check_clipped, check_reached, losses_of
+from loops import check_clipped, check_reached
 from torch import nn
 
 import fastclip
@@ -67,21 +66,6 @@ def test_trainer(precision, algorithm):
         check_clipped(counted)
 
 
-def test_fabric():
-    from lightning.fabric import Fabric
-
-    def train(steps: int) -> list[float]:
-        fabric = Fabric(accelerator="cpu", devices=1)
-        module = Module()
-        model, optimizer = fabric.setup(module, module.configure_optimizers())
-        model.mark_forward_method("training_step")
-        clip = partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
-        step = partial(model.training_step, index=0)
-        return losses_of(optimizer, data(steps), step, fabric.backward, clip)
-
-    check_clipped(check_reached(train))
-
-
 def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
     clip, logger = GradClip(0.5), CSVLogger(tmp_path, name="")
     ours = fitted(20, clip, logger=logger, log_every_n_steps=1)
@@ -106,16 +90,6 @@ def test_another_fit_goes_on_and_that_of_another_module_begins_anew():
             assert kept["steps"] == int(rule.state_dict()["count"]) == 10 * fits
         runs.append((module.losses, kept))
     assert runs[0] == runs[1]
-
-
-def test_a_tensor_threshold_is_read_at_every_step():
-    class Lower(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            max_norm.zero_()
-
-    max_norm = torch.tensor(math.inf)
-    once, often = fitted(1), fitted(5, GradClip(max_norm), Lower())
-    assert all(map(torch.equal, once.parameters(), often.parameters()))
 
 
 def test_the_callback_takes_groups_and_its_state_is_in_the_checkpoint(tmp_path):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import python
 from loops import check_clipped, check_reached, losses_of
 
 import fastclip
@@ -60,14 +59,13 @@ def test_trainer(tmp_path, bf16, accumulated):
     check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_accelerate(bf16):
+def test_accelerate():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     def train(steps: int) -> list[float]:
         AcceleratorState._reset_state(True)
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         net = model()
         net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
         batches = [torch.tensor([row["input_ids"]]) for row in rows(steps)]
@@ -75,7 +73,7 @@ def test_accelerate(bf16):
         loss = lambda tokens: net(input_ids=tokens, labels=tokens).loss  # noqa: E731
         return losses_of(optimizer, batches, loss, accelerator.backward, clip)
 
-    check_clipped(check_reached(train, rtol=1e-3 if bf16 else 1e-5))
+    check_clipped(check_reached(train, rtol=1e-3))
 
 
 def test_trl(tmp_path):
@@ -174,27 +172,3 @@ def test_bad_arguments_are_named(tmp_path):
         trained(tmp_path, 2, GradClip(0.5))
     with pytest.raises(ValueError, match="the Trainer has two of these callbacks"):
         trained(tmp_path, 2, GradClip(0.5), GradClip(0.5), max_grad_norm=0.0)
-
-
-LAUNCHED = """
-import sys
-import torch
-from accelerate import Accelerator
-
-accelerator = Accelerator(cpu=True)
-model = torch.nn.Linear(4, 1)
-model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-for _ in range(3):
-    accelerator.backward(model(torch.randn(2, 4)).sum())
-    accelerator.clip_grad_norm_(model.parameters(), 0.1)
-    optimizer.step()
-print(sys.argv[1:])
-"""
-
-
-def test_a_script_under_accelerate_launch(tmp_path):
-    (tmp_path / "train.py").write_text(LAUNCHED)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    ran = python(*launch, "-m", "fastclip", "run", "--stats", "train.py", "--x", cwd=tmp_path)
-    assert ran.stdout == "['--x']\n", ran.stderr
-    assert "fastclip run: clip_grad_norm_ 3 times" in ran.stderr
