@@ -334,7 +334,7 @@ def test_in_place_ops_bump_every_version(ops, device, op, value):
 def test_what_does_not_change_keeps_its_bits(device, dtype, op, value):
     # A signalling NaN that is converted and stored again is another.
     bits = torch.tensor([0x7C01 if dtype == torch.float16 else 0x7F81] + [0] * 40_000).short()
-    tensor = bits.to(device).view(dtype)
+    tensor = bits.to(device, copy=True).view(dtype)
     if device == "emulated" or _ops.has_kernels(device):
         given = torch.tensor(value, device=device) if op == "scale_" else value
         getattr(_ops, op)([tensor], given)
