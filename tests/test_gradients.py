@@ -1,7 +1,7 @@
 """Four kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,42 +17,37 @@ from fastclip._gradients.look import look
 from fastclip._ranks import Kind
 
 VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
-SHAPES = [(3, 4), (5,), (2, 1, 2)]
 
 
-def values(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
-
-
-def plain(parameters: list[Tensor], kind: Kind) -> Any:
+def plain(items: list[Tensor]) -> Any:
     if _ops.extension is None:
         pytest.skip("not built")
-    grads = read(parameters, kind=kind)
+    grads = read(items, kind=Kind.TOTAL)
     assert type(grads) is _ops.extension.PlainGrads
     return grads
 
 
-def plain_in_python(parameters: list[Tensor], kind: Kind) -> Any:
+def plain_in_python(items: list[Tensor]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops, "extension", None)
-        grads = read(parameters, kind=kind)
+        grads = read(items, kind=Kind.TOTAL)
     assert type(grads) is LocalGrads
     assert grads.are_plain
     return grads
 
 
-def local(parameters: list[Tensor], kind: Kind) -> Any:
-    return look(parameters, True, None)
+def local(items: list[Tensor]) -> Any:
+    return look(items, True, None)
 
 
-def spread(parameters: list[Tensor], kind: Kind) -> Any:
+def spread(items: list[Tensor]) -> Any:
     from torch.distributed.tensor import DTensor, Shard
 
     mesh = dist.init_device_mesh("cpu", (1,))
-    wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in parameters]
-    for outer, inner in zip(wrapped, parameters, strict=True):
+    wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in items]
+    for outer, inner in zip(wrapped, items, strict=True):
         outer.grad = DTensor.from_local(inner.grad, mesh, [Shard(0)])
-    grads = read(wrapped, kind=kind)
+    grads = read(wrapped, kind=Kind.TOTAL)
     assert type(grads) is SpreadGrads
     return grads
 
@@ -62,17 +57,6 @@ def _one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture(params=[plain, plain_in_python, local, spread], ids=lambda make: make.__name__)
-def make(request: pytest.FixtureRequest, _one_rank: None) -> Callable[..., Any]:
-    """Of gradients, and how they are to be read: what reads them, and their parameters."""
-
-    def made(grads: list[Tensor], kind: Kind = Kind.TOTAL) -> tuple[Any, list[Tensor]]:
-        carriers = parameters(grads)
-        return request.param(carriers, kind), carriers
-
-    return made
 
 
 def floats(norms: Tensor) -> list[float]:
@@ -92,11 +76,13 @@ def test_all_kinds_have_all_verbs():
             assert list(found.values()) == list(expected.values()), (kind, verb)
 
 
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("read_by", [plain, plain_in_python, local, spread])
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_norms_are_float64_until_they_are_returned(make, dtype, p):
-    grads = values(dtype)
-    made, _ = make(grads)
+def test_norms_are_float64_until_they_are_returned(read_by, dtype, p):
+    grads = [torch.randn(shape, dtype=dtype) for shape in ((3, 4), (5,), (2, 1, 2))]
+    made = read_by(parameters(grads))
     assert len(made) == len(grads)
     assert made.is_wide() == (dtype == torch.float64)
     total, all_groups = made.norm(p), made.norms(p)
