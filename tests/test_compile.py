@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import awkward, parameters
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fastclip
 from fastclip import _ops
@@ -10,17 +11,6 @@ from fastclip import _ops
 
 def fastclip_nodes(graph: torch.fx.Graph) -> list[str]:
     return [str(n.target) for n in graph.nodes if "fastclip" in str(n.target)]
-
-
-class Recorder:
-    """A backend that keeps the graphs it is given and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.Graph] = []
-
-    def __call__(self, module, example_inputs):
-        self.graphs.append(module.graph)
-        return module.forward
 
 
 def fresh_gradients(made, scale=1.0):
@@ -107,7 +97,7 @@ def test_each_function_is_one_op_of_one_graph():
         fastclip.clip_grads_with_norm_(ps, 0.7, norm)
         return norm, fastclip.clip_grad_norm_(ps, threshold, "inf")
 
-    recorder, threshold = Recorder(), torch.tensor(0.01)
+    recorder, threshold = EagerAndRecordGraphs(), torch.tensor(0.01)
     compiled = torch.compile(step, fullgraph=True, backend=recorder)
     for first in (True, False):
         expected = fresh_gradients(made)
@@ -116,7 +106,7 @@ def test_each_function_is_one_op_of_one_graph():
         # A parameter that is given twice counts once.
         assert all(map(torch.equal, results, step([*expected, expected[0]], threshold)))
         assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
-    assert [fastclip_nodes(g) for g in recorder.graphs] == [
+    assert [fastclip_nodes(module.graph) for module in recorder.graphs] == [
         [f"fastclip.{name}" for name in ("clamp_", "norm", "scale_", "clip_norm_")]
     ]
 

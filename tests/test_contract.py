@@ -60,14 +60,6 @@ class TestNorm:
         )
 
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-    def test_infinite_threshold_only_measures(self, device, as_tensor):
-        grads = [torch.tensor([1.0, math.inf, 2.0], device=device)]
-        max_norm = torch.tensor(math.inf, device=device) if as_tensor else math.inf
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
-        assert norm.item() == math.inf
-        assert torch.equal(ours[0], grads[0])
-
-    @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     @pytest.mark.parametrize("max_norm", [0.0, -0.0, 1.0])
     @pytest.mark.parametrize("total_norm", [-1.0, -1e-7, -math.inf])
     def test_a_norm_below_zero_gives_nan(self, device, total_norm, max_norm, as_tensor):
@@ -340,26 +332,15 @@ def test_a_gradient_that_requires_grad_is_clipped(device):
     assert fastclip.get_total_norm([w.grad]).item() == pytest.approx(0.5, rel=1e-6)
 
 
-def test_inference_tensors_are_clipped_in_inference_mode(device):
-    with torch.inference_mode():
-        made = parameters([torch.ones(4, device=device)])
-        fastclip.clip_grad_norm_(made, 1.0)
-        torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
-
-
 @pytest.mark.usefixtures("reader")
-def test_inference_tensors_stay_as_they_are_outside():
+def test_inference_tensors_are_clipped_in_inference_mode_and_stay_as_they_are_outside(device):
     with torch.inference_mode():
-        grad = torch.tensor([3.0, 4.0])
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = grad
-    for call in (
-        lambda: fastclip.clip_grad_norm_([parameter], 1.0),
-        lambda: fastclip.clip_grad_value_([parameter], 1.0),
-    ):
+        (made,) = parameters([torch.ones(4, device=device)])
+        fastclip.clip_grad_norm_([made], 1.0)
+    for call in (fastclip.clip_grad_norm_, fastclip.clip_grad_value_):
         with pytest.raises(RuntimeError, match=r"[Ii]nference"):
-            call()
-    assert torch.equal(grad, torch.tensor([3.0, 4.0]))
+            call([made], 0.1)
+    torch.testing.assert_close(made.grad.cpu(), torch.full((4,), 0.5))
 
 
 def test_meta_gradients_give_a_meta_norm():

@@ -34,8 +34,6 @@ def every_function(items, max_norm=0.1):
     ("thing", "shown"),
     [
         (3, "3 of type int"),
-        (None, "NoneType"),
-        ("w", "'w' of type str"),
         (("w", torch.ones(1)), r"\('w', tensor"),
         (torch.nn.Linear(1, 1), "Linear"),
     ],

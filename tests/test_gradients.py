@@ -1,6 +1,5 @@
-"""Four kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
+"""Gradients of every kind have float64 norms, which rules and ranks take unrounded."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,29 +10,8 @@ from conftest import ORDERS, oracle, parameters, precision
 from torch import Tensor
 
 from fastclip import _ops
-from fastclip._gradients import Gradients, SpreadGrads, read
-from fastclip._gradients.local import LocalGrads
+from fastclip._gradients import SpreadGrads, read
 from fastclip._gradients.look import look
-from fastclip._ranks import Kind
-
-VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
-
-
-def plain(items: list[Tensor]) -> Any:
-    if _ops.extension is None:
-        pytest.skip("not built")
-    grads = read(items, kind=Kind.TOTAL)
-    assert type(grads) is _ops.extension.PlainGrads
-    return grads
-
-
-def plain_in_python(items: list[Tensor]) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops, "extension", None)
-        grads = read(items, kind=Kind.TOTAL)
-    assert type(grads) is LocalGrads
-    assert grads.are_plain
-    return grads
 
 
 def local(items: list[Tensor]) -> Any:
@@ -47,7 +25,7 @@ def spread(items: list[Tensor]) -> Any:
     wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in items]
     for outer, inner in zip(wrapped, items, strict=True):
         outer.grad = DTensor.from_local(inner.grad, mesh, [Shard(0)])
-    grads = read(wrapped, kind=Kind.TOTAL)
+    grads = read(wrapped)
     assert type(grads) is SpreadGrads
     return grads
 
@@ -63,21 +41,8 @@ def floats(norms: Tensor) -> list[float]:
     return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).reshape(-1).tolist()
 
 
-def test_all_kinds_have_all_verbs():
-    assert {"norm", "norms", "each_norms", "scale_", "scale_each_", "clamp_"} < set(VERBS)
-    kinds = [LocalGrads, SpreadGrads]
-    kinds += [_ops.extension.PlainGrads] if _ops.extension else []
-    for kind in kinds:
-        assert not [verb for verb in VERBS if not hasattr(kind, verb)], kind
-    for verb in VERBS:
-        expected = inspect.signature(getattr(Gradients, verb)).parameters
-        for kind in (LocalGrads, SpreadGrads):
-            found = inspect.signature(getattr(kind, verb)).parameters
-            assert list(found.values()) == list(expected.values()), (kind, verb)
-
-
-@pytest.mark.usefixtures("_one_rank")
-@pytest.mark.parametrize("read_by", [plain, plain_in_python, local, spread])
+@pytest.mark.usefixtures("reader", "_one_rank")
+@pytest.mark.parametrize("read_by", [read, local, spread])
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_norms_are_float64_until_they_are_returned(read_by, dtype, p):
