@@ -19,6 +19,7 @@ from ranks import World, join_gloo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastclip
 from fastclip import _ops
 from fastclip._ops import reference
 
@@ -276,3 +277,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Wo
     yield world_of
     for one in made:
         one.stop()
+
+
+# Every function and class that clips by the norm of all, here to `n` and from above it.
+CLIPS: dict[str, Callable[[list[torch.nn.Parameter], float], Any]] = {
+    "number": lambda items, n: fastclip.clip_grad_norm_(items, n),
+    "tensor": lambda items, n: fastclip.clip_grad_norm_(items, items[0].new_tensor(n)),
+    "rule": lambda items, n: fastclip.clip_grad_norm_(items, lambda norm: norm / norm * n),
+    "keep": lambda items, n: fastclip.clip_grad_norm_(items, n, nonfinite="keep"),
+    "zero": lambda items, n: fastclip.clip_grad_norm_(items, n, nonfinite="zero"),
+    "error": lambda items, n: fastclip.clip_grad_norm_(items, n, error_if_nonfinite=True),
+    "factor": lambda items, n: fastclip.clip_grad_norm_(items, n, grad_scale=0.9),
+    "clipper": lambda items, n: fastclip.GradClipper(items, n).clip_(),
+    "clipper, keep": lambda items, n: fastclip.GradClipper(items, n, nonfinite="keep").clip_(),
+    "group": lambda items, n: fastclip.GradClipper(
+        groups=[{"params": items, "max_norm": n}]
+    ).clip_()[0],
+    "accumulator": lambda items, n: fastclip.NormAccumulator(items).clip_(n),
+    "accumulator, rule": lambda items, n: fastclip.NormAccumulator(items).clip_(
+        lambda norm: norm / norm * n
+    ),
+    "normalize": lambda items, n: fastclip.normalize_grad_(items, n),
+    "unscale": lambda items, n: fastclip.unscale_and_clip_(
+        torch.optim.SGD(items, lr=1.0), n, torch.amp.GradScaler("cpu", enabled=False)
+    ),
+}

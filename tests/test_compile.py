@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import awkward, parameters
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fastclip
 from fastclip import _ops
@@ -12,17 +13,6 @@ pytestmark = pytest.mark.slow
 
 def fastclip_nodes(graph: torch.fx.Graph) -> list[str]:
     return [str(n.target) for n in graph.nodes if "fastclip" in str(n.target)]
-
-
-class Recorder:
-    """A backend that keeps the graphs it is given and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.Graph] = []
-
-    def __call__(self, module, example_inputs):
-        self.graphs.append(module.graph)
-        return module.forward
 
 
 def fresh_gradients(made, scale=1.0):
@@ -109,50 +99,35 @@ def test_each_function_is_one_op_of_one_graph():
         fastclip.clip_grads_with_norm_(ps, 0.7, norm)
         return norm, fastclip.clip_grad_norm_(ps, threshold, "inf")
 
-    recorder, threshold = Recorder(), torch.tensor(0.01)
+    recorder, threshold = EagerAndRecordGraphs(), torch.tensor(0.01)
     compiled = torch.compile(step, fullgraph=True, backend=recorder)
     for first in (True, False):
         expected = fresh_gradients(made)
         with torch._dynamo.config.patch(error_on_recompile=not first):
-            results = compiled(made, threshold)
-        assert all(map(torch.equal, results, step(expected, threshold)))
+            results = compiled([*made, made[0]], threshold)
+        # A parameter that is given twice counts once.
+        assert all(map(torch.equal, results, step([*expected, expected[0]], threshold)))
         assert all(torch.equal(p.grad, e.grad) for p, e in zip(made, expected, strict=True))
-    assert [fastclip_nodes(g) for g in recorder.graphs] == [
+    assert [fastclip_nodes(module.graph) for module in recorder.graphs] == [
         [f"fastclip.{name}" for name in ("clamp_", "norm", "scale_", "clip_norm_")]
     ]
 
 
-def test_a_parameter_given_twice_counts_once_under_compile():
-    (parameter,) = parameters([torch.tensor([3.0, 4.0])])
-    compiled = torch.compile(lambda ps: fastclip.clip_grad_norm_(ps, 1.0), fullgraph=True)
-    assert compiled([parameter, parameter]).item() == 5
-
-
-def test_an_exported_clip_runs_by_aotinductor(tmp_path):
+def test_an_export_keeps_the_ops_and_runs_by_aotinductor(tmp_path):
     class Clip(torch.nn.Module):
         def forward(self, x, y):
-            total_norm = _ops.clip_norm_([x, y], 1.0, 2.0)
-            return total_norm, x + 0, y + 0
+            norm = fastclip.get_total_norm([x, y])
+            return norm, _ops.clip_norm_([x, y], 1.0, 2.0), x + 0, y + 0
 
-    x, y = torch.randn(4), torch.randn(2, 3)
-    expected = Clip()(x.clone(), y.clone())
-    program = torch.export.export(Clip(), (x.clone(), y.clone()))
+    inputs = torch.randn(4), torch.randn(2, 3)
+    expected = Clip()(*(t.clone() for t in inputs))
+    program = torch.export.export(Clip(), tuple(t.clone() for t in inputs))
+    nodes = [node for m in program.graph_module.modules() for node in fastclip_nodes(m.graph)]
+    assert sorted(nodes) == ["fastclip.clip_norm_.default", "fastclip.norm.default"]
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "c.pt2"))
-    found = torch._inductor.aoti_load_package(path)(x.clone(), y.clone())
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
-
-
-def test_export_keeps_the_op():
-    class Norm(torch.nn.Module):
-        def forward(self, x, y):
-            return fastclip.get_total_norm([x, y])
-
-    x, y = torch.randn(4), torch.randn(2, 3)
-    program = torch.export.export(Norm(), (x, y))
-    graphs = [m.graph for m in program.graph_module.modules()]
-    assert [node for g in graphs for node in fastclip_nodes(g)] == ["fastclip.norm.default"]
-    assert torch.equal(program.module()(x, y), fastclip.get_total_norm([x, y]))
+    for run in (program.module(), torch._inductor.aoti_load_package(path)):
+        for one, other in zip(run(*(t.clone() for t in inputs)), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
 
 
 def test_a_threshold_tensor_stays_a_tensor():

@@ -1,6 +1,5 @@
 """The contract row by row: what fastclip promises, beside torch where torch promises the same."""
 
-import itertools
 import math
 import random
 import warnings
@@ -10,14 +9,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import awkward, oracle, parameters, ulps, without_emulation
+from conftest import oracle, parameters, ulps, without_emulation
 from torch.nn import utils
 
 import fastclip
 from fastclip import _ops
 from fastclip._gradients import reading
-
-HUGE = 1e30
 
 
 def clipped(function, grads, *args, **kwargs):
@@ -36,42 +33,6 @@ def same(ours, theirs) -> bool:
 
 @pytest.mark.usefixtures("reader")
 class TestNorm:
-    @pytest.mark.parametrize("max_norm", [0.5, 3, 100.0])
-    def test_coefficient_is_torchs(self, device, dtype, max_norm):
-        grads = [torch.randn(50, device=device).to(dtype), None, torch.ones(3, 4, device=device)]
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
-        expected = oracle([g for g in grads if g is not None], 2.0)
-        coef = min(1.0, max_norm / (expected + 1e-6))
-        assert ulps(norm, expected) <= 2
-        for now, then in zip(ours, [grads[0], grads[2]], strict=True):
-            eps = 2 * torch.finfo(now.dtype).eps + 1e-6
-            expected_grad = then.cpu().double() * coef
-            torch.testing.assert_close(now.cpu().double(), expected_grad, rtol=eps, atol=0)
-        if dtype in (torch.float32, torch.float64):
-            assert same(ours, clipped(utils.clip_grad_norm_, grads, max_norm)[1])
-
-    def test_nothing_to_clip_writes_nothing(self, device):
-        # A product by 1.0, as torch's, turns a signalling NaN quiet: a write that shows.
-        signalling = torch.tensor([0x7F800001], dtype=torch.int32, device=device)
-        parameter = torch.nn.Parameter(torch.zeros(1, device=device))
-        parameter.grad = signalling.view(torch.float32)
-        fastclip.clip_grads_with_norm_([parameter], 10.0, torch.tensor(2.0, device=device))
-        assert signalling.item() == 0x7F800001
-        fastclip.clip_grads_with_norm_([parameter], 1.0, torch.tensor(2.0, device=device))
-        assert signalling.item() != 0x7F800001
-
-    @pytest.mark.parametrize(
-        ("dtype", "count", "value"),
-        [(torch.float16, 100, 9486.8), (torch.float32, 128, 1e19)],
-        ids=["fp16-norm-94868", "fp32-norm-1.1e20"],
-    )
-    def test_finite_gradients_have_a_finite_norm(self, device, dtype, count, value):
-        grads = [torch.full((count,), value, dtype=dtype, device=device)]
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
-        assert ulps(norm, oracle(grads, 2.0)) <= 2
-        after = fastclip.get_total_norm(ours).item()
-        assert after == pytest.approx(1, rel=2 * torch.finfo(dtype).eps)
-
     def test_fp64_squares_overflow_as_torchs_but_on_the_cpu(self, device):
         grads = [torch.full((3,), 2e200, dtype=torch.float64, device=device)]
         norm, (ours,) = clipped(fastclip.clip_grad_norm_, grads, 1.0)
@@ -81,14 +42,6 @@ class TestNorm:
         else:
             assert norm.item() == math.inf
             assert not ours.any()
-
-    @pytest.mark.parametrize("bad", [math.inf, math.nan])
-    def test_one_nonfinite_element_propagates(self, device, bad):
-        grads = [torch.ones(5, device=device), torch.ones(3, device=device)]
-        grads[0][2] = bad
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, 1.0)
-        expected, theirs = clipped(utils.clip_grad_norm_, grads, 1.0)
-        assert same([norm, *ours], [expected, *theirs])
 
     @pytest.mark.parametrize("bad", [math.inf, math.nan])
     @pytest.mark.parametrize("norm_type", [2.0, math.inf])
@@ -105,24 +58,6 @@ class TestNorm:
         assert messages[1].startswith(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite"
         )
-
-    @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-    def test_infinite_threshold_only_measures(self, device, as_tensor):
-        grads = [torch.tensor([1.0, math.inf, 2.0], device=device)]
-        max_norm = torch.tensor(math.inf, device=device) if as_tensor else math.inf
-        norm, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm)
-        assert norm.item() == math.inf
-        assert torch.equal(ours[0], grads[0])
-
-    @pytest.mark.parametrize("max_norm", [-1.0, math.nan, -math.inf])
-    def test_threshold_below_zero_raises(self, device, max_norm):
-        grads = [torch.ones(3, device=device)]
-        made = parameters(grads)
-        with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
-            fastclip.clip_grad_norm_(made, max_norm)
-        with pytest.raises(ValueError, match=f"max_norm.*{max_norm}"):
-            fastclip.clip_grads_with_norm_(made, max_norm, torch.tensor(1.0))
-        assert torch.equal(made[0].grad, grads[0])
 
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     @pytest.mark.parametrize("max_norm", [0.0, -0.0, 1.0])
@@ -157,39 +92,15 @@ class TestNorm:
     @pytest.mark.parametrize("norm_type", ["inf", math.inf, 1, 2, 3.5, "2", 0, -1.0, -2.5, "-inf"])
     def test_order_may_be_anything_torch_takes(self, device, norm_type):
         grads = [torch.rand(20, device=device) + 0.5, torch.rand(4, 5, device=device) + 0.5]
-        theirs = clipped(utils.clip_grad_norm_, grads, 0.1, norm_type)
-        ours = clipped(fastclip.clip_grad_norm_, grads, 0.1, norm_type)
-        assert same([ours[0], *ours[1]], [theirs[0], *theirs[1]])
-
-    @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
-    def test_a_rule_clips_as_the_number_it_returns(self, device, norm_type):
-        grads = [torch.rand(n, device=device) + 1 for n in (3, 2, 2)]
-        number = clipped(fastclip.clip_grad_norm_, grads, 0.5, norm_type)
-        seen = []
-        rule = clipped(fastclip.clip_grad_norm_, grads, lambda n: seen.append(n) or 0.5, norm_type)
-        assert same([rule[0], *rule[1]], [number[0], *number[1]])
-        assert float(seen[0]) == pytest.approx(float(number[0]), rel=1e-6)
+        norm, theirs = clipped(utils.clip_grad_norm_, grads, 0.1, norm_type)
+        for max_norm in (0.1, lambda found: found / norm.item() * 0.1):
+            found, ours = clipped(fastclip.clip_grad_norm_, grads, max_norm, norm_type)
+            assert same([found, *ours], [norm, *theirs])
 
     @pytest.mark.parametrize("norm_type", [math.inf, 1.0, 2.0, 3.0, -math.inf, -1.0, 0.0])
     def test_zero_size_tensor_counts_as_zero(self, device, norm_type):
         grads = [torch.zeros(0, device=device)]
         assert clipped(fastclip.clip_grad_norm_, grads, 1.0, norm_type)[0].item() == 0
-
-    def test_version_counters_are_bumped(self, device):
-        made = parameters([torch.ones(3, device=device), torch.ones(4, device=device)])
-        for max_norm in (HUGE, 0.5):
-            versions = [p.grad._version for p in made]
-            fastclip.clip_grad_norm_(made, max_norm)
-            assert all(p.grad._version > v for p, v in zip(made, versions, strict=True))
-
-    def test_two_halves_equal_the_whole(self, device, dtype):
-        grads = [torch.randn(40_000).to(dtype).to(device) for _ in range(3)]
-        whole = clipped(fastclip.clip_grad_norm_, grads, 0.5)
-        made = parameters(grads)
-        norm = fastclip.get_total_norm([p.grad for p in made])
-        fastclip.clip_grads_with_norm_(made, 0.5, norm)
-        assert torch.equal(norm, whole[0])
-        assert all(torch.equal(p.grad, g) for p, g in zip(made, whole[1], strict=True))
 
 
 @without_emulation
@@ -216,35 +127,19 @@ def test_sparse_gradient_is_clipped_coalesced_and_stays_sparse(device, norm_type
 
 
 @without_emulation
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("lazy", [False, True], ids=["plain", "conjugate"])
-def test_complex_gradient_has_torchs_real_norm(device, norm_type, dtype, lazy):
-    grad = torch.randn(50, dtype=dtype, device=device)
-    (parameter,) = parameters([grad])
-    parameter.grad = grad.clone().conj() if lazy else grad.clone()
-    # torch refuses to scale a list with a lazy conjugate.
-    expected, (theirs,) = clipped(
-        utils.clip_grad_norm_, [parameter.grad.resolve_conj()], 0.5, norm_type
-    )
-    norm = fastclip.clip_grad_norm_([parameter], 0.5, norm_type)
-    assert norm.dtype == (torch.float32 if dtype == torch.complex64 else torch.float64)
-    torch.testing.assert_close(norm, expected)
-    torch.testing.assert_close(parameter.grad, theirs)
-
-
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
-def test_half_complex_gradient_has_the_norm_of_its_elements(norm_type):
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+def test_complex_gradient_has_the_real_norm_of_its_elements(device, norm_type, dtype):
     # The magnitude of the first, 8.5e4, is beyond float16.
-    grad = torch.tensor([6e4 + 6e4j, 3 - 4j, 0]).to(torch.complex32)
+    grad = torch.tensor([6e4 + 6e4j, 3 - 4j, 0], device=device).to(dtype)
     norm, (after,) = clipped(fastclip.clip_grad_norm_, [grad], 100.0, norm_type)
     exact = grad.to(torch.complex128)
     expected = float(torch.linalg.vector_norm(exact, norm_type))
-    assert norm.dtype == torch.float32
+    assert norm.dtype == (torch.float64 if dtype == torch.complex128 else torch.float32)
     assert ulps(norm, expected) <= 2
-    after = after.to(torch.complex128)
-    torch.testing.assert_close(after, exact * (100 / expected), rtol=1e-3, atol=1e-4)
+    close = {"rtol": 2 * torch.finfo(dtype).eps + 1e-6, "atol": 1e-4}
+    torch.testing.assert_close(after.to(exact.dtype), exact * (100 / expected), **close)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -299,20 +194,11 @@ def test_lazily_negated_gradient_is_clipped(device, negated):
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("asked", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_total_norm_has_the_dtype_that_is_asked_for(device, dtype, asked):
-    grads = awkward(dtype, device)
-    norm = fastclip.get_total_norm(grads, 2.0, dtype=asked)
-    assert norm.dtype == asked
-    expected = oracle(grads, 2.0)
-    own = 1e-14 if dtype == torch.float64 else 2.4e-7
-    assert abs(norm.double().item() - expected) <= (torch.finfo(asked).eps + own) * expected
-
-
-@pytest.mark.usefixtures("reader")
-def test_a_dtype_that_does_not_hold_the_norm_is_an_error_if_that_is_asked_for(device):
+def test_a_total_norm_has_the_dtype_that_is_asked_for_which_may_not_hold_it(device):
     grads = [torch.full((4,), 6e4, device=device)]
-    assert fastclip.get_total_norm(grads, dtype=torch.float16).item() == math.inf
+    for dtype, expected in ((torch.float16, math.inf), (torch.float64, 1.2e5)):
+        norm = fastclip.get_total_norm(grads, dtype=dtype)
+        assert (norm.item(), norm.dtype) == (expected, dtype)
     with pytest.raises(RuntimeError, match="non-finite"):
         fastclip.get_total_norm(grads, error_if_nonfinite=True, dtype=torch.float16)
     for wrong in (torch.int32, torch.complex64, "float32"):
@@ -320,14 +206,11 @@ def test_a_dtype_that_does_not_hold_the_norm_is_an_error_if_that_is_asked_for(de
             fastclip.get_total_norm(grads, dtype=wrong)
 
 
-def test_foreach_is_accepted_and_raises_as_torchs(device):
-    grads = [torch.ones(4, device=device)]
-    for foreach in (None, True, False):
-        assert clipped(fastclip.clip_grad_norm_, grads, 1.0, foreach=foreach)[0].item() == 2
-    for name in ("clip_grad_norm_", "clip_grad_value_"):
-        for module in (utils, fastclip):
-            with pytest.raises(RuntimeError, match="foreach=True was passed, but can't use the fo"):
-                clipped(getattr(module, name), [grads[0].to("meta")], 1.0, foreach=True)
+@pytest.mark.parametrize("module", [utils, fastclip])
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_"])
+def test_foreach_raises_as_torchs_on_a_device_that_has_none(module, name):
+    with pytest.raises(RuntimeError, match="foreach=True was passed, but can't use the fo"):
+        clipped(getattr(module, name), [torch.ones(4, device="meta")], 1.0, foreach=True)
 
 
 NUMBERS = [int, bool, str, Fraction, Decimal, np.float32, np.float16, np.int64, np.array]
@@ -353,13 +236,9 @@ def test_a_threshold_is_any_number_on_any_device(device, max_norm):
 LISTS = {
     "values": lambda module: dict(module.named_parameters()).values(),
     "set": lambda module: set(module.parameters()),
-    "chain": lambda module: itertools.chain(module[0].parameters(), module[1].parameters()),
-    "group": lambda module: torch.optim.SGD(module.parameters()).param_groups[0]["params"],
     "list": lambda module: list(module.parameters()),
     "tuple": lambda module: tuple(module.parameters()),
-    "iterator": lambda module: iter(list(module.parameters())),
     "generator": lambda module: module.parameters(),
-    "filter": lambda module: filter(lambda p: p.requires_grad, module.parameters()),
     "list of the module": lambda module: torch.nn.ParameterList(module.parameters()),
     "one": lambda module: module[0].weight,
 }
@@ -425,17 +304,6 @@ def test_memory_that_torch_refuses_to_write_to_is_refused():
     assert 100 < refused < 900
 
 
-def test_clip_grads_with_norm_given_bare_tensors_warns():
-    tensors = [torch.ones(3)]
-    utils.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
-    with pytest.warns(
-        UserWarning, match="fastclip.*no parameter has a gradient.*pass the parameters"
-    ) as seen:
-        fastclip.clip_grads_with_norm_(tensors, 0.1, torch.tensor(9.0))
-    assert seen[0].filename == __file__
-    assert torch.equal(tensors[0], torch.ones(3))
-
-
 def test_what_has_no_gradients_this_time_is_silent():
     frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     master = torch.ones(3, requires_grad=True)
@@ -464,26 +332,15 @@ def test_a_gradient_that_requires_grad_is_clipped(device):
     assert fastclip.get_total_norm([w.grad]).item() == pytest.approx(0.5, rel=1e-6)
 
 
-def test_inference_tensors_are_clipped_in_inference_mode(device):
-    with torch.inference_mode():
-        made = parameters([torch.ones(4, device=device)])
-        fastclip.clip_grad_norm_(made, 1.0)
-        torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
-
-
 @pytest.mark.usefixtures("reader")
-def test_inference_tensors_stay_as_they_are_outside():
+def test_inference_tensors_are_clipped_in_inference_mode_and_stay_as_they_are_outside(device):
     with torch.inference_mode():
-        grad = torch.tensor([3.0, 4.0])
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = grad
-    for call in (
-        lambda: fastclip.clip_grad_norm_([parameter], 1.0),
-        lambda: fastclip.clip_grad_value_([parameter], 1.0),
-    ):
+        (made,) = parameters([torch.ones(4, device=device)])
+        fastclip.clip_grad_norm_([made], 1.0)
+    for call in (fastclip.clip_grad_norm_, fastclip.clip_grad_value_):
         with pytest.raises(RuntimeError, match=r"[Ii]nference"):
-            call()
-    assert torch.equal(grad, torch.tensor([3.0, 4.0]))
+            call([made], 0.1)
+    torch.testing.assert_close(made.grad.cpu(), torch.full((4,), 0.5))
 
 
 def test_meta_gradients_give_a_meta_norm():

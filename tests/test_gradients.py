@@ -1,7 +1,6 @@
-"""Four kinds of gradients, one protocol: the same verbs, shapes, dtypes and numbers."""
+"""Gradients of every kind have float64 norms, which rules and ranks take unrounded."""
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,48 +10,22 @@ from conftest import ORDERS, oracle, parameters, precision
 from torch import Tensor
 
 from fastclip import _ops
-from fastclip._gradients import Gradients, SpreadGrads, read
-from fastclip._gradients.local import LocalGrads
+from fastclip._gradients import SpreadGrads, read
 from fastclip._gradients.look import look
-from fastclip._ranks import Kind
-
-VERBS = ["__len__", *(name for name in vars(Gradients) if not name.startswith("_"))]
-SHAPES = [(3, 4), (5,), (2, 1, 2)]
 
 
-def values(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+def local(items: list[Tensor]) -> Any:
+    return look(items, True, None)
 
 
-def plain(parameters: list[Tensor], kind: Kind) -> Any:
-    if _ops.extension is None:
-        pytest.skip("not built")
-    grads = read(parameters, kind=kind)
-    assert type(grads) is _ops.extension.PlainGrads
-    return grads
-
-
-def plain_in_python(parameters: list[Tensor], kind: Kind) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops, "extension", None)
-        grads = read(parameters, kind=kind)
-    assert type(grads) is LocalGrads
-    assert grads.are_plain
-    return grads
-
-
-def local(parameters: list[Tensor], kind: Kind) -> Any:
-    return look(parameters, True, None)
-
-
-def spread(parameters: list[Tensor], kind: Kind) -> Any:
+def spread(items: list[Tensor]) -> Any:
     from torch.distributed.tensor import DTensor, Shard
 
     mesh = dist.init_device_mesh("cpu", (1,))
-    wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in parameters]
-    for outer, inner in zip(wrapped, parameters, strict=True):
+    wrapped = [DTensor.from_local(p.detach(), mesh, [Shard(0)]) for p in items]
+    for outer, inner in zip(wrapped, items, strict=True):
         outer.grad = DTensor.from_local(inner.grad, mesh, [Shard(0)])
-    grads = read(wrapped, kind=kind)
+    grads = read(wrapped)
     assert type(grads) is SpreadGrads
     return grads
 
@@ -64,39 +37,17 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=[plain, plain_in_python, local, spread], ids=lambda make: make.__name__)
-def make(request: pytest.FixtureRequest, _one_rank: None) -> Callable[..., Any]:
-    """Of gradients, and how they are to be read: what reads them, and their parameters."""
-
-    def made(grads: list[Tensor], kind: Kind = Kind.TOTAL) -> tuple[Any, list[Tensor]]:
-        carriers = parameters(grads)
-        return request.param(carriers, kind), carriers
-
-    return made
-
-
 def floats(norms: Tensor) -> list[float]:
     return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).reshape(-1).tolist()
 
 
-def test_all_kinds_have_all_verbs():
-    assert {"norm", "norms", "each_norms", "scale_", "scale_each_", "clamp_"} < set(VERBS)
-    kinds = [LocalGrads, SpreadGrads]
-    kinds += [_ops.extension.PlainGrads] if _ops.extension else []
-    for kind in kinds:
-        assert not [verb for verb in VERBS if not hasattr(kind, verb)], kind
-    for verb in VERBS:
-        expected = inspect.signature(getattr(Gradients, verb)).parameters
-        for kind in (LocalGrads, SpreadGrads):
-            found = inspect.signature(getattr(kind, verb)).parameters
-            assert list(found.values()) == list(expected.values()), (kind, verb)
-
-
+@pytest.mark.usefixtures("reader", "_one_rank")
+@pytest.mark.parametrize("read_by", [read, local, spread])
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_norms_are_float64_until_they_are_returned(make, dtype, p):
-    grads = values(dtype)
-    made, _ = make(grads)
+def test_norms_are_float64_until_they_are_returned(read_by, dtype, p):
+    grads = [torch.randn(shape, dtype=dtype) for shape in ((3, 4), (5,), (2, 1, 2))]
+    made = read_by(parameters(grads))
     assert len(made) == len(grads)
     assert made.is_wide() == (dtype == torch.float64)
     total, all_groups = made.norm(p), made.norms(p)
@@ -108,59 +59,3 @@ def test_norms_are_float64_until_they_are_returned(make, dtype, p):
     assert made.result(total).dtype == made.result(all_groups).dtype == expected
     for asked in (torch.float64, torch.float32, torch.bfloat16):
         assert made.result(total, asked).dtype == asked
-
-
-@pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])
-def test_each_norm_scales_its_own(make, rows):
-    grads = values()
-    made, carriers = make(grads, Kind.ROWS if rows else Kind.EACH)
-    units = [u for g in grads for u in (g.unbind() if rows and g.dim() > 1 else [g])]
-    norms = made.each_norms(2.0, rows=rows)
-    assert norms.shape == (len(units),)
-    assert norms.dtype == torch.float64
-    assert floats(norms) == pytest.approx([oracle([unit], 2.0) for unit in units], rel=2e-7)
-    coefs = torch.linspace(0.25, 1.75, len(units), dtype=torch.float64)
-    made.scale_each_(coefs, rows=rows)
-    scaled = [unit * coef.float() for unit, coef in zip(units, coefs, strict=True)]
-    found = torch.cat([p.grad.reshape(-1) for p in carriers])
-    assert torch.equal(found, torch.cat([s.reshape(-1) for s in scaled]))
-
-
-HALF = torch.tensor(0.5, dtype=torch.float64)
-CHANGES = {
-    "half": (lambda made: made.scale_(HALF), lambda grad: grad / 2),
-    "half, 1-d": (lambda made: made.scale_(HALF[None]), lambda grad: grad / 2),
-    "one": (lambda made: made.scale_(HALF * 2), lambda grad: grad),
-    "zero": (lambda made: made.scale_(HALF * -0.0), torch.zeros_like),
-    "clamp": (lambda made: made.clamp_(0.5), lambda grad: grad.clamp(-0.5, 0.5)),
-}
-
-
-@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
-def test_a_change_of_all_is_one_of_each_element_and_version(make, change, expected):
-    grads = [*values(), torch.tensor([float("nan")])]
-    made, carriers = make(grads)
-    before = [p.grad._version for p in carriers]
-    change(made)
-    for parameter, grad, version in zip(carriers, grads, before, strict=True):
-        torch.testing.assert_close(parameter.grad, expected(grad), rtol=0, atol=0, equal_nan=True)
-        assert parameter.grad._version > version
-
-
-@pytest.mark.parametrize("max_norm", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
-def test_one_verb_is_as_all_three(make, max_norm):
-    grads = values()
-    made, carriers = make(grads)
-    norm = oracle(grads, 2.0)
-    assert floats(made.clip_norm_(max_norm, 2.0)) == pytest.approx([norm], rel=2e-7)
-    for parameter, grad in zip(carriers, grads, strict=True):
-        torch.testing.assert_close(parameter.grad, grad * (0.5 / (norm + 1e-6)))
-
-
-# test_mesh has ranks without gradients.
-@pytest.mark.parametrize("read_by", [plain, plain_in_python, local])
-def test_no_gradients_have_a_norm_of_zero(read_by):
-    made = read_by([torch.nn.Parameter(torch.zeros(3))], Kind.TOTAL)
-    assert len(made) == 0
-    assert floats(made.norm(2.0)) == [0.0]
-    assert made.each_norms(2.0).shape == (0,)

@@ -1,12 +1,12 @@
 """No call allocates more than 50 kB, and 50 bytes a tensor, counted under malloc itself."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 from fastclip import _ops
 
@@ -68,9 +68,9 @@ def counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def most_bytes(counter: Path, function: str, norm_type: str) -> int:
-    environment = {**os.environ, "LD_PRELOAD": str(counter), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", SCRIPT, function, norm_type]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    variables = {"LD_PRELOAD": str(counter), "OMP_NUM_THREADS": "2"}
+    result = python("-c", SCRIPT, function, norm_type, **variables)
+    assert result.returncode == 0, result.stderr
     return max(map(int, result.stdout.split()))
 
 

@@ -17,14 +17,12 @@ pytestmark = pytest.mark.emulated
 # What does not hold there, and why.
 WEAKER = {
     "test_norm_of_finite_elements_is_finite_and_exact": "squares that are no float32",
-    "test_finite_gradients_have_a_finite_norm": "squares that are no float32",
     "test_fp64_squares_overflow_as_torchs_but_on_the_cpu": "float64",
-    "test_a_total_norm_has_the_dtype_that_is_asked_for": "float64",
+    "test_a_total_norm_has_the_dtype_that_is_asked_for_which_may_not_hold_it": "float64",
     "test_a_threshold_is_any_number_on_any_device": "float64",
     "test_norm_over_gaps_is_as_exact": "one sum of up to 8 Ki elements is the device's own",
     "test_a_coefficient_is_the_formula_where_its_constant_shows": "float64",
-    "test_nothing_to_clip_writes_nothing": "the default multiplies by 1",
-    "test_clamp_leaves_the_bits_of_what_is_within": "of kernels",
+    "test_what_does_not_change_keeps_its_bits": "of kernels",
 }
 
 

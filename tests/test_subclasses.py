@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import CLIPS
 from torch import nn
 from torch.nn import utils
 from torch.utils import _pytree as pytree
@@ -60,67 +61,43 @@ def values(items: list[nn.Parameter]) -> list[float]:
     return torch.cat([g.reshape(-1) for g in grads]).tolist()
 
 
-def two_halves(items: list[nn.Parameter]) -> None:
+def two_halves(items: list[nn.Parameter], max_norm: float) -> None:
     total_norm = fastclip.get_total_norm([i.grad for i in items])
-    fastclip.clip_grads_with_norm_(items, 6.5, total_norm)
+    fastclip.clip_grads_with_norm_(items, max_norm, total_norm)
 
 
-def unscaled(items: list[nn.Parameter]) -> None:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    fastclip.unscale_and_clip_(torch.optim.SGD(items, lr=1.0), 6.5, scaler)
-
-
-def in_groups(items: list[nn.Parameter]) -> None:
-    limits = zip(items, (2.5, 6.0), strict=True)
-    groups = [{"params": [item], "max_norm": limit} for item, limit in limits]
-    fastclip.GradClipper(groups=groups).clip_()
-
-
-HALF = [1.5, 2.0, 6.0]
-CLIPS = {
-    "torch": (lambda items: utils.clip_grad_norm_(items, 6.5), HALF),
-    "norm": (lambda items: fastclip.clip_grad_norm_(items, 6.5), HALF),
-    "tensor": (lambda items: fastclip.clip_grad_norm_(items, torch.tensor(6.5)), HALF),
-    "rule": (lambda items: fastclip.clip_grad_norm_(items, lambda norm: norm / 2), HALF),
-    "policy": (lambda items: fastclip.clip_grad_norm_(items, 6.5, nonfinite="keep"), HALF),
-    "halves": (two_halves, HALF),
-    "clipper": (lambda items: fastclip.GradClipper(items, 6.5).clip_(), HALF),
-    "groups": (in_groups, HALF),
-    "accumulator": (lambda items: fastclip.NormAccumulator(items).clip_(6.5), HALF),
-    "unscaled": (unscaled, HALF),
-    "factor": (lambda items: fastclip.clip_grad_norm_(items, math.inf, grad_scale=0.5), HALF),
-    "normalised": (lambda items: fastclip.normalize_grad_(items, 6.5), HALF),
-    "each": (lambda items: fastclip.clip_grad_norms_(items, 2.5), [1.5, 2.0, 2.5]),
-    "rows": (lambda items: fastclip.clip_grad_agc_(items, clip_factor=0.5), [0.3, 0.4, 6.0]),
-    "values": (lambda items: fastclip.clip_grad_value_(items, 2.0), [2.0, 2.0, 2.0]),
-    "alone": (lambda items: fastclip.clip_grad_norm_(items[:1], 2.5), [1.5, 2.0, 12.0]),
+# With a number, and what becomes of the elements.
+CALLS = {
+    **{name: (clip, 6.5, [1.5, 2.0, 6.0]) for name, clip in CLIPS.items()},
+    "torch": (utils.clip_grad_norm_, 6.5, [1.5, 2.0, 6.0]),
+    "halves": (two_halves, 6.5, [1.5, 2.0, 6.0]),
+    "each": (fastclip.clip_grad_norms_, 2.5, [1.5, 2.0, 2.5]),
+    "rows": (fastclip.clip_grad_agc_, 0.5, [0.3, 0.4, 6.0]),
+    "values": (fastclip.clip_grad_value_, 2.0, [2.0, 2.0, 2.0]),
+    "alone": (lambda items, n: fastclip.clip_grad_norm_(items[:1], n), 2.5, [1.5, 2.0, 12.0]),
 }
 
 
-@pytest.mark.parametrize(("clip", "expected"), CLIPS.values(), ids=CLIPS)
-def test_they_are_measured_and_changed(clip: Callable, expected: list[float]) -> None:
+@pytest.mark.parametrize(("clip", "number", "expected"), CALLS.values(), ids=CALLS)
+def test_they_are_measured_and_changed(
+    clip: Callable, number: float, expected: list[float]
+) -> None:
     items = made()
-    clip(items)
+    clip(items, number)
     assert values(items) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("p", "norm"), [(1.0, 7.0), (3.0, 91 ** (1 / 3)), (math.inf, 4.0)])
+@pytest.mark.parametrize(
+    ("p", "norm"), [(1.0, 7.0), (2.0, 5.0), (3.0, 91 ** (1 / 3)), (math.inf, 4.0)]
+)
 def test_other_orders_are_of_their_elements(p: float, norm: float) -> None:
     items = made()[:1]
-    assert fastclip.clip_grad_norm_(items, norm / 2, p).item() == pytest.approx(norm, rel=1e-6)
-    assert values(items) == pytest.approx([1.5, 2.0], rel=1e-6)
-
-
-def test_norms_are_returned() -> None:
-    assert fastclip.clip_grad_norm_(made(), 6.5) == 13
-    assert fastclip.clip_grad_norms_(made(), 2.5).tolist() == [5, 12]
-
-
-def test_nothing_to_clip_changes_nothing() -> None:
-    items = made()
     scale = items[0].grad.scale
-    assert fastclip.clip_grad_norm_(items, 14.0) == 13
-    assert items[0].grad.scale is scale
+    for max_norm in (norm + 1, norm / 2):
+        assert items[0].grad.scale is scale
+        assert fastclip.clip_grad_norm_(items, max_norm, p).item() == pytest.approx(norm, rel=1e-6)
+    assert values(items) == pytest.approx([1.5, 2.0], rel=1e-6)
+    assert fastclip.clip_grad_norms_(made(), 2.5).tolist() == [5, 12]
 
 
 @pytest.mark.parametrize("inside", [True, False])
