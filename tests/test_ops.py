@@ -79,7 +79,9 @@ def test_norms_match_the_oracle(ops, device, dtype, p, made):
         assert norms.device.type == device
         assert torch.equal(wide.to(norms.dtype), norms)
         assert [t._version for t in tensors] == versions
-        for norm, some in zip(norms.cpu(), lists, strict=True):
+        # Of many norms some hundreds are enough.
+        step = 1 + len(lists) // 300
+        for norm, some in zip(norms.cpu()[::step], lists[::step], strict=True):
             # The power 1 / p multiplies the relative error of a sum by 1 / p.
             assert ulps(norm, oracle(some, p)) <= 2 * max(1, 1 / p)
 

@@ -48,10 +48,10 @@ class Quantised(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def made() -> list[nn.Parameter]:
+def made(scale: float = 1.0) -> list[nn.Parameter]:
     """Gradients (3, 4) and a plain 12, together of norm 13. Their weights have norms 1 and 12."""
     quantised, plain = (nn.Parameter(torch.full((1, n), x)) for n, x in ((2, 0.5**0.5), (1, 12.0)))
-    quantised.grad = Quantised(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor(1.0))
+    quantised.grad = Quantised(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor(scale))
     plain.grad = torch.tensor([[12.0]])
     return [quantised, plain]
 
