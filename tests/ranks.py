@@ -91,7 +91,9 @@ def on_ranks(*sizes: int, seconds: float = 60) -> Callable[[Callable[..., None]]
         own = list(inspect.signature(test, follow_wrapped=False).parameters.values())[:2]
         others = [value for name, value in wanted.items() if name != "size"]
         test.__signature__ = inspect.Signature([*own, *others])
-        return pytest.mark.parametrize("size", sizes)(test)
+        marks = {size: [pytest.mark.slow] if size > 2 else [] for size in sizes}
+        params = [pytest.param(size, marks=marks[size]) for size in sizes]
+        return pytest.mark.parametrize("size", params)(test)
 
     return decorate
 

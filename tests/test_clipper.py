@@ -236,6 +236,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_a_ring_touches_the_memory_of_its_steps():
     command = [sys.executable, "-c", TOUCHED]

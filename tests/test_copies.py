@@ -141,6 +141,7 @@ def spawned(trainer: Trainer, value: float) -> list[float]:
     return trainer.model.clipper.stats()["total_norm"]
 
 
+@pytest.mark.slow
 def test_spawned_processes_go_on_from_one_state_each_in_its_own_memory():
     ours, values = Trainer("rule"), (10.0, 20.0)
     with ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn")) as pool:

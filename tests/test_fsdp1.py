@@ -15,6 +15,8 @@ if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+pytestmark = pytest.mark.slow
+
 
 def net() -> nn.Module:
     torch.manual_seed(1)

@@ -155,6 +155,7 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", SAID)
 def test_check_under_torchrun_names_the_odd_rank(tmp_path, odd):
     script = tmp_path / "odd.py"

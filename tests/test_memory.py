@@ -10,6 +10,8 @@ from conftest import python
 
 from fastclip import _ops
 
+pytestmark = pytest.mark.slow
+
 # Every allocation of the process goes through these; glibc's own names do the work.
 COUNTER = r"""
 #include <malloc.h>

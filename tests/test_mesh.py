@@ -651,6 +651,7 @@ def returns() -> None:
     pass
 
 
+@pytest.mark.slow
 def test_a_hang_is_a_failure(tmp_path):
     world = World(2, tmp_path)
     # Importing this file may take as long as the hang is given.

@@ -96,6 +96,7 @@ def test_norm_over_gaps_is_as_exact(ops, device, size, p, value):
         assert float(norm) == pytest.approx(oracle(tensors, p), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("fill", ["random", "equal"])
 def test_norm_of_a_hundred_million_elements_is_exact(device, dtype, fill):

@@ -187,6 +187,7 @@ assert not failed, failed
 """
 
 
+@pytest.mark.slow
 def test_it_works_reloaded_and_imported_anew():
     ran = conftest.python("-c", f"RELOADS = {RELOADS}\n{RELOADED}")
     assert ran.returncode == 0, ran.stderr

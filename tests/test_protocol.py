@@ -32,6 +32,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+pytestmark = pytest.mark.slow
+
 # What was sent: over which ranks, by which of the groups of these ranks, how, and how much.
 Sent = tuple[tuple[int, ...], int, str, str, torch.dtype, int]
 _sent: list[Sent] = []

@@ -25,6 +25,8 @@ if not dist.is_available():
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+pytestmark = pytest.mark.slow
+
 RANKS = range(4)
 ORDERS = [0.5, 1.0, 2.0, 2.0, 3.0, 8.0, math.inf, 0.0, -1.0, -math.inf]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -199,6 +199,7 @@ IMPORTS = [
 CLIP = "\nfrom train import *\nprint(dtype_of_a_norm(), flush=True)\n"
 
 
+@pytest.mark.slow
 def test_torch_is_patched_whatever_a_program_and_its_children_import_first(run):
     codes = [imports + CLIP for imports in IMPORTS]
     children = f"import subprocess, sys\nfor code in {codes}:\n"

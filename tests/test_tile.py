@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 INCLUDE = Path(torch.__file__).parent / "include"
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", f"-isystem{INCLUDE}"]
