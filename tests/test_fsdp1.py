@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel, whose gradients are local shards: ours with its group, and its own."""
+"""FullyShardedDataParallel, whose gradients are local shards, clipped over its process group."""
 
 import copy
 
@@ -50,6 +50,3 @@ def test_every_sharding_strategy_is_one_norm(strategy, use_orig_params):
     assert ulps(norm, expected) <= 40
     for now, then in zip(grads, before, strict=True):
         torch.testing.assert_close(now, then / 2, rtol=1e-5, atol=1e-7)
-        now.copy_(then)
-    theirs = wrapped.clip_grad_norm_(expected / 2)
-    torch.testing.assert_close(norm, theirs, rtol=1e-5, atol=0)

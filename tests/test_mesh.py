@@ -98,15 +98,11 @@ class Block(nn.Module):
         return self.head(x) * self.gain
 
 
-def transformer() -> nn.Sequential:
-    layer = nn.TransformerEncoderLayer(7, 1, 5, 0.0, batch_first=True)
-    return nn.Sequential(nn.Embedding(11, 7), layer, Block())
-
-
 def sharded(mesh: Any, dtype: torch.dtype = torch.float32, **options: Any) -> list[nn.Parameter]:
     """A transformer under `fully_shard`, after a backward on other data on every rank."""
     torch.manual_seed(0)
-    model = transformer().to(dtype)
+    layer = nn.TransformerEncoderLayer(7, 1, 5, 0.0, batch_first=True)
+    model = nn.Sequential(nn.Embedding(11, 7), layer, Block()).to(dtype)
     for block in model[1:]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -150,14 +146,6 @@ def hsdp(size: int) -> tuple[list[nn.Parameter], int]:
     return sharded(mesh), int(size > 2)
 
 
-def tensor_parallel(size: int) -> tuple[list[nn.Parameter], int]:
-    mesh = init_device_mesh("cpu", (size,))
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.LayerNorm(8))
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    model(torch.randn(4, 8)).square().sum().backward()
-    return list(model.parameters()), 1
-
-
 def fsdp_tensor_parallel(size: int) -> tuple[list[nn.Parameter], int]:
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
     model = Block(8, 16, 3)
@@ -187,7 +175,6 @@ LAYOUTS: dict[str, Callable[[int], tuple[list[nn.Parameter], int]]] = {
         fsdp, dtype=torch.bfloat16, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)
     ),
     "hsdp": hsdp,
-    "tensor parallel": tensor_parallel,
     "fsdp and tensor parallel": fsdp_tensor_parallel,
     "data parallel": data_parallel,
 }
@@ -400,21 +387,17 @@ def test_a_plan_is_made_once_and_goes_with_its_parameters():
 def test_tensors_whose_layouts_are_new_are_measured_as_they_are_placed(reader):
     # As gradients of tensor parallel parameters have, at every step.
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
-
-    def check_norm(dtype: torch.dtype, *ways: Any) -> None:
-        local = torch.full((3,), 1.0 + rank, dtype=dtype)
-        tensors = [DTensor.from_local(local, mesh, [way], run_check=False) for way in ways]
-        norm = fastclip.get_total_norm(tensors)
-        assert norm.dtype == dtype
-        squares = [15 if way.is_shard() else 3 * (1 + rank) ** 2 for way in ways]
-        assert float(norm) == pytest.approx(sum(squares) ** 0.5, rel=1e-6)
-
+    same, other = [Shard(0), Shard(0), Replicate()], [Shard(0), Replicate(), Replicate()]
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.float32, torch.float32]
     with read_by(reader):
-        # The same placements, another dtype: the norm is of theirs.
-        for dtype in (torch.float32, torch.float32, torch.float64, torch.float32):
-            check_norm(dtype, Shard(0), Shard(0), Replicate())
-        # As many, placed otherwise behind the first.
-        check_norm(torch.float32, Shard(0), Replicate(), Replicate())
+        for dtype, ways in zip(dtypes, [*[same] * 4, other], strict=True):
+            local = torch.full((3,), 1.0 + rank, dtype=dtype)
+            tensors = [DTensor.from_local(local, mesh, [way], run_check=False) for way in ways]
+            norm = fastclip.get_total_norm(tensors)
+            # The same placements, another dtype: the norm is of theirs.
+            assert norm.dtype == dtype
+            squares = [15 if way.is_shard() else 3 * (1 + rank) ** 2 for way in ways]
+            assert float(norm) == pytest.approx(sum(squares) ** 0.5, rel=1e-6)
 
 
 @on_ranks(2, seconds=30)
@@ -470,16 +453,12 @@ def test_the_norm_has_the_dtype_of_the_gradients_there_are():
         total = fastclip.clip_grad_norm_(items, 1e9, process_group=dist.group.WORLD)
         assert total.dtype == total.to_local().dtype == dtype
     # A module is converted after a clip.
-    model, local = Block(), nn.Linear(3, 2)
+    model = Block()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     model(torch.ones(2, 7)).square().sum().backward()
-    local(torch.ones(3)).sum().backward()
     for dtype in (torch.float32, torch.float64):
         model.to(dtype)
-        local.to(dtype)
         assert check(list(model.parameters())).dtype == dtype
-        norm = fastclip.clip_grad_norm_(local.parameters(), 1e9, process_group=dist.group.WORLD)
-        assert norm.dtype == dtype
 
 
 @on_ranks(2)

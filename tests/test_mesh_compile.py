@@ -33,15 +33,13 @@ def made(kinds: str, mesh: Any, lacks: bool = False) -> list[nn.Parameter]:
 
 CALLS = {
     "clip": lambda ps: fastclip.clip_grad_norm_(ps, 1.5),
-    "1": lambda ps: fastclip.clip_grad_norm_(ps, 1.5, 1.0),
-    "inf": lambda ps: fastclip.clip_grad_norm_(ps, 1.5, math.inf),
-    "3": lambda ps: fastclip.clip_grad_norm_(ps, 1.5, 3.0),
-    "-inf": lambda ps: fastclip.clip_grad_norm_(ps, 1e-3, -math.inf),
-    "-1": lambda ps: fastclip.clip_grad_norm_(ps, 1e-3, -1.0),
     "value": lambda ps: fastclip.clip_grad_value_(ps, 0.5),
     "total": lambda ps: fastclip.get_total_norm([p.grad for p in ps if p.grad is not None]),
     "scaled": lambda ps: fastclip.clip_grad_norm_(ps, 1.5, grad_scale=0.5),
     "with norm": lambda ps: fastclip.clip_grads_with_norm_(ps, 1.5, torch.tensor(20.0)),
+} | {
+    str(p): lambda ps, p=p: fastclip.clip_grad_norm_(ps, 1e-3, p)
+    for p in (1.0, 3.0, math.inf, -math.inf, -1.0)
 }
 
 
@@ -74,25 +72,21 @@ def check_close(found: Tensor, expected: Tensor, rtol: float) -> None:
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
 
 
-@on_ranks(2, seconds=120)
-def test_dtensors_are_in_whole_graphs():
-    check_graphs(CALLS, "src")
-
-
-@on_ranks(2, seconds=120)
-def test_a_rank_without_a_gradient_takes_part():
-    check_graphs(["clip", "inf", "-inf", "total"], "sp", lacks=True)
-
-
-@pytest.mark.parametrize("spoiled", [math.inf, math.nan])
-@on_ranks(2, seconds=120)
-def test_what_is_not_finite_on_one_rank_is_so_on_all(spoiled):
-    check_graphs(["clip", "inf", "3"], "ss", spoiled=spoiled)
-
-
+@pytest.mark.parametrize(
+    ("names", "kinds", "how"),
+    [
+        (list(CALLS), "src", {}),
+        # A rank without a gradient takes part.
+        (["clip", "inf", "-inf", "total"], "sp", {"lacks": True}),
+        # What is not finite on one rank is so on all.
+        (["clip", "inf", "3.0"], "ss", {"spoiled": math.inf}),
+        (["clip", "inf", "3.0"], "ss", {"spoiled": math.nan}),
+        (["clip"], "sr", {"backend": "inductor"}),
+    ],
+)
 @on_ranks(2, seconds=240)
-def test_inductor():
-    check_graphs(["clip"], "sr", backend="inductor")
+def test_dtensors_are_in_whole_graphs(names, kinds, how):
+    check_graphs(names, kinds, **how)
 
 
 @on_ranks(2, seconds=120)

@@ -54,6 +54,8 @@ def test_agreement_takes_no_message_of_its_own():
     mesh = grid()
     parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), spread((4,), mesh, Shard(0), Shard(0))]
     parameters += [spread((4,), mesh, Shard(0), Replicate()), plain(3)]
+    # A slice of the mesh has the groups of its dimension.
+    parameters.append(spread((4,), mesh["tp"], Shard(0)))
     for policy in ("propagate", "keep", "zero", "error"):
         clip = lambda: fastclip.clip_grad_norm_(parameters, 1e9, nonfinite=policy)  # noqa: B023, E731
         assert steps_of(clip) == 2
@@ -84,15 +86,17 @@ def of_a_mesh(parameter: nn.Parameter) -> None:
 BAD = [(expanded, "single memory location"), (integer, "dtype torch.int32"), (of_a_mesh, "DTensor")]
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "keep"])
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf, -1.0])
+@pytest.mark.parametrize("value", [2.0, math.inf, math.nan])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "keep"])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 8.0, math.inf, 0.0, -1.0])
 @on_ranks(2, 4)
-def test_a_rank_that_cannot_clip_tells_the_others_why(size, p, nonfinite):
-    mesh = grid(size)
+def test_a_rank_that_cannot_clip_tells_the_others_why(size, p, nonfinite, value):
+    """What is not finite on one rank does not swallow what another one says."""
+    mesh, rank = grid(size), dist.get_rank()
     for (spoil, why), group in itertools.product(BAD, (None, dist.group.WORLD)):
         parameters = [spread((8,), mesh, *[Shard(0)] * mesh.ndim), plain(3)]
-        before = here(parameters[0].grad).clone()
-        bad = dist.get_rank() == size - 1
+        local = here(parameters[0].grad).fill_(2.0 if rank else value)
+        before, bad = local.clone(), rank == size - 1
         if bad:
             spoil(parameters[1])
         with pytest.raises((TypeError, RuntimeError)) as caught:
@@ -100,48 +104,12 @@ def test_a_rank_that_cannot_clip_tells_the_others_why(size, p, nonfinite):
         assert why in str(caught.value)
         assert "parameters[1]" in str(caught.value)
         assert bad or f"on rank {size - 1}" in str(caught.value)
-        assert torch.equal(here(parameters[0].grad), before)
+        torch.testing.assert_close(local, before, rtol=0, atol=0, equal_nan=True)
         # The next call finds all ranks together again.
         parameters[1].grad = None
-        norm = fastclip.clip_grad_norm_(parameters, 1e9)
-        assert ulps(full(norm), oracle([full(parameters[0].grad)], 2)) <= 2
-
-
-@on_ranks(2)
-def test_a_rank_that_cannot_tells_the_others_for_many_norms():
-    """The norms of tensors and of groups are vectors."""
-    mesh = init_device_mesh("cpu", (2,))
-    parameters = [spread((6, 2), mesh, Shard(1)), plain(3), spread((4,), mesh, Shard(0))]
-    if dist.get_rank():
-        integer(parameters[1])
-    groups = [{"params": [q], "max_norm": 1.0} for q in parameters]
-    calls = [
-        lambda: fastclip.clip_grad_norms_(parameters, 1.0),
-        lambda: fastclip.clip_grad_agc_(parameters),
-        lambda: GradClipper(groups=groups).clip_(),
-        lambda: GradClipper(parameters, 1.0).norms_by_parameter(),
-        lambda: fastclip.get_total_norm([q.grad for q in parameters]),
-    ]
-    for call in calls:
-        with pytest.raises((TypeError, RuntimeError), match=r"\[1\]: dtype torch.int32"):
-            call()
-
-
-@pytest.mark.parametrize("p", [1.0, 2.0, 8.0, math.inf, 0.0])
-@on_ranks(2, seconds=30)
-def test_a_nan_does_not_swallow_that_a_rank_cannot_clip(p):
-    """What is not finite on one rank does not swallow what another one says."""
-    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
-    for policy, value in itertools.product(("propagate", "zero", "keep"), (math.nan, math.inf)):
-        parameters = [spread((4,), mesh, Shard(0)), plain(3)]
-        if rank == 0:
-            here(parameters[0].grad).fill_(value)
-        else:
-            expanded(parameters[1])
-        before = here(parameters[0].grad).clone()
-        with pytest.raises(RuntimeError, match=r"memory location[\s\S]*parameters\[1\]"):
-            fastclip.clip_grad_norm_(parameters, 1e-3, p, nonfinite=policy)
-        assert torch.equal(here(parameters[0].grad).nan_to_num(7), before.nan_to_num(7))
+        expected = oracle([full(parameters[0].grad)], 2)
+        norm = full(fastclip.clip_grad_norm_(parameters, 1e9)).item()
+        assert norm == pytest.approx(expected, nan_ok=True)
 
 
 @on_ranks(2, seconds=30)
@@ -206,47 +174,26 @@ def test_an_error_that_nobody_foresaw_is_told_too(size, has_store):
     assert fastclip.clip_grad_norm_(parameters, 1.0).isfinite()
 
 
-@on_ranks(2, seconds=30)
-def test_a_gradient_that_cannot_be_unscaled_is_told():
-    """Torch refuses to unscale float16; only one rank has such a gradient."""
-    mesh = init_device_mesh("cpu", (2,))
-    cut, own = spread((4,), mesh, Shard(0)), plain(3)
-    if dist.get_rank():
-        own.grad_dtype = None
-        own.grad = torch.ones(3, dtype=torch.float16)
-    optimizer = torch.optim.SGD([cut, own], 0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.ones(()))
-    with pytest.raises((ValueError, RuntimeError), match="is float16, which torch"):
-        fastclip.unscale_and_clip_(optimizer, 1.0, scaler)
-
-
-@on_ranks(4, seconds=120)
+@on_ranks(4, seconds=240)
 def test_a_rank_may_be_compiled_alone():
-    mesh = grid()
-    for p in (2.0, 1.0, math.inf, 8.0):
-        parameters = [spread((8, 4), mesh, Shard(0), Shard(1)), plain(3)]
-        parameters += [spread((6,), mesh, Shard(0), Replicate()) for _ in range(2)]
-        parameters += [spread((6,), mesh, Replicate(), Shard(0))]
-        expected = oracle(grads_of(parameters), p)
+    """And may lack a gradient that is there in another graph of it."""
+    mesh, rank = grid(), dist.get_rank()
+    ways = [(Shard(0), Shard(1)), (Shard(0), Replicate()), (Replicate(), Shard(0))]
+    for p, lacks in itertools.product((2.0, 1.0, 8.0, math.inf, 0.5, -1.0), (False, True)):
+        made = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            made.append([*(spread((8, 4), mesh, *way) for way in (*ways, ways[1])), plain(3)])
+            if lacks and rank == 2:
+                made[-1][0].grad = None
         torch._dynamo.reset()
-        clip = lambda: fastclip.clip_grad_norm_(parameters, expected / 2, p)  # noqa: B023, E731
-        if dist.get_rank() == 2:
-            clip = torch.compile(clip, backend="aot_eager", fullgraph=True)
-        assert ulps(full(clip()), expected) <= 3
-        assert oracle(grads_of(parameters), p) == pytest.approx(expected / 2, rel=1e-4)
-
-
-@on_ranks(4, seconds=20)
-def test_no_rank_of_a_grid_waits_for_one_that_raised():
-    """The rank across adds up with ranks that are told, and tell it in turn."""
-    mesh = grid()
-    rows, columns = spread((2, 4), mesh["tp"], Shard(1)), spread((2, 4), mesh["dp"], Shard(1))
-    mine = plain(3)
-    if dist.get_rank() == 0:
-        integer(mine)
-    with pytest.raises((TypeError, RuntimeError), match=r"dtype torch\.int32"):
-        fastclip.clip_grad_agc_([rows, columns, mine])
+        clip = lambda qs: fastclip.clip_grad_norm_(qs, 1e-3, p)  # noqa: B023, E731
+        expected = clip(made[0])
+        alone = torch.compile(clip, backend="aot_eager", fullgraph=True) if rank == 2 else clip
+        torch.testing.assert_close(full(alone(made[1])), full(expected), rtol=1e-6, atol=0)
+        for one, other in zip(*made, strict=True):
+            if one.grad is not None:
+                torch.testing.assert_close(here(one.grad), here(other.grad), rtol=1e-6, atol=0)
 
 
 @on_ranks(2)
@@ -259,9 +206,6 @@ def test_groups_are_the_same_on_all_ranks():
         GradClipper(groups=more if rank else groups, process_group=world).clip_()
     with pytest.raises(ValueError, match="groups: expected the same on all ranks"):
         GradClipper(groups=more[::-1] if rank else more, process_group=world).clip_()
-    clipper = GradClipper(groups=more, process_group=world)
-    assert steps_of(clipper.clip_) == 2
-    assert steps_of(clipper.clip_) == 1
     # None of them is measured.
     left = GradClipper(groups=[{"params": [a], "max_norm": None}], process_group=world)
     assert left.clip_().tolist() == []
