@@ -18,11 +18,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 pytestmark = pytest.mark.slow
 
 
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
@@ -32,7 +27,8 @@ def test_every_sharding_strategy_is_one_norm(strategy, use_orig_params):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = (pairs[rank // 2], across[rank % 2]) if strategy == "HYBRID_SHARD" else world
-    model = net()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
     how = dict(use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     shard = lambda part: FullyShardedDataParallel(part, group, ShardingStrategy[strategy], **how)  # noqa: E731
     first, last = copy.deepcopy(model[:2]), copy.deepcopy(model[2:])

@@ -4,7 +4,6 @@ Tests with `on_ranks` run on every rank of a world; what they assert, they asser
 add up what is drawn in test_random_layouts.py.
 """
 
-import contextlib
 import copy
 import functools
 import gc
@@ -13,7 +12,7 @@ import operator
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,15 +70,6 @@ def check(parameters: list[nn.Parameter], p: float = 2.0) -> Tensor:
         eps = 2 * torch.finfo(now.dtype).eps + 1e-6
         torch.testing.assert_close(now.double(), then.double() * coef, rtol=eps, atol=1e-30)
     return total
-
-
-@contextlib.contextmanager
-def read_by(reader: str) -> Iterator[None]:
-    """With "python", without the extension."""
-    with pytest.MonkeyPatch.context() as patch:
-        if reader == "python":
-            patch.setattr(_ops, "extension", None)
-        yield
 
 
 class Block(nn.Module):
@@ -180,12 +170,12 @@ LAYOUTS: dict[str, Callable[[int], tuple[list[nn.Parameter], int]]] = {
 }
 
 
-@pytest.mark.parametrize("reader", ["walk", "python"])
+@pytest.mark.parametrize("walks", [True, False])
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @on_ranks(2, 4)
-def test_every_layout_clips_as_one_process_would(size, name, p, reader):
-    with read_by(reader):
+def test_every_layout_clips_as_one_process_would(size, name, p, walks):
+    with mock.patch.object(_ops, "extension", _ops.extension if walks else None):
         parameters, collectives = LAYOUTS[name](size)
         taken = steps_of(lambda: check(parameters, p))
         assert taken == collectives * (2 if p == 8 else 1), taken
@@ -215,14 +205,11 @@ def test_the_norm_is_the_same_bits_however_it_is_cut(dtype):
         p = generator.choice([1.0, 2.0, 3.0])
         alone = fastclip.get_total_norm(grads, p)
         for mesh in (*meshes, *meshes):
-            placements = [
-                [Shard(generator.randrange(g.dim())) for _ in range(mesh.ndim)] for g in grads
-            ]
-            spread = [
-                distribute_tensor(g, mesh, w, src_data_rank=None)
-                for g, w in zip(grads, placements, strict=True)
-            ]
-            found = full(fastclip.get_total_norm(spread, p))
+            cut = []
+            for grad in grads:
+                ways = [Shard(generator.randrange(grad.dim())) for _ in range(mesh.ndim)]
+                cut.append(distribute_tensor(grad, mesh, ways, src_data_rank=None))
+            found = full(fastclip.get_total_norm(cut, p))
             # The plain-PyTorch ops sum what is cut in another order.
             rtol = precision(_ops, 0)
             torch.testing.assert_close(found, alone, rtol=rtol, atol=0, msg=f"{seed}, {p}")
@@ -241,25 +228,26 @@ def test_ranks_may_list_their_parameters_in_another_order():
 # Partial gradients.
 
 
+def with_partial(mesh: Any) -> list[nn.Parameter]:
+    """The second gradient is a sum that ranks have still to take, as SequenceParallel leaves it."""
+    parameters = [spread((5, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
+    local = torch.tensor([1.0, -1.0, 0.1, 0.2])
+    parameters[1].grad = DTensor.from_local(local, mesh, [Partial()], run_check=False)
+    return parameters
+
+
 @on_ranks(2)
 def test_partial_gradients_are_reduced_first():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16))
-    ways = {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1))}
-    parallelize_module(model, mesh, ways)
-    model(torch.randn(2, 4, 8)).square().sum().backward()
-    parameters = list(model.parameters())
-    assert parameters[0].grad.placements == (Partial(),)
+    parameters = with_partial(init_device_mesh("cpu", (2,)))
     grads = [q.grad for q in parameters]
     expected = oracle(grads_of(parameters), 2)
-    with pytest.warns(UserWarning, match=r"tensors\[0\] is placed \(Partial.*redistributed"):
-        norm = fastclip.get_total_norm(grads)
-    assert ulps(norm.full_tensor(), expected) <= 2
-    assert parameters[0].grad is grads[0]
-    with pytest.warns(UserWarning, match=r"gradient of parameters\[0\] is placed") as caught:
+    with pytest.warns(UserWarning, match=r"tensors\[1\] is placed \(Partial.*redistributed"):
+        assert ulps(fastclip.get_total_norm(grads), expected) <= 2
+    assert parameters[1].grad is grads[1]
+    with pytest.warns(UserWarning, match=r"gradient of parameters\[1\] is placed") as caught:
         fastclip.clip_grad_norm_(parameters, expected / 2)
     assert [w.filename for w in caught] == [__file__]
-    assert parameters[0].grad.placements == parameters[0].placements == (Replicate(),)
+    assert parameters[1].grad.placements == parameters[1].placements == (Replicate(),)
     assert oracle(grads_of(parameters), 2) == pytest.approx(expected / 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -289,11 +277,7 @@ def test_gradients_of_equal_layouts_are_read_at_once():
 
 @on_ranks(2)
 def test_values_are_clipped_after_the_reduction():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    parameters = [spread((5, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
-    parameters.append(spread((6,), mesh, Shard(0)))
-    local = torch.tensor([1.0, -1.0, 0.1, 0.2])
-    parameters[1].grad = DTensor.from_local(local, mesh, [Partial()], run_check=False)
+    parameters = with_partial(init_device_mesh("cpu", (2,)))
     before = grads_of(parameters)
     versions = [q.grad._version for q in (parameters[0], *parameters[2:])]
     with pytest.warns(UserWarning, match="redistributed"):
@@ -382,14 +366,14 @@ def test_a_plan_is_made_once_and_goes_with_its_parameters():
     assert not plan.is_for(_ranks.NONE)
 
 
-@pytest.mark.parametrize("reader", ["walk", "python"])
+@pytest.mark.parametrize("walks", [True, False])
 @on_ranks(2)
-def test_tensors_whose_layouts_are_new_are_measured_as_they_are_placed(reader):
+def test_tensors_whose_layouts_are_new_are_measured_as_they_are_placed(walks):
     # As gradients of tensor parallel parameters have, at every step.
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     same, other = [Shard(0), Shard(0), Replicate()], [Shard(0), Replicate(), Replicate()]
     dtypes = [torch.float32, torch.float32, torch.float64, torch.float32, torch.float32]
-    with read_by(reader):
+    with mock.patch.object(_ops, "extension", _ops.extension if walks else None):
         for dtype, ways in zip(dtypes, [*[same] * 4, other], strict=True):
             local = torch.full((3,), 1.0 + rank, dtype=dtype)
             tensors = [DTensor.from_local(local, mesh, [way], run_check=False) for way in ways]

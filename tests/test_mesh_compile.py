@@ -1,5 +1,6 @@
 """DTensors in a graph of `torch.compile`: whole graphs with the numbers that there are without."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from conftest import oracle, ulps
 from ranks import on_ranks
 from test_mesh import full, grads_of, here, plain, spread
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -31,6 +32,7 @@ def made(kinds: str, mesh: Any, lacks: bool = False) -> list[nn.Parameter]:
     return found
 
 
+check_close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=0, equal_nan=True)
 CALLS = {
     "clip": lambda ps: fastclip.clip_grad_norm_(ps, 1.5),
     "value": lambda ps: fastclip.clip_grad_value_(ps, 0.5),
@@ -62,14 +64,10 @@ def check_graphs(
             found, expected = compiled(ours), CALLS[name](theirs)
             if expected is not None:
                 assert type(found) is type(expected), name
-                check_close(full(found), full(expected), 1e-6)
+                check_close(full(found), full(expected))
             for one, other in zip(ours, theirs, strict=True):
                 if other.grad is not None:
-                    check_close(full(one.grad), full(other.grad), 2e-6)
-
-
-def check_close(found: Tensor, expected: Tensor, rtol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
+                    check_close(full(one.grad), full(other.grad))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from fastclip import GradClipper, _ops
 
 pytestmark = pytest.mark.slow
 
-RANKS = range(4)
 ORDERS = [0.5, 1.0, 2.0, 2.0, 3.0, 8.0, math.inf, 0.0, -1.0, -math.inf]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 POLICIES = ["propagate", "keep", "zero", "error"]
