@@ -8,6 +8,7 @@ has to be the same. Two other stand-ins for ranks are at the end: torch's fake g
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import threading
@@ -111,14 +112,15 @@ class Call:
     """A list of parameters and what is called with it, drawn from a seed; made anew each time."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.rng = random.Random(f"{name.split()[-1]} {seed}")
-        self.world = name
-        rng = self.rng
+        self.rng = rng = random.Random(f"{name.split()[-1]} {seed}")
         some = rng.sample(meshes(name), rng.randint(1, min(2, len(meshes(name)))))
         self.specs = [self.spec(some) for _ in range(rng.randint(1, 6))]
         self.p, self.policy = rng.choice(ORDERS), rng.choice(POLICIES)
         self.function = rng.choice(list(CALLS))
-        self.group = self.process_group()
+        asked = [dist.group.WORLD]
+        if name == "cube":
+            asked.append(meshes(name)[0]._get_root_mesh()["pp"])
+        self.group = rng.choice([None] * 4 + asked)
         self.labels = [rng.randrange(2) for _ in self.specs]
 
     def spec(self, some: list[Any]) -> tuple[Any, list[Any], tuple[int, ...], torch.dtype]:
@@ -128,14 +130,6 @@ class Call:
         ways = [Replicate(), *map(Shard, range(len(shape)))]
         placements = [rng.choice(ways) for _ in range(mesh.ndim)] if mesh is not None else []
         return mesh, placements, shape, rng.choice(DTYPES)
-
-    def process_group(self) -> Any:
-        if self.rng.random() < 0.7:
-            return None
-        world = dist.group.WORLD
-        if self.world == "cube":
-            return self.rng.choice([world, meshes("cube")[0]._get_root_mesh()["pp"]])
-        return world
 
     def parameters(self) -> list[nn.Parameter]:
         made = []
@@ -147,11 +141,6 @@ class Call:
             parameter.grad = torch.ones_like(parameter)
             made.append(parameter)
         return made
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the order of the list counts: each tensor has a norm of its own."""
-        return self.function in ("norms", "agc", "by parameter")
 
     def sent(self, parameters: list[nn.Parameter]) -> list[Sent]:
         _sent.clear()
@@ -234,11 +223,6 @@ def lacks(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def frozen(parameter: nn.Parameter) -> None:
-    parameter.grad = None
-    parameter.requires_grad_(False)
-
-
 def laid_out_anew(parameter: nn.Parameter) -> None:
     if isinstance(parameter, DTensor):
         how = parameter.device_mesh, parameter.placements
@@ -248,7 +232,7 @@ def laid_out_anew(parameter: nn.Parameter) -> None:
 DIFFERENCES: dict[str, Callable[[nn.Parameter], object]] = {
     "nothing": lambda q: None,
     "lacks": lacks,
-    "frozen": frozen,
+    "frozen": lambda q: lacks(q.requires_grad_(False)),
     "nan": lambda q: here(q.grad).fill_(math.nan),
     "inf": lambda q: here(q.grad).fill_(math.inf),
     "integer": lambda q: replaced(q, torch.ones(here(q).shape, dtype=torch.int32)),
@@ -258,29 +242,22 @@ DIFFERENCES: dict[str, Callable[[nn.Parameter], object]] = {
 }
 
 
-def differ(name: str, seed: int, parameters: list[nn.Parameter]) -> None:
-    rng = random.Random(seed)
-    for parameter in rng.sample(parameters, rng.randint(1, len(parameters))):
-        DIFFERENCES[name](parameter)
-
-
 def law(name: str, seeds: range) -> tuple[int, int, list[Any]]:
     """How many calls were compared, how many of them sent anything, and which sent other things."""
     compared, sending, odd = 0, 0, []
     for seed in seeds:
         call = Call(name, seed)
-        parameters = call.parameters()
-        usual = call.sent(parameters)
+        usual, found = call.sent(call.parameters()), {}
         sending += bool(usual)
-        found = {"the plan kept": call.sent(parameters), "a new plan": call.sent(call.parameters())}
-        for difference in DIFFERENCES:
-            for kept in (False, True):
-                made = call.parameters()
-                if kept:
-                    call.sent(made)
-                differ(difference, seed, made)
-                found[f"{difference}, {'plan kept' * kept}"] = call.sent(made)
-        if not call.is_listed and call.function != "groups":
+        for (difference, change), kept in itertools.product(DIFFERENCES.items(), (False, True)):
+            made, rng = call.parameters(), random.Random(seed)
+            if kept:
+                call.sent(made)
+            for parameter in rng.sample(made, rng.randint(1, len(made))):
+                change(parameter)
+            found[f"{difference}, {'plan kept' * kept}"] = call.sent(made)
+        # Where each tensor has a norm of its own, or its group, the order of the list counts.
+        if call.function not in ("norms", "agc", "by parameter", "groups"):
             made = call.parameters()
             random.Random(seed).shuffle(made)
             found["another order"] = call.sent(made)
