@@ -176,7 +176,7 @@ def test_an_error_that_nobody_foresaw_is_told_too(size, has_store):
 
 @on_ranks(4, seconds=240)
 def test_a_rank_may_be_compiled_alone():
-    """And may lack a gradient that is there in another graph of it."""
+    """Its graph sends what is sent without one, also where it lacks a gradient."""
     mesh, rank = grid(), dist.get_rank()
     ways = [(Shard(0), Shard(1)), (Shard(0), Replicate()), (Replicate(), Shard(0))]
     for p, lacks in itertools.product((2.0, 1.0, 8.0, math.inf, 0.5, -1.0), (False, True)):
