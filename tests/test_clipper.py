@@ -6,7 +6,6 @@ test_random_clipper.py has the formulas, what it records, and parameters that ch
 import copy
 import gc
 import math
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -18,8 +17,6 @@ from torch import nn
 
 import fastclip
 from fastclip import AutoClip, DropSpikes, GradClipper, ZClip, _history
-
-ROOT = Path(__file__).parent.parent
 
 
 def grads(seed: int = 0, device: str = "cpu") -> list[torch.Tensor]:
@@ -109,12 +106,12 @@ def test_what_holds_parameters_is_walked_again_when_it_has_others(reader, source
     check()
     net.append(more)
     more.weight.grad = torch.full((2, 2), 50.0)
-    if source in ("optimizer", "several"):
-        optimizer.add_param_group({"params": more.parameters()})
-    else:
+    if source == "groups in a tuple":
         optimizer.param_groups[-1]["params"] += more.parameters()
+    else:
+        optimizer.add_param_group({"params": more.parameters()})
     check()
-    if source in ("optimizer", "several"):
+    if source != "groups in a tuple":
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     more.weight = nn.Parameter(torch.zeros(1))
     more.weight.grad = torch.tensor([7.0])
@@ -134,50 +131,24 @@ def test_what_holds_parameters_is_walked_again_when_it_has_others(reader, source
 def test_a_scripted_module_is_walked_at_every_step(reader, compiled):
     net = compiled(network())
     clipper = GradClipper(net, 0.1)
-    for step in range(2):
+    for _ in range(2):
         net.zero_grad()
-        (net(torch.ones(2, 4)).sum() * (step + 1)).backward()
-        expected = oracle([p.grad for p in net.parameters()], 2.0)
-        assert float(clipper.clip_()) == pytest.approx(expected)
+        net(torch.ones(2, 4)).sum().backward()
+        clipper.clip_()
         assert oracle([p.grad for p in net.parameters()], 2.0) == pytest.approx(0.1, rel=1e-5)
-    names = [name for name, _ in net.named_parameters()]
-    assert list(clipper.norms_by_parameter()) == names
-
-
-@pytest.mark.parametrize("kind", ["number", "rule", "groups"])
-def test_a_step_does_not_depend_on_the_dtype_of_those_before(device, kind):
-    values = torch.tensor([3.0, 4.0], dtype=torch.float64, device=device)
-    made = narrow, wide = parameters([values.float(), values])
-    limit = (lambda norm: norm * 0.1) if kind == "rule" else 0.1
-    groups = [{"params": made, "max_norm": limit}]
-    clipper = GradClipper(groups=groups) if kind == "groups" else GradClipper(made, limit)
-    for size in (1.0, 1e60, 1.0):
-        for one, grad in ((narrow, values.float()), (wide, values * size)):
-            narrow.grad = wide.grad = None
-            one.grad = grad.clone()
-            clipper.clip_()
-            norm = oracle([grad], 2.0)
-            coef = (norm * 0.1 if kind == "rule" else 0.1) / (norm + 1e-6)
-            rtol = 1e-14 if one is wide else 1e-6
-            torch.testing.assert_close(one.grad, grad * coef, rtol=rtol, atol=0)
-    stats = clipper.stats()
-    stats = stats.get("0", stats)
-    assert stats["total_norm"] == pytest.approx([5.0, 5.0, 5.0, 5e60, 5.0, 5.0], rel=1e-14)
-    assert (stats["nonfinite"], stats["clipped"]) == (0, 6)
-    assert all(coef > 0 for coef in stats["coef"])
+    assert list(clipper.norms_by_parameter()) == [name for name, _ in net.named_parameters()]
 
 
 def test_names_are_those_of_the_module_or_the_optimizer():
     net = network()
     net[2].bias.grad = None
-    before = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
-    expected = {n: float(grad.norm()) for n, grad in before.items()} | {"2.bias": 0.0}
+    expected = {n: float(p.grad.norm()) for n, p in net.named_parameters() if p.grad is not None}
+    expected["2.bias"] = 0.0
     optimizer = torch.optim.SGD(net.named_parameters(), lr=0.1)
     for source in (net, net.named_parameters(), optimizer):
         assert GradClipper(source, 1.0).norms_by_parameter() == pytest.approx(expected)
     groups = [{"params": net[0], "max_norm": 1.0, "name": "a"}, {"params": net[2], "max_norm": 1}]
     assert list(GradClipper(groups=groups).norms_by_parameter())[::2] == ["a.weight", "1.weight"]
-    assert all(torch.equal(net.get_parameter(n).grad, grad) for n, grad in before.items())
 
 
 def test_what_is_not_finite_is_found_and_counted():
@@ -195,6 +166,8 @@ def test_what_is_not_finite_is_found_and_counted():
 def test_the_ring_keeps_the_last_steps_and_counts_all(device):
     (parameter,) = parameters([torch.zeros(1, device=device)])
     clipper = GradClipper([parameter], AutoClip(100, 1), history=4)
+    with pytest.raises(ValueError, match="last: no step was recorded"):
+        clipper.last()
     for step in range(1, 11):
         parameter.grad.fill_(step)
         # What is returned may be changed.
@@ -215,36 +188,19 @@ def test_a_ring_is_bounded_in_bytes():
     assert len(_history.Ring(2000, 20_000)._here["rows"]) == 20_000
 
 
-# In a process of its own, where no memory was freed before that may be taken again.
-TOUCHED = """
-import torch
-from fastclip._history import Ring
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-before = resident()
-rings = [Ring(2000) for _ in range(40)]
-for ring in rings:
-    ring.add(torch.full((2000,), 2.0), 2.0)
-    assert ring.read()[1].tolist() == [[2.0] * 4000]
-print(resident() - before)
-for ring in rings:
-    ring._here["rows"].fill_(1)
-print(resident() - before)
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_a_ring_touches_the_memory_of_its_steps():
-    command = [sys.executable, "-c", TOUCHED]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    # In all they may come to 640 MiB.
-    steps, everything = map(int, done.stdout.split())
-    assert steps < 64 << 20
-    assert everything > 600 << 20
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    # 128 MiB, which the allocator has from the system and not from what was freed before.
+    ring = _history.Ring(1, history=1 << 23)
+    ring.add(torch.ones(1), 2.0)
+    assert ring.read()[1].tolist() == [[1.0, 2.0]]
+    assert resident() - before < 32 << 20
+    ring._here["rows"].fill_(1)
+    assert resident() - before > 96 << 20
 
 
 def test_the_log_leaves_the_cpu_and_no_other_place():
@@ -306,27 +262,26 @@ def test_a_first_call_in_inference_mode_leaves_a_clipper_that_trains(rule, loads
     assert clipper.stats()["total_norm"] == [5.0, 10.0]
 
 
-def test_the_state_goes_on_where_it_was(device):
-    made, twins, others = (parameters(grads(0, device)) for _ in range(3))
-    clipper, twin = (clipper_of(some, [AutoClip(50, 9), 1.0]) for some in (made, twins))
-    for step in range(6):
-        if step == 3:
-            twin.load_state_dict(clipper.state_dict())
-        for some in (made, twins):
-            for parameter, grad in zip(some, grads(step, device), strict=True):
-                parameter.grad = grad.clone()
-        clipper.clip_()
-        if step >= 3:
-            twin.clip_()
-            assert_same(made, twins)
-            assert twin.stats() == clipper.stats()
-    other = clipper_of(others, [1.0, 1.0])
+def test_a_state_goes_on_where_it_was_and_fits_no_other_clipper(device):
+    made = parameters(grads(0, device))
+    clipper = clipper_of(made, [AutoClip(50, 9), 1.0])
+
+    def run():
+        for step in range(3):
+            for parameter, grad in zip(made, grads(step, device), strict=True):
+                parameter.grad = grad
+            clipper.clip_()
+        return clipper.stats()
+
+    runs = [(clipper.state_dict(), run()) for _ in range(2)]
+    for state, expected in runs:
+        clipper.load_state_dict(state)
+        assert run() == expected
+    other = clipper_of(made, [1.0, 1.0])
     with pytest.raises(ValueError, match="state: expected rules of"):
         other.load_state_dict(clipper.state_dict())
     with pytest.raises(ValueError, match="state: expected what state_dict of this Ring returns"):
-        other.load_state_dict(clipper_of(others, [1.0]).state_dict())
-    clipper.load_state_dict(clipper_of(others, [AutoClip(50, 9), 1.0]).state_dict())
-    assert [one["steps"] for one in clipper.stats().values()] == [0, 0]
+        other.load_state_dict(clipper_of(made, [1.0]).state_dict())
 
 
 @pytest.mark.parametrize("rule", [AutoClip, ZClip, lambda: DropSpikes(1.0)])
@@ -459,22 +414,14 @@ def test_a_module_that_holds_its_clipper_can_be_freed(inside):
     assert layer() is None
 
 
-def test_the_threshold_may_be_changed_between_steps():
-    made = parameters([torch.tensor([3.0, 4.0])])
-    clipper = GradClipper(made, 10.0)
-    for limit in (10.0, 1, "2", torch.tensor(2.0), lambda norm: norm / 2, AutoClip(50)):
-        clipper.max_norm = limit
-        made[0].grad = torch.tensor([3.0, 4.0])
-        assert clipper.clip_() == 5
-    assert clipper.stats()["coef"] == pytest.approx([1.0, 0.2, 0.4, 0.4, 0.5, 1.0])
-    for bad, error in ((-1, ValueError), ("one", TypeError), (AutoClip, TypeError)):
-        with pytest.raises(error, match="max_norm"):
-            clipper.max_norm = bad
-    assert clipper.max_norm is limit
-
-
-def test_the_threshold_of_a_group_may_be_changed_by_its_name():
+def test_thresholds_may_be_changed_between_steps_those_of_groups_by_their_names():
     made = parameters([torch.tensor([3.0, 4.0]), torch.tensor([1.0])])
+    alone = GradClipper(made[0], 10.0)
+    for limit in (1, "2", torch.tensor(2.0), lambda norm: norm / 2, AutoClip(50)):
+        alone.max_norm = limit
+        made[0].grad = torch.tensor([3.0, 4.0])
+        assert alone.clip_() == 5
+    assert alone.stats()["coef"] == pytest.approx([0.2, 0.4, 0.4, 0.5, 1.0])
     groups = [{"params": made[0], "max_norm": 1.0, "name": "a"}, {"params": made[1], "max_norm": 1}]
     clipper = GradClipper(groups=groups)
     clipper.max_norm["a"] = 2.5
@@ -483,11 +430,14 @@ def test_the_threshold_of_a_group_may_be_changed_by_its_name():
     twin.max_norm["a"] = 0.25
     clipper.clip_()
     assert [float(one.grad.norm()) for one in made] == pytest.approx([2.5, 0.5])
-    assert [one["max_norm"] for one in clipper.last().values()] == [2.5, 0.5]
+    assert clipper.state_dict()["max_norm"].tolist() == [2.5, 0.5]
     assert dict(copy.deepcopy(twin).max_norm) == {"a": 0.25, "1": 1.0}
-    for bad, error in (({"b": 1.0}, ValueError), (1.0, TypeError), ({"a": -1}, ValueError)):
+    bad = [(alone, -1, ValueError), (alone, "one", TypeError), (alone, AutoClip, TypeError)]
+    bad += [(clipper, {"b": 1.0}, ValueError), (clipper, 1.0, TypeError)]
+    for one, value, error in [*bad, (clipper, {"a": -1}, ValueError)]:
         with pytest.raises(error, match="max_norm"):
-            clipper.max_norm = bad
+            one.max_norm = value
+    assert alone.max_norm is limit
 
 
 def test_what_is_no_attribute_can_be_set_in_a_subclass_alone():
@@ -522,9 +472,8 @@ def test_factors_and_norms_of_each_gradient_clip_as_the_function(device, limits,
         found = sorted(clipper.norms_by_parameter().values())
         expected = sorted(float(scale) * oracle([grad], p) for grad in grads(1))
         assert found == pytest.approx(expected, rel=1e-6)
-    for bad in (0, -1, math.inf):
-        with pytest.raises(ValueError, match="grad_scale"):
-            clipper.clip_(grad_scale=bad)
+    with pytest.raises(ValueError, match="grad_scale"):
+        clipper.clip_(grad_scale=0)
 
 
 def test_a_gradient_that_cannot_be_measured_is_named_without_ranks():

@@ -119,6 +119,15 @@ def are_stats(found: dict[str, Any], steps: list[tuple[float, float, float | Non
     }
 
 
+def is_last(found: dict[str, Any], norm: float, limit: float, coef: float | None) -> bool:
+    return found == {
+        "total_norm": pytest.approx(norm, rel=0, abs=0, nan_ok=True),
+        "max_norm": pytest.approx(limit, rel=4e-7, nan_ok=True),
+        "coef": pytest.approx(coef or 0.0, rel=4e-7, nan_ok=True),
+        "dropped": math.isfinite(norm) and math.isnan(limit),
+    }
+
+
 def dense(grad: Tensor) -> Tensor:
     return grad.detach().to_dense().clone()
 
@@ -155,21 +164,25 @@ def norm_is(found: float, grads: list[Tensor], p: float) -> bool:
     return found == pytest.approx(norm_of(grads, p), rel=precision, abs=0, nan_ok=True)
 
 
-def threshold(rng: random.Random) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def threshold(
+    rng: random.Random, may_drop: bool = False
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """How to make one, and what it promises: the limit of a norm."""
     number, percent, count = rng.choice(NUMBERS), rng.choice([0, 30, 50, 100]), rng.randint(1, 5)
     tensor = torch.tensor(rng.random(), dtype=rng.choice(DTYPES))
     half, constant = lambda norm: norm * 0.5, lambda norm: 0.7
-    return rng.choice(
-        [
-            (lambda: number, lambda: lambda norm: float(number)),
-            (lambda: tensor, lambda: lambda norm: float(tensor)),
-            (lambda: AutoClip(percent, count), lambda: Percentile(percent, count)),
-            (lambda: ZClip(0.9, 1.5, count), lambda: Outliers(0.9, 1.5, count)),
-            (lambda: half, lambda: half),
-            (lambda: constant, lambda: constant),
-        ]
-    )
+    kinds = [
+        (lambda: number, lambda: lambda norm: float(number)),
+        (lambda: tensor, lambda: lambda norm: float(tensor)),
+        (lambda: AutoClip(percent, count), lambda: Percentile(percent, count)),
+        (lambda: ZClip(0.9, 1.5, count), lambda: Outliers(0.9, 1.5, count)),
+        (lambda: half, lambda: half),
+        (lambda: constant, lambda: constant),
+    ]
+    if may_drop:
+        how = (0.8, 1.5, 0.9, rng.randint(1, 2), rng.randint(0, 3))
+        kinds += [(lambda: DropSpikes(*how), lambda: Spikes(*how))] * 2
+    return rng.choice(kinds)
 
 
 class Group:
@@ -180,11 +193,7 @@ class Group:
         placeholder = nn.Parameter(torch.zeros(1))
         holders = [list, nn.Module, lambda: torch.optim.SGD([placeholder], lr=1.0)]
         self.source = rng.choice(holders)()
-        self.make, promise = threshold(rng)
-        if rng.random() < 0.25:
-            how = (1.5, 0.9, rng.randint(1, 2), rng.randint(0, 3))
-            self.make = lambda: DropSpikes(0.8, *how)
-            promise = lambda: Spikes(0.8, *how)  # noqa: E731
+        self.make, promise = threshold(rng, may_drop=True)
         self.limit_of = promise()
         self.is_measured = not may_be_left_out or rng.random() < 0.8
 
@@ -263,14 +272,9 @@ class Life:
         return self.stored(values)
 
     def stored(self, values: Tensor) -> Tensor:
-        shape = values.shape
-        way = self.rng.choice(["dense"] * 3 + ["turned", "gaps", "off", "sparse"])
-        if way == "off":
-            return values.new_empty(values.numel() + 1)[1:].view(shape).copy_(values)
+        shape, way = values.shape, self.rng.choice(["dense"] * 3 + ["gaps", "sparse"])
         if way == "dense" or not shape:
             return values
-        if way == "turned":
-            return values.transpose(0, -1).contiguous().transpose(0, -1)
         if way == "gaps":
             return values.new_empty(*shape[:-1], 2 * shape[-1])[..., ::2].copy_(values)
         once = values.to_sparse()
@@ -281,14 +285,17 @@ class Life:
     # What happens to it; each returns whether all was as promised.
 
     def backward(self) -> bool:
+        # Norms are float64 or float32 by the gradients that a step happens to have.
+        absent = self.rng.choice([None, None, *self.dtypes])
         for item in (item for group in self.groups for item in group.items):
-            item.grad = self.gradient(item)
+            item.grad = None if item.dtype == absent else self.gradient(item)
         return True
 
     def others(self) -> bool:
         """Parameters are added, replaced, moved, repeated, frozen, taken away."""
         rng = self.rng
-        for group in rng.choices(self.groups, k=2):
+        # Often one is only moved, which leaves the order of all as it was.
+        for group in rng.choices(self.groups, k=rng.choice([0, 0, 2])):
             items = list(group.items)
             for _ in range(rng.randint(1, 2)):
                 at = rng.randrange(len(items) + 1)
@@ -296,7 +303,8 @@ class Life:
             for item in items:
                 item.requires_grad_(rng.random() < 0.8)
             group.put(items)
-        a, b = rng.choices(self.groups, k=2)
+        at = rng.randrange(len(self.groups))
+        a, b = self.groups[at - 1], self.groups[at]
         if a is not b and a.items:
             moved = a.items[-1]
             a.put([item for item in a.items if item is not moved])
@@ -378,27 +386,16 @@ class Life:
         )
 
     def stats(self) -> bool:
-        stats = self.clipper.stats()
+        stats, last = self.clipper.stats(), self.clipper.last() if self.history else {}
+        if self.is_one:
+            stats, last = {"total": stats}, {"total": last}
         for i, group in enumerate(self.measured):
             steps = [tuple(kind[i] for kind in step) for step in self.history]
-            one = stats if self.is_one else stats[group.name]
-            if not are_stats(one, steps) or not self.is_last(group, steps):
+            if not are_stats(stats[group.name], steps):
                 return False
-        return self.is_one or list(stats) == [group.name for group in self.measured]
-
-    def is_last(self, group: Group, steps: list[tuple[float, float, float | None]]) -> bool:
-        if not steps:
-            with pytest.raises(ValueError, match="last: no step was recorded"):
-                self.clipper.last()
-            return True
-        last = self.clipper.last() if self.is_one else self.clipper.last()[group.name]
-        norm, limit, coef = steps[-1]
-        return last == {
-            "total_norm": pytest.approx(norm, rel=0, abs=0, nan_ok=True),
-            "max_norm": pytest.approx(limit, rel=4e-7, nan_ok=True),
-            "coef": pytest.approx(coef or 0.0, rel=4e-7, nan_ok=True),
-            "dropped": math.isfinite(norm) and math.isnan(limit),
-        }
+            if steps and not is_last(last[group.name], *steps[-1]):
+                return False
+        return list(stats) == [group.name for group in self.measured]
 
     def reload(self) -> bool:
         state = self.clipper.state_dict()
@@ -425,13 +422,13 @@ class Life:
         )
 
 
-OTHERS = ["others", "change", "retarget", "stats", "reload", "by_parameter"]
+OTHERS = ["others", "others", "change", "retarget", "stats", "reload", "by_parameter"]
 EVENTS = ["backward"] * 3 + ["clip"] * 5 + OTHERS
 
 
 @pytest.mark.parametrize("seed", range(120))
 def test_any_life_of_a_clipper_is_that_of_its_formulas(reader, seed):
     life, lived = Life(seed), []
-    for event in life.rng.choices(EVENTS, k=16):
+    for event in life.rng.choices(EVENTS, k=20):
         lived.append(event)
         assert getattr(life, event)(), f"seed {seed}: {lived}"

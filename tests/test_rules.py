@@ -1,4 +1,7 @@
-"""Rules against the papers' formulas, in plain numbers; and what a non-finite norm does."""
+"""Rules against the papers' formulas, in plain numbers; and steps that are dropped.
+
+What a norm does that is not finite is in test_clipper.py and test_random_clipper.py.
+"""
 
 import copy
 import math
@@ -144,30 +147,6 @@ def test_arguments_out_of_range_raise(make, name):
         make()
 
 
-# What a non-finite norm does.
-
-
-@pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
-@pytest.mark.parametrize("nonfinite", ["propagate", "error", "zero", "keep"])
-def test_a_policy_is_for_norms_that_are_not_finite(reader, device, nonfinite, bad):
-    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    grads = [torch.ones(40, 3, device=device).to(kind) for kind in kinds]
-    grads[1][5, 1] = bad
-    made, plain = parameters(grads), parameters(grads)
-    norm = fastclip.clip_grad_norm_(plain, 0.5)
-    expected = [p.grad for p in plain]
-    if bad != 1.0 and nonfinite != "propagate":
-        expected = grads if nonfinite != "zero" else [torch.zeros_like(grad) for grad in grads]
-    if bad != 1.0 and nonfinite == "error":
-        with pytest.raises(RuntimeError, match="is non-finite"):
-            fastclip.clip_grad_norm_(made, 0.5, nonfinite="error")
-    else:
-        found = fastclip.clip_grad_norm_(made, 0.5, nonfinite=nonfinite)
-        assert found.equal(norm) or str(found) == str(norm)
-    for p, grad in zip(made, expected, strict=True):
-        torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
-
-
 def test_policies_that_are_none_raise():
     made = parameters([torch.ones(2)])
     with pytest.raises(ValueError, match=r"nonfinite: expected 'propagate', .* got 'ignore'"):
@@ -205,8 +184,63 @@ def test_rules_and_policies_compile_without_a_break(make, nonfinite):
 
 def test_a_rule_sees_no_norm_that_is_refused():
     made = parameters([torch.tensor([math.inf, 1.0])])
-    clipper = fastclip.GradClipper(made, lambda norm: 1 / 0, nonfinite="error")
-    with pytest.raises(RuntimeError, match="non-finite"):
-        clipper.clip_()
     with pytest.raises(RuntimeError, match="non-finite"):
         fastclip.clip_grad_norm_(made, lambda norm: 1 / 0, error_if_nonfinite=True)
+
+
+# Steps that a rule drops.
+
+
+def test_the_rule_inside_does_not_see_what_is_dropped():
+    inside, alone = AutoClip(100, 50), AutoClip(100, 50)
+    rule = DropSpikes(inside, warmup_steps=2)
+    for norm in (1.0, 2.0, 100.0, 3.0):
+        limit = rule(torch.tensor(norm, dtype=torch.float64))
+        if norm == 100:
+            assert limit.isnan()
+        else:
+            assert limit == alone(torch.tensor(norm, dtype=torch.float64))
+    state = rule.state_dict()
+    assert {"max_norm.norms", "max_norm.count", "mean"} <= state.keys()
+    other = DropSpikes(AutoClip(100, 50), warmup_steps=2)
+    other.load_state_dict(state)
+    assert other.state_dict()["max_norm.count"] == 3
+    assert "AutoClip" in other.describe()
+    with pytest.raises(ValueError, match="state"):
+        DropSpikes(1.0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("answer", [math.nan, torch.tensor(math.nan)], ids=["number", "tensor"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "keep", "error"])
+def test_a_dropped_step_is_what_nonfinite_says(answer, nonfinite):
+    made = parameters([torch.tensor([3.0, 4.0])])
+    if nonfinite == "error":
+        with pytest.raises(RuntimeError, match="max_norm: it is NaN"):
+            fastclip.clip_grad_norm_(made, lambda norm: answer, nonfinite="error")
+    else:
+        assert fastclip.clip_grad_norm_(made, lambda norm: answer, nonfinite=nonfinite) == 5
+    expected = {"zero": [0.0, 0.0], "propagate": [math.nan] * 2}.get(nonfinite, [3.0, 4.0])
+    assert made[0].grad.tolist() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("call", [fastclip.clipped_step, fastclip.unscale_and_clip_])
+def test_the_step_itself_is_skipped(call, scaled):
+    weight = nn.Parameter(torch.zeros(1))
+    in_step = call is fastclip.clipped_step
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=in_step)
+    # Without a scaler nothing skips the step after a clip.
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled or not in_step)
+    rule = DropSpikes(math.inf, warmup_steps=1)
+    moved = []
+    for value in (1.0, 100.0, 2.0):
+        weight.grad = None
+        before = float(weight)
+        scaler.scale((weight * value).sum()).backward()
+        assert call(optimizer, rule, scaler) == pytest.approx(value)
+        if not in_step:
+            assert float(weight.grad) == pytest.approx(value)
+            scaler.step(optimizer)
+        scaler.update(4.0)
+        moved.append(before - float(weight))
+    assert moved == pytest.approx([1.0, 0.0, 2.0])
