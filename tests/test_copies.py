@@ -40,7 +40,6 @@ def in_groups(trainer):
 CLIPPERS = {
     "module": lambda t: GradClipper(t.model, 2.0),
     "optimizer": lambda t: GradClipper(t.optimizer, 2.0),
-    "list": lambda t: GradClipper(list(t.model.parameters()), 2.0),
     "names": lambda t: GradClipper(t.model.named_parameters(), torch.tensor(2.0)),
     "rule": lambda t: GradClipper(t.model, AutoClip(0, 2)),
     "groups": in_groups,

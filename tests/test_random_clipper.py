@@ -285,10 +285,14 @@ class Life:
     # What happens to it; each returns whether all was as promised.
 
     def backward(self) -> bool:
+        """Other gradients, and other numbers in the tensors that are thresholds."""
         # Norms are float64 or float32 by the gradients that a step happens to have.
         absent = self.rng.choice([None, None, *self.dtypes])
         for item in (item for group in self.groups for item in group.items):
             item.grad = None if item.dtype == absent else self.gradient(item)
+        for value in (group.make() for group in self.groups):
+            if isinstance(value, Tensor):
+                value.fill_(self.rng.random() * 3)
         return True
 
     def others(self) -> bool:
@@ -324,16 +328,6 @@ class Life:
             self.clipper.max_norm = number
         else:
             self.clipper.max_norm[group.name] = number
-        return True
-
-    def change(self) -> bool:
-        """What a threshold or a gradient holds is changed in place."""
-        for group in self.groups:
-            if isinstance(value := group.make(), Tensor):
-                value.fill_(self.rng.random() * 3)
-            for item in group.items:
-                if item.grad is not None and not item.is_complex():
-                    item.grad.mul_(0.5)
         return True
 
     def clip(self) -> bool:
@@ -422,7 +416,7 @@ class Life:
         )
 
 
-OTHERS = ["others", "others", "change", "retarget", "stats", "reload", "by_parameter"]
+OTHERS = ["others", "others", "retarget", "stats", "reload", "by_parameter"]
 EVENTS = ["backward"] * 3 + ["clip"] * 5 + OTHERS
 
 

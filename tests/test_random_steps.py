@@ -52,22 +52,18 @@ def scaler_of(rng: random.Random) -> torch.amp.GradScaler | None:
     return None if enabled is None else torch.amp.GradScaler("cpu", enabled=enabled, **how)
 
 
-def shape(rng: random.Random, kind: str, dtype: torch.dtype) -> tuple[int, ...]:
-    """Few elements where the fused SGD of torch 2.13 on the CPU steps 16 at a time, wrongly."""
-    is_small = kind == "sgd" and dtype == torch.bfloat16
-    return rng.choice(SHAPES[:4] if is_small else SHAPES)
-
-
 class Stepped:
     """An optimizer, in what wraps it, and one that torch steps on float64 copies."""
 
     def __init__(
         self, rng: random.Random, kind: str, how: dict[str, Any], dtypes: list[torch.dtype]
     ) -> None:
+        # The fused SGD of torch 2.13 on the CPU steps 16 elements of bfloat16 at a time, wrongly.
+        dtypes = [d for d in dtypes if (kind, d) != ("sgd", torch.bfloat16)]
         groups, copies = [], []
         for _ in range(rng.randint(1, 3)):
             items = [
-                nn.Parameter(torch.randn(shape(rng, kind, dtype), dtype=torch.float64).to(dtype))
+                nn.Parameter(torch.randn(rng.choice(SHAPES), dtype=torch.float64).to(dtype))
                 for dtype in rng.choices(dtypes, k=rng.randint(1, 3))
             ]
             given = options(rng, kind)

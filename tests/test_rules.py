@@ -29,12 +29,10 @@ def norms_of_a_run(steps: int, seed: int = 0) -> list[float]:
 RULES = {
     "autoclip": (AutoClip, Percentile, dict(percentile=10, history=1000)),
     "autoclip-short": (AutoClip, Percentile, dict(percentile=37.5, history=7)),
-    "autoclip-one": (AutoClip, Percentile, dict(percentile=100, history=1)),
     "zclip": (ZClip, Outliers, dict(alpha=0.97, z_threshold=2.5, warmup_steps=25)),
     "zclip-short": (ZClip, Outliers, dict(alpha=0.5, z_threshold=1.0, warmup_steps=1)),
     "spikes": (DropSpikes, Spikes, dict(max_norm=1.5, factor=3.0, alpha=0.8, warmup_steps=4)),
     "spikes-often": (DropSpikes, Spikes, dict(max_norm=2, factor=1.5, patience=2)),
-    "spikes-none": (DropSpikes, Spikes, dict(max_norm=1, warmup_steps=1, patience=0)),
 }
 
 
