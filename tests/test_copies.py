@@ -31,18 +31,14 @@ def copied(request):
     return request.param
 
 
-def in_groups(trainer):
-    first, second = trainer.model
-    groups = [{"params": first, "max_norm": AutoClip(0, 2)}, {"params": [second], "max_norm": 2.0}]
-    return GradClipper(groups=groups)
-
-
 CLIPPERS = {
     "module": lambda t: GradClipper(t.model, 2.0),
     "optimizer": lambda t: GradClipper(t.optimizer, 2.0),
     "names": lambda t: GradClipper(t.model.named_parameters(), torch.tensor(2.0)),
     "rule": lambda t: GradClipper(t.model, AutoClip(0, 2)),
-    "groups": in_groups,
+    "groups": lambda t: GradClipper(
+        groups=[{"params": t.model, "max_norm": AutoClip(0, 2)}, {"params": [], "max_norm": 2.0}]
+    ),
 }
 
 
@@ -59,15 +55,13 @@ class Trainer:
             self.step(3.0 + step)
 
     def step(self, value: float) -> float:
-        """Clip gradients of this norm, in groups those of the first layer; their norm after it."""
-        first = list(self.model[0].parameters())
-        counted = first if len(self.model.clipper.names) > 1 else list(self.model.parameters())
-        size = sum(parameter.numel() for parameter in counted)
+        """Clip gradients of this norm; their norm after it."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
         for parameter in self.model.parameters():
             parameter.grad = torch.full_like(parameter, value / math.sqrt(size))
         self.model.clipper.clip_()
         self.norms.append(value)
-        return oracle([parameter.grad for parameter in counted], 2.0)
+        return oracle(grads_of(self.model), 2.0)
 
     def expected(self) -> float:
         is_rule = self.kind in ("rule", "groups")

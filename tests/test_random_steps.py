@@ -8,21 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import oracle
-from test_optim import FUSED, WRAPPERS, missing
-from test_random_clipper import coefficient, is_wide, threshold
+from test_optim import KINDS, WRAPPERS, missing
+from test_random_clipper import SHAPES, coefficient, is_wide, threshold
 from torch import Tensor, nn
 
 import fastclip
 from fastclip import NormAccumulator
 
-KINDS = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-}
 CALLS = ["step", "measured step", "unscale", "measured unscale", "accumulator"]
-SHAPES = [(), (0,), (1,), (7,), (300,), (3, 5), (33, 9)]
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
 WIDE = [torch.float64]
 # What a few steps round, in eps.
@@ -42,14 +35,9 @@ def options(rng: random.Random, kind: str) -> dict[str, Any]:
 
 
 def scaler_of(rng: random.Random) -> torch.amp.GradScaler | None:
-    enabled = rng.choice([None, False, True, True])
-    how = {
-        "init_scale": rng.choice([1.0, 8.0, 1000.0, 65536.0]),
-        "growth_factor": rng.choice([2.0, 1.5]),
-        "backoff_factor": rng.choice([0.5, 0.3]),
-        "growth_interval": rng.randint(1, 3),
-    }
-    return None if enabled is None else torch.amp.GradScaler("cpu", enabled=enabled, **how)
+    enabled, scale = rng.choice([None, False, True, True]), rng.choice([1.0, 1000.0, 65536.0])
+    how = {"enabled": enabled, "growth_factor": 1.5, "backoff_factor": 0.3, "growth_interval": 2}
+    return None if enabled is None else torch.amp.GradScaler("cpu", init_scale=scale, **how)
 
 
 class Stepped:
@@ -150,7 +138,7 @@ class Case:
     def optimizer(self) -> Stepped:
         ways = [{"fused": True}, {"foreach": True}, {"foreach": False}]
         how = ways[0] if "step" in self.call else self.rng.choice(ways)
-        kinds = [k for k in FUSED if not (how.get("fused") and missing(k, "cpu", divides=True))]
+        kinds = [k for k in KINDS if not (how.get("fused") and missing(k, "cpu", divides=True))]
         return Stepped(self.rng, self.rng.choice(kinds), how, self.dtypes)
 
     def backward(self, step: int) -> None:

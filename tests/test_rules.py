@@ -145,13 +145,9 @@ def test_arguments_out_of_range_raise(make, name):
         make()
 
 
-def test_policies_that_are_none_raise():
-    made = parameters([torch.ones(2)])
-    with pytest.raises(ValueError, match=r"nonfinite: expected 'propagate', .* got 'ignore'"):
-        fastclip.clip_grad_norm_(made, 1.0, nonfinite="ignore")
+def test_policies_that_contradict_each_other_raise():
     with pytest.raises(ValueError, match="nonfinite: 'zero' and error_if_nonfinite=True"):
-        fastclip.clip_grad_norm_(made, 1.0, error_if_nonfinite=True, nonfinite="zero")
-    assert torch.equal(made[0].grad, torch.ones(2))
+        fastclip.clip_grad_norm_([], 1.0, error_if_nonfinite=True, nonfinite="zero")
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero", "keep"])
@@ -190,21 +186,14 @@ def test_a_rule_sees_no_norm_that_is_refused():
 
 
 def test_the_rule_inside_does_not_see_what_is_dropped():
-    inside, alone = AutoClip(100, 50), AutoClip(100, 50)
-    rule = DropSpikes(inside, warmup_steps=2)
-    for norm in (1.0, 2.0, 100.0, 3.0):
-        limit = rule(torch.tensor(norm, dtype=torch.float64))
-        if norm == 100:
-            assert limit.isnan()
-        else:
-            assert limit == alone(torch.tensor(norm, dtype=torch.float64))
+    rule, fresh = (DropSpikes(AutoClip(100, 50), warmup_steps=2) for _ in range(2))
+    assert called(rule, [1.0, 2.0]) == [1, 2]
     state = rule.state_dict()
-    assert {"max_norm.norms", "max_norm.count", "mean"} <= state.keys()
-    other = DropSpikes(AutoClip(100, 50), warmup_steps=2)
-    other.load_state_dict(state)
-    assert other.state_dict()["max_norm.count"] == 3
-    assert "AutoClip" in other.describe()
-    with pytest.raises(ValueError, match="state"):
+    fresh.load_state_dict(state)
+    for one in (rule, fresh):
+        np.testing.assert_equal(called(one, [100.0, 3.0]), [math.nan, 3])
+    assert "AutoClip" in rule.describe()
+    with pytest.raises(ValueError, match="state: expected no state of a rule"):
         DropSpikes(1.0).load_state_dict(state)
 
 

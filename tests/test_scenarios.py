@@ -107,9 +107,8 @@ def test_clip_name_keeps_its_published_formula(theirs, ours, formula, addend, ma
 
 
 @pytest.mark.parametrize(("theirs", "ours", "formula"), NORMS, ids=[r[0] for r in NORMS])
-@pytest.mark.parametrize("magnitude", [1.0, 1e-3])
-def test_norm_name_keeps_its_published_formula(theirs, ours, formula, magnitude):
-    given = parameters([magnitude * torch.randn(size) for size in SIZES])
+def test_norm_name_keeps_its_published_formula(theirs, ours, formula):
+    given = parameters([torch.randn(size) for size in SIZES])
     assert ulps(run(ours, given, 0.0), formula(float64(p.grad for p in given))) <= 2
 
 
