@@ -21,13 +21,15 @@ def good():
     assert torch.equal(made.grad, torch.ones(3))
 
 
-def every_function(items, max_norm=0.1):
-    """The functions that take parameters, called on `items`."""
-    return [
-        lambda: fastclip.clip_grad_norm_(items, max_norm),
-        lambda: fastclip.clip_grad_value_(items, max_norm),
-        lambda: fastclip.clip_grads_with_norm_(items, max_norm, torch.tensor(9.0)),
-    ]
+# The functions that take parameters and a number, with the number's name.
+FUNCTIONS = [
+    ("max_norm", fastclip.clip_grad_norm_),
+    ("clip_value", fastclip.clip_grad_value_),
+    ("max_norm", lambda items, n: fastclip.clip_grads_with_norm_(items, n, torch.tensor(9.0))),
+    ("max_norm", fastclip.clip_grad_norms_),
+    ("clip_factor", fastclip.clip_grad_agc_),
+    ("norm", fastclip.normalize_grad_),
+]
 
 
 @pytest.mark.parametrize(
@@ -40,18 +42,18 @@ def every_function(items, max_norm=0.1):
     ],
 )
 def test_parameters_that_are_no_tensors_raise(good, thing, shown):
-    for call in every_function([good, thing]):
+    for _, call in FUNCTIONS:
         with pytest.raises(TypeError, match=rf"parameters\[1\].*{shown}.*module.parameters\(\)"):
-            call()
+            call([good, thing], 0.1)
     with pytest.raises(TypeError, match=r"tensors\[1\]: expected a tensor"):
         fastclip.get_total_norm([good.grad, thing])
 
 
 @pytest.mark.parametrize("thing", [torch.nn.Linear(1, 1), None, 2.0])
 def test_parameters_that_are_no_iterable_raise(thing):
-    for call in every_function(thing):
+    for _, call in FUNCTIONS:
         with pytest.raises(TypeError, match=r"parameters: .*iterable.*module.parameters\(\)"):
-            call()
+            call(thing, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,9 @@ def test_parameters_that_are_no_iterable_raise(thing):
 def test_unsupported_gradients_raise(good, grad, shown):
     second = torch.nn.Parameter(torch.eye(3).to_sparse(layout=grad.layout))
     second.grad_dtype, second.grad = None, grad
-    for call in every_function([good, second]):
+    for _, call in FUNCTIONS:
         with pytest.raises(TypeError, match=rf"parameters\[1\]: {shown}"):
-            call()
+            call([good, second], 0.1)
     with pytest.raises(TypeError, match=rf"tensors\[1\]: {shown}"):
         fastclip.get_total_norm([good.grad, grad])
 
@@ -77,44 +79,53 @@ def test_complex_gradients_have_no_value_to_clip(good):
         fastclip.clip_grad_value_([good, *parameters([torch.ones(3).cfloat()])], 0.1)
 
 
-def with_norm(good, value):
-    fastclip.clip_grads_with_norm_([good], 0.1, value)
+def with_norm(items, value):
+    fastclip.clip_grads_with_norm_(items, 0.1, value)
 
 
-NUMBERS = {
-    "max_norm": lambda good, value: fastclip.clip_grad_norm_([good], value),
-    "norm_type": lambda good, value: fastclip.clip_grad_norm_([good], 0.1, value),
-    "clip_value": lambda good, value: fastclip.clip_grad_value_([good], value),
-    "total_norm": with_norm,
-}
+def of_order(items, value):
+    fastclip.clip_grad_norm_(items, 0.1, value)
+
+
+AT_LEAST_ZERO = [
+    *FUNCTIONS,
+    ("max_norm", lambda items, value: fastclip.NormAccumulator(items).clip_(value)),
+    ("eps", lambda items, value: fastclip.clip_grad_agc_(items, 0.1, value)),
+]
 
 
 @pytest.mark.parametrize("value", ["much", None, [1.0], 1j])
-@pytest.mark.parametrize("name", NUMBERS)
-def test_values_that_are_no_numbers_raise(good, name, value):
+@pytest.mark.parametrize(
+    ("name", "call"), [*AT_LEAST_ZERO, ("norm_type", of_order), ("total_norm", with_norm)]
+)
+def test_values_that_are_no_numbers_raise(good, name, call, value):
     wanted = "a 0-d tensor.*get_total_norm" if name == "total_norm" else "a number, got "
     with pytest.raises(TypeError, match=f"{name}: expected {wanted}"):
-        NUMBERS[name](good, value)
+        call([good], value)
+
+
+@pytest.mark.parametrize("value", [-1.0, -math.inf, math.nan])
+@pytest.mark.parametrize(("name", "call"), AT_LEAST_ZERO)
+def test_numbers_below_zero_and_nan_raise(good, name, call, value):
+    with pytest.raises(ValueError, match=f"{name}: .*{value}"):
+        call([good], value)
 
 
 @pytest.mark.parametrize(
     ("call", "value", "match"),
     [
-        (NUMBERS["max_norm"], -1.0, "max_norm: .*-1.0"),
-        (NUMBERS["max_norm"], -math.inf, "max_norm: .*-inf"),
-        (NUMBERS["max_norm"], math.nan, "max_norm: .*nan"),
-        (lambda good, n: every_function([good], n)[2](), -1.0, "max_norm: .*-1.0"),
-        (NUMBERS["clip_value"], -1.0, "clip_value: .*-1.0"),
-        (NUMBERS["clip_value"], math.nan, "clip_value: .*nan"),
-        (NUMBERS["norm_type"], math.nan, "norm_type: .*nan"),
-        (lambda good, p: fastclip.get_total_norm([good.grad], p), math.nan, "norm_type: .*nan"),
-        (NUMBERS["max_norm"], torch.ones(2), r"max_norm: .*0-d.*\(2,\)"),
+        (of_order, math.nan, "norm_type: .*nan"),
+        (lambda items, p: fastclip.clip_grad_norms_(items, 0.1, p), math.nan, "norm_type: .*nan"),
+        (lambda items, p: fastclip.get_total_norm(items, p), math.nan, "norm_type: .*nan"),
+        (fastclip.NormAccumulator, 0, "norm_type: .*0"),
+        (fastclip.normalize_grad_, math.inf, "norm: .*inf"),
+        (fastclip.clip_grad_norm_, torch.ones(2), r"max_norm: .*0-d.*\(2,\)"),
         (with_norm, torch.ones(2), r"total_norm: .*0-d.*\(2,\)"),
     ],
 )
 def test_numbers_that_make_no_sense_raise(good, call, value, match):
     with pytest.raises(ValueError, match=match):
-        call(good, value)
+        call([good], value)
 
 
 def test_error_if_nonfinite_is_refused_while_a_graph_is_captured(monkeypatch):
@@ -138,8 +149,8 @@ def test_sparse_values_that_share_memory_raise_before_anything_changes(good):
 @pytest.mark.parametrize(
     "clip",
     [
-        lambda p, rule: fastclip.clip_grad_norm_(p, rule),
-        lambda p, rule: fastclip.GradClipper(p, rule),
+        fastclip.clip_grad_norm_,
+        fastclip.GradClipper,
         lambda p, rule: fastclip.GradClipper(groups=[{"params": p, "max_norm": rule}]),
         lambda p, rule: fastclip.NormAccumulator(p).clip_(rule),
     ],
@@ -168,19 +179,14 @@ def test_a_share_for_a_percentile_warns():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda grads: fastclip.clip_grad_norm_(grads, 1.0),
-        lambda grads: fastclip.clip_grad_norm_(grads, 1.0, nonfinite="keep"),
-        lambda grads: fastclip.clip_grad_value_(grads, 1.0),
-        lambda grads: fastclip.clip_grads_with_norm_(grads, 0.1, torch.tensor(9.0)),
-        lambda grads: fastclip.clip_grad_norms_(grads, 1.0),
-        lambda grads: fastclip.clip_grad_agc_(grads),
-        lambda grads: fastclip.normalize_grad_(grads),
-        lambda grads: fastclip.GradClipper(grads, 1.0).clip_(),
+        *(call for _, call in FUNCTIONS),
+        lambda grads, n: fastclip.clip_grad_norm_(grads, n, nonfinite="keep"),
+        lambda grads, n: fastclip.GradClipper(grads, n).clip_(),
     ],
 )
 def test_gradients_instead_of_parameters_warn(change):
     grads = [torch.tensor([3.0, 4.0])]
     with pytest.warns(UserWarning, match="pass the parameters.*not the gradients") as seen:
-        change(grads)
+        change(grads, 1.0)
     assert seen[0].filename == __file__
     assert grads[0].tolist() == [3, 4]
