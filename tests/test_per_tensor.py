@@ -9,6 +9,7 @@ from torch import nn
 
 import fastclip
 from fastclip import _ops
+from fastclip._gradients import local
 
 
 def units(tensor):
@@ -23,16 +24,11 @@ def weighted(grads):
     return made
 
 
-def weighted_twins(grads):
-    made, twins = weighted(grads), weighted(grads)
-    for one, other in zip(made, twins, strict=True):
-        other.data = one.data.clone()
-    return made, twins
-
-
-def assert_same(made, twins):
-    for one, other in zip(made, twins, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+def assert_near(found, exact):
+    """Within the roundings of a coefficient and of an element."""
+    info = torch.finfo(found.dtype)
+    close = {"rtol": 4 * max(info.eps, 1e-13), "atol": info.smallest_normal, "equal_nan": True}
+    torch.testing.assert_close(found.to_dense().cpu().double(), exact, **close)
 
 
 def layers(dtype, device="cpu"):
@@ -52,13 +48,8 @@ def test_each_tensor_is_clipped_by_its_own_norm(reader, device, dtype, p):
     for parameter, grad, norm in zip(made, grads, norms, strict=True):
         expected = oracle([grad], p)
         assert ulps(norm, expected) <= 2
-        coef = torch.tensor(min(1, 5.0 / (float(norm) + 1e-6)), dtype=norm.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(
-            parameter.grad, (grad.to(wide) * coef.to(wide)).to(dtype), rtol=4e-3, atol=0
-        )
         assert expected > 5 or torch.equal(parameter.grad, grad)
-        assert oracle([parameter.grad], p) <= 5 * (1 + max(4 * torch.finfo(dtype).eps, 1e-12))
+        assert_near(parameter.grad, grad.cpu().double() * min(1, 5 / (expected + 1e-6)))
 
 
 @pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
@@ -79,17 +70,6 @@ def test_each_gradient_has_a_norm_and_a_threshold_of_its_own(reader, device, bad
     assert fastclip.clip_grad_norms_([], 1.0).shape == (0,)
 
 
-@without_emulation
-def test_sparse_and_complex_gradients_have_norms_of_their_own(device):
-    sparse = torch.sparse_coo_tensor([[1, 1]], [3.0, 1.0], (4,), device=device)
-    made = parameters([torch.zeros(4, device=device), torch.zeros(2, dtype=torch.complex64)])
-    made[0].grad, made[1].grad = sparse, torch.tensor([3j, 0.0])
-    made[1].data, made[1].grad = made[1].data.to(device), made[1].grad.to(device)
-    assert fastclip.clip_grad_norms_(made, 1.0).tolist() == [4.0, 3.0]
-    assert float(made[0].grad.coalesce().values()) == pytest.approx(1.0)
-    assert complex(made[1].grad[0]) == pytest.approx(1j)
-
-
 def agc(weight, grad, clip_factor, eps):
     """Brock et al. 2021, equation 3, unit by unit in float64."""
     found = grad.double().clone()
@@ -104,12 +84,8 @@ def test_adaptive_clipping_is_the_papers_formula(reader, device, dtype):
     grads = layers(dtype, device)
     made = weighted(grads)
     fastclip.clip_grad_agc_(made, 0.1)
-    eps = max(torch.finfo(dtype).eps, 1e-13)
-    close = {"rtol": 4 * eps, "atol": torch.finfo(dtype).smallest_normal, "equal_nan": True}
     for parameter, grad in zip(made, grads, strict=True):
-        assert parameter.grad.dtype == dtype
-        expected = agc(parameter.detach().cpu(), grad.cpu(), 0.1, 1e-3)
-        torch.testing.assert_close(parameter.grad.cpu().double(), expected, **close)
+        assert_near(parameter.grad, agc(parameter.detach().cpu(), grad.cpu(), 0.1, 1e-3))
 
 
 def test_adaptive_clipping_is_idempotent_and_leaves_what_is_small(reader):
@@ -120,15 +96,19 @@ def test_adaptive_clipping_is_idempotent_and_leaves_what_is_small(reader):
     assert all(torch.equal(p.grad, g) for p, g in zip(made, once, strict=True))
 
 
-def test_adaptive_clipping_of_complex_and_sparse_gradients(reader):
-    made = parameters([torch.zeros(2, dtype=torch.complex64), torch.zeros(2, 1)])
-    made[0].grad = torch.tensor([3.0, 4j])
-    fastclip.clip_grad_agc_(made[:1], 1.0, eps=1.0)
-    torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
-    made[1].grad = torch.ones(2, 1).to_sparse()
+@without_emulation
+def test_complex_and_sparse_gradients_are_clipped_by_their_own_norms(reader, device):
+    grads = [torch.tensor([3.0, 4j]), torch.sparse_coo_tensor([[1, 1]], [3.0, 1.0], (4,))]
+    made = parameters([grad.to(device) for grad in grads])
+    assert fastclip.clip_grad_norms_(made, 1.0).tolist() == [5.0, 4.0]
+    torch.testing.assert_close(made[0].grad.cpu(), torch.tensor([0.6, 0.8j]))
+    assert float(made[1].grad.coalesce().values()) == pytest.approx(1.0)
+    fastclip.clip_grad_agc_(made[:1], 0.5, eps=1.0)
+    made[1] = nn.Parameter(torch.zeros(2, 1, device=device))
+    made[1].grad = torch.ones(2, 1, device=device).to_sparse()
     with pytest.raises(TypeError, match=r"sparse_coo.*not stored by rows"):
-        fastclip.clip_grad_agc_(made, 1.0)
-    torch.testing.assert_close(made[0].grad, torch.tensor([0.6, 0.8j]))
+        fastclip.clip_grad_agc_(made, 0.1)
+    torch.testing.assert_close(made[0].grad.cpu(), torch.tensor([0.3, 0.4j]))
 
 
 @pytest.mark.parametrize("coalesced", [True, False])
@@ -145,9 +125,7 @@ def test_rows_that_a_sparse_gradient_has_are_clipped(reader, coalesced):
     fastclip.clip_grad_agc_(made, 0.1)
     for parameter, grad in zip(made, grads, strict=True):
         assert parameter.grad.is_sparse == grad.is_sparse
-        expected = agc(parameter.detach(), grad.to_dense(), 0.1, 1e-3)
-        found = parameter.grad.to_dense().double()
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert_near(parameter.grad, agc(parameter.detach(), grad.to_dense(), 0.1, 1e-3))
 
 
 def test_a_weight_without_a_norm_is_named_where_it_stands(reader):
@@ -158,10 +136,6 @@ def test_a_weight_without_a_norm_is_named_where_it_stands(reader):
     with pytest.raises(TypeError, match=r"the weight parameters\[3\]: dtype torch.float8_e4m3fn"):
         fastclip.clip_grad_agc_([none, good, good, bad], 0.1)
     assert torch.equal(good.grad, torch.ones(3))
-    bad.grad_dtype = None
-    bad.grad = bad.detach().clone()
-    with pytest.raises(TypeError, match=r"the gradient of parameters\[3\]: dtype"):
-        fastclip.clip_grad_agc_([none, good, good, bad], 0.1)
 
 
 def test_adaptive_clipping_skips_parameters_without_gradients_and_keeps_zeros(reader):
@@ -184,66 +158,24 @@ def test_normalised_gradients_have_the_norm_from_either_side(reader, device, dty
 
 
 def test_gradients_of_zeros_and_of_subnormals_are_normalised_without_nan(reader):
-    made = parameters([torch.zeros(3)])
-    assert float(fastclip.normalize_grad_(made)) == 0
-    assert not made[0].grad.any()
-    fastclip.normalize_grad_(made, 0.0)
-    assert not made[0].grad.any()
-    made = parameters([torch.tensor([1e-40, 0.0])])
-    fastclip.normalize_grad_(made)
-    assert 0 < float(made[0].grad[0]) <= 1
-    assert float(made[0].grad[1]) == 0
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda p: fastclip.clip_grad_norms_(p, -1.0), ValueError, "max_norm"),
-        (lambda p: fastclip.clip_grad_norms_(p, lambda norm: norm), TypeError, "max_norm"),
-        (lambda p: fastclip.clip_grad_norms_(p, 0.1, math.nan), ValueError, "norm_type"),
-        (lambda p: fastclip.clip_grad_norms_([*p, 3], 0.1), TypeError, r"parameters\[1\]"),
-        (lambda p: fastclip.clip_grad_agc_(p, -1.0), ValueError, "clip_factor"),
-        (lambda p: fastclip.clip_grad_agc_(p, 0.1, "x"), TypeError, "eps"),
-        (lambda p: fastclip.clip_grad_agc_([*p, 3], 0.1), TypeError, r"parameters\[1\]"),
-        (lambda p: fastclip.normalize_grad_(p, math.inf), ValueError, "norm"),
-        (lambda p: fastclip.normalize_grad_(p, -1), ValueError, "norm"),
-    ],
-)
-def test_bad_input_is_named_and_changes_nothing(call, error, match):
-    made = parameters([torch.ones(3)])
-    with pytest.raises(error, match=match):
-        call(made)
-    assert torch.equal(made[0].grad, torch.ones(3))
+    (made,) = parameters([torch.zeros(2)])
+    for wanted in (1.0, 0.0):
+        assert float(fastclip.normalize_grad_([made], wanted)) == 0
+        assert not made.grad.any()
+    made.grad[0] = 1e-40
+    fastclip.normalize_grad_([made])
+    assert 0 < float(made.grad[0]) <= 1
+    assert float(made.grad[1]) == 0
 
 
 def test_several_devices_have_their_own_norms(monkeypatch):
     # One CPU stands for two devices.
-    from fastclip._gradients import local
-
     def by_device(tensors):
         places = [*range(len(tensors))]
         return {"cpu": places[::2], "cpu:0": places[1::2]}
 
-    made, twins = weighted_twins(layers(torch.float32))
-    expected = fastclip.clip_grad_norms_(twins, 2.0)
-    fastclip.clip_grad_agc_(twins, 0.1)
     monkeypatch.setattr(_ops, "extension", None)
     monkeypatch.setattr(local, "_by_device", by_device)
-    torch.testing.assert_close(fastclip.clip_grad_norms_(made, 2.0), expected)
-    fastclip.clip_grad_agc_(made, 0.1)
-    assert_same(made, twins)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda made: fastclip.clip_grad_norms_(made, 0.5),
-        lambda made: fastclip.clip_grad_agc_(made, 0.1),
-        lambda made: fastclip.normalize_grad_(made, 0.5),
-    ],
-)
-def test_compiled_whole_it_does_the_same(call):
-    made, twins = weighted_twins(layers(torch.float32)[:4])
-    expected, found = call(made), torch.compile(call, fullgraph=True, backend="aot_eager")(twins)
-    torch.testing.assert_close(found, expected)
-    assert_same(made, twins)
+    monkeypatch.setattr(local, "_are_on_several_devices", lambda tensors: True)
+    test_each_tensor_is_clipped_by_its_own_norm(None, "cpu", torch.float32, 2.0)
+    test_adaptive_clipping_is_the_papers_formula(None, "cpu", torch.float32)
