@@ -88,7 +88,8 @@ def test_halves_are_scaled_by_a_float32_on_any_device(dtype, monkeypatch):
 
 
 def by_known_norm(ps: list[torch.nn.Parameter], n: float) -> None:
-    fastclip.clip_grads_with_norm_(ps, n, fastclip.get_total_norm([p.grad for p in ps]))
+    total_norm = fastclip.get_total_norm([p.grad for p in ps])
+    fastclip.clip_grads_with_norm_(ps, total_norm.new_tensor(n), total_norm)
 
 
 # An error waits.

@@ -17,6 +17,7 @@ import fastclip
 
 BATCH = 5
 EPS = 1e-6
+CLOSE = {"rtol": 2e-6, "atol": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -55,27 +56,6 @@ def by_known_norm(weights: list[Tensor]) -> None:
     fastclip.clip_grads_with_norm_(weights, 1.0, total_norm)
 
 
-# Each function, and the formula that it stands for: of all elements as one vector, or of each one.
-CLIPS = {
-    "norm": (lambda ws: fastclip.clip_grad_norm_(ws, 1.0), lambda x: x * coef(norm(x, 2))),
-    "factor": (
-        lambda ws: fastclip.clip_grad_norm_(ws, 1.0, 1.0, grad_scale=0.5),
-        lambda x: x * 0.5 * coef(0.5 * norm(x, 1)),
-    ),
-    "rule": (
-        lambda ws: fastclip.clip_grad_norm_(ws, lambda total: total.sqrt()),
-        lambda x: x * coef(norm(x, 2), norm(x, 2).sqrt()),
-    ),
-    "known norm": (by_known_norm, lambda x: x * coef(norm(x, 2))),
-    "normalize": (lambda ws: fastclip.normalize_grad_(ws, 2.0), lambda x: x * 2 / norm(x, 2)),
-    "value": (lambda ws: fastclip.clip_grad_value_(ws, 0.5), lambda x: x.clamp(-0.5, 0.5)),
-}
-CLIPS_OF_EACH = {
-    "norms": (lambda ws: fastclip.clip_grad_norms_(ws, 1.0), lambda g: g * coef(norm(g, 2))),
-    "agc": (lambda ws: fastclip.clip_grad_agc_(ws, 0.3), rows_by_weights),
-}
-
-
 def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
     """What `call` makes of gradients, as a function of them: all elements as one vector."""
 
@@ -89,15 +69,32 @@ def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
     return function
 
 
-def pair(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    if name in CLIPS:
-        call, formula = CLIPS[name]
-        return clipped(call), lambda *grads: formula(flat(grads))
-    call, formula = CLIPS_OF_EACH[name]
-    return clipped(call), lambda *grads: flat(map(formula, grads))
-
-
-FUNCTIONS = {name: pair(name) for name in [*CLIPS, *CLIPS_OF_EACH]}
+# Each function, and the formula that it stands for: of all elements as one vector, or of each one.
+WHOLE = {
+    "norm": (lambda ws: fastclip.clip_grad_norm_(ws, 1.0), lambda x: x * coef(norm(x, 2))),
+    "factor": (
+        lambda ws: fastclip.clip_grad_norm_(ws, 1.0, 1.0, grad_scale=0.5),
+        lambda x: x * 0.5 * coef(0.5 * norm(x, 1)),
+    ),
+    "rule": (
+        lambda ws: fastclip.clip_grad_norm_(ws, lambda total: total.sqrt()),
+        lambda x: x * coef(norm(x, 2), norm(x, 2).sqrt()),
+    ),
+    "known norm": (by_known_norm, lambda x: x * coef(norm(x, 2))),
+    "normalize": (lambda ws: fastclip.normalize_grad_(ws, 2.0), lambda x: x * 2 / norm(x, 2)),
+    "value": (lambda ws: fastclip.clip_grad_value_(ws, 0.5), lambda x: x.clamp(-0.5, 0.5)),
+}
+EACH = {
+    "norms": (lambda ws: fastclip.clip_grad_norms_(ws, 1.0), lambda g: g * coef(norm(g, 2))),
+    "agc": (lambda ws: fastclip.clip_grad_agc_(ws, 0.3), rows_by_weights),
+}
+FUNCTIONS = {
+    name: (clipped(call), lambda *grads, formula=formula: flat(map(formula, grads)))
+    for name, (call, formula) in EACH.items()
+} | {
+    name: (clipped(call), lambda *grads, formula=formula: formula(flat(grads)))
+    for name, (call, formula) in WHOLE.items()
+}
 
 
 def samples(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -110,20 +107,13 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("p", [*ORDERS, -1.0])
-def test_per_sample_norms(p):
-    grads = samples()
-    norms = torch.vmap(lambda *some: fastclip.get_total_norm(some, p))(*grads)
-    expected = torch.stack([norm(flat(some), p) for some in zip(*grads, strict=True)])
-    assert norms.dtype == torch.float32
-    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
-
-
-def test_per_sample_norms_of_mixed_dtypes_and_of_what_all_samples_share():
+def test_per_sample_norms_of_mixed_dtypes_and_of_what_all_samples_share(p):
     half, single, shared = torch.randn(BATCH, 6).half(), torch.randn(4, BATCH), torch.randn(3)
-    norms = torch.vmap(lambda a, b: fastclip.get_total_norm([a, shared, b]), (0, 1))(half, single)
-    for i in range(BATCH):
-        expected = norm(flat([half[i].double(), shared.double(), single[:, i].double()]), 2)
-        torch.testing.assert_close(norms[i].double(), expected, rtol=1e-6, atol=0)
+    norms_of = torch.vmap(lambda *some: fastclip.get_total_norm([*some, shared], p), (0, 1))
+    norms = norms_of(half, single)
+    assert norms.dtype == torch.float32
+    for found, *some in zip(norms, half, single.t(), strict=True):
+        torch.testing.assert_close(found.double(), norm(flat([*some, shared]), p), **CLOSE)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -133,7 +123,7 @@ def test_per_sample_clips(name):
     found = torch.vmap(call)(*grads)
     for i, some in enumerate(zip(*grads, strict=True)):
         expected = formula(*(g.double() for g in some))
-        torch.testing.assert_close(found[i].double(), expected, rtol=2e-6, atol=0)
+        torch.testing.assert_close(found[i].double(), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -186,9 +176,8 @@ def test_what_is_not_to_be_seen_is_not():
 def test_compiled_transforms(transform):
     torch._dynamo.reset()
     call = FUNCTIONS["norm"][0]
-    transformed = (
-        torch.vmap(call) if transform == "vmap" else torch.func.grad(lambda *some: call(*some)[0])
-    )
+    transforms = {"vmap": torch.vmap(call), "grad": torch.func.grad(lambda *some: call(*some)[0])}
+    transformed = transforms[transform]
     grads = samples(torch.float64)[:2]
     found = torch.compile(transformed, backend="aot_eager")(*grads)
     torch.testing.assert_close(found, transformed(*grads))
@@ -204,19 +193,16 @@ def test_a_gradient_that_samples_share_cannot_have_many_coefficients():
     assert shared.grad.tolist() == [1, 1, 1]
 
 
+KEEPERS = {
+    "AutoClip": lambda weights: fastclip.clip_grad_norm_(weights, fastclip.AutoClip()),
+    "ZClip": lambda weights: fastclip.clip_grad_norm_(weights, fastclip.ZClip()),
+    "GradClipper": lambda weights: fastclip.GradClipper(weights, 1.0).clip_(),
+}
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap], ids=["grad", "vmap"])
-@pytest.mark.parametrize("name", ["AutoClip", "ZClip", "GradClipper"])
+@pytest.mark.parametrize("name", KEEPERS)
 def test_what_keeps_numbers_of_every_step_is_refused(name, transform):
-    weight = torch.nn.Parameter(torch.zeros(2))
-    rule = 1.0 if name == "GradClipper" else getattr(fastclip, name)()
-
-    def clip(grad: Tensor) -> Tensor:
-        weight.grad = grad.clone()
-        if name == "GradClipper":
-            fastclip.GradClipper([weight], rule).clip_()
-        else:
-            fastclip.clip_grad_norm_([weight], rule)
-        return weight.grad.sum()
-
+    call = clipped(KEEPERS[name])
     with pytest.raises(RuntimeError, match=f"{name} keeps numbers"):
-        transform(clip)(torch.ones(2, 2) if transform is torch.vmap else torch.ones(2))
+        transform(lambda grad: call(grad).sum())(torch.ones(2, 2))
