@@ -36,12 +36,8 @@ class TestNorm:
     def test_fp64_squares_overflow_as_torchs_but_on_the_cpu(self, device):
         grads = [torch.full((3,), 2e200, dtype=torch.float64, device=device)]
         norm, (ours,) = clipped(fastclip.clip_grad_norm_, grads, 1.0)
-        if device == "cpu":
-            assert norm.item() == pytest.approx(3**0.5 * 2e200, rel=1e-15)
-            torch.testing.assert_close(ours, torch.full_like(ours, 3**-0.5), rtol=1e-15, atol=0)
-        else:
-            assert norm.item() == math.inf
-            assert not ours.any()
+        expected = (3**0.5 * 2e200, 3**-0.5) if device == "cpu" else (math.inf, 0)
+        assert (norm.item(), ours[0].item()) == pytest.approx(expected, rel=1e-15)
 
     @pytest.mark.parametrize("bad", [math.inf, math.nan])
     @pytest.mark.parametrize("norm_type", [2.0, math.inf])
@@ -55,9 +51,6 @@ class TestNorm:
             messages.append(str(error.value))
             assert same([p.grad for p in made], grads)
         assert messages[0] == messages[1]
-        assert messages[1].startswith(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite"
-        )
 
     @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
     @pytest.mark.parametrize("max_norm", [0.0, -0.0, 1.0])
@@ -109,21 +102,15 @@ class TestNorm:
 def test_sparse_gradient_is_clipped_coalesced_and_stays_sparse(device, norm_type, coalesced):
     indices, values = torch.tensor([[0, 2, 2, 5]]), torch.tensor([3.0, 0.6, 0.6, -4.0])
     sparse = torch.sparse_coo_tensor(indices, values, (9,), device=device)
-    sparse = sparse.coalesce() if coalesced else sparse
-    grads = [sparse, sparse.clone(), torch.ones(2, device=device)]
-    norm = oracle([g.to_dense() for g in grads], norm_type)
-    for clip, change in (
-        (lambda made: fastclip.clip_grad_norm_(made, 1.0, norm_type), lambda t: t / norm),
-        (lambda made: fastclip.clip_grad_value_(made, 1.0), lambda t: t.clamp(-1, 1)),
-    ):
-        made = parameters(grads)
-        versions = [p.grad._version for p in made]
-        found = clip(made)
-        assert found is None or ulps(found, norm) <= 2
-        for parameter, grad, version in zip(made, grads, versions, strict=True):
-            assert parameter.grad.layout == grad.layout
-            assert parameter.grad._version > version
-            torch.testing.assert_close(parameter.grad.to_dense(), change(grad.to_dense()))
+    made = parameters([sparse.coalesce() if coalesced else sparse])
+    grad, dense = made[0].grad, sparse.to_dense()
+    norm, version = oracle([dense], norm_type), grad._version
+    assert ulps(fastclip.clip_grad_norm_(made, norm / 2, norm_type), norm) <= 2
+    torch.testing.assert_close(grad.to_dense(), dense / 2)
+    fastclip.clip_grad_value_(made, 0.5)
+    torch.testing.assert_close(grad.to_dense(), (dense / 2).clamp(-0.5, 0.5))
+    assert made[0].grad is grad
+    assert grad._version >= version + 2
 
 
 @without_emulation
@@ -145,18 +132,13 @@ def test_complex_gradient_has_the_real_norm_of_its_elements(device, norm_type, d
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_jagged_gradient_is_clipped_by_its_elements():
     offsets = torch.tensor([0, 2, 3])
-    for clip in (
-        lambda p: fastclip.clip_grad_value_(p, 0.5),
-        lambda p: fastclip.clip_grad_norm_(p, 1.0),
-        lambda p: fastclip.clip_grad_norms_(p, 0.25),
-        lambda p: fastclip.clip_grads_with_norm_(p, 0.1, torch.tensor(9.0)),
-    ):
+    for clip in (fastclip.clip_grad_value_, fastclip.clip_grad_norm_, fastclip.clip_grad_norms_):
         values = torch.tensor([[3.0, 0.1], [-4.0, 0.0], [0.2, -12.0]])
         flat, jagged = parameters([values, torch.zeros(1)])
         jagged = torch.nn.Parameter(torch.nested.nested_tensor_from_jagged(values * 0, offsets))
         jagged.grad = torch.nested.nested_tensor_from_jagged(values.clone(), offsets)
         version = jagged.grad._version
-        norms = clip([jagged]), clip([flat])
+        norms = clip([jagged], 0.5), clip([flat], 0.5)
         assert norms == (None, None) or torch.equal(*norms)
         assert torch.equal(jagged.grad.values(), flat.grad)
         assert jagged.grad._version > version
@@ -233,28 +215,24 @@ def test_a_threshold_is_any_number_on_any_device(device, max_norm):
         torch.testing.assert_close(ours[0], theirs[0])
 
 
-LISTS = {
-    "values": lambda module: dict(module.named_parameters()).values(),
-    "set": lambda module: set(module.parameters()),
-    "list": lambda module: list(module.parameters()),
-    "tuple": lambda module: tuple(module.parameters()),
-    "generator": lambda module: module.parameters(),
-    "list of the module": lambda module: torch.nn.ParameterList(module.parameters()),
-    "one": lambda module: module[0].weight,
-}
-
-
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize(
+    "listed",
+    [
+        list,
+        tuple,
+        set,
+        iter,
+        torch.nn.ParameterList,
+        lambda made: dict(enumerate(made)).values(),
+        lambda made: made[0],
+    ],
+)
 def test_parameters_come_in_any_iterable(listed):
-    norms = []
-    for clip in (utils.clip_grad_norm_, fastclip.clip_grad_norm_):
-        module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
-        for i, parameter in enumerate(module.parameters()):
-            parameter.grad = torch.full_like(parameter, i + 1.0)
-        norms.append(clip(listed(module), 0.5).item())
-        assert clip(listed(module), 9.0).item() == pytest.approx(0.5, rel=1e-5)
-    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    grads = [torch.ones(2, 3), torch.full((2,), 2.0)]
+    norm, theirs = clipped(lambda made: utils.clip_grad_norm_(listed(made), 0.5), grads)
+    found, ours = clipped(lambda made: fastclip.clip_grad_norm_(listed(made), 0.5), grads)
+    assert same([found, *ours], [norm, *theirs])
 
 
 @pytest.mark.skipif(_ops.extension is None, reason="not built")
@@ -287,13 +265,9 @@ def test_memory_that_torch_refuses_to_write_to_is_refused():
             second.grad.mul_(1)
         except RuntimeError:
             refused += 1
-            for call in (
-                lambda made: fastclip.clip_grad_norm_(made, 0.1),
-                lambda made: fastclip.clip_grad_value_(made, 0.1),
-                lambda made: fastclip.clip_grads_with_norm_(made, 0.1, torch.tensor(9.0)),
-            ):
+            for call in (fastclip.clip_grad_norm_, fastclip.clip_grad_value_):
                 with pytest.raises(RuntimeError, match=r"single memory location.*parameters\[1\]"):
-                    call(made)
+                    call(made, 0.1)
             assert torch.equal(first.grad, torch.ones(3))
             assert ulps(fastclip.get_total_norm([p.grad for p in made]), norm) <= 2
         else:
