@@ -66,7 +66,8 @@ class TestNorm:
         (parameter,) = parameters([torch.tensor([3.0, 4.0], device=device)])
         assert fastclip.clip_grad_norm_([parameter] * 2, 1.0).item() == 5
         torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.6, 0.8]))
-        fastclip.clip_grads_with_norm_([parameter] * 2, 0.5, torch.tensor(1.0, device=device))
+        total_norm = torch.tensor(1.0, dtype=torch.bfloat16, device=device)
+        fastclip.clip_grads_with_norm_([parameter] * 2, 0.5, total_norm)
         torch.testing.assert_close(parameter.grad.cpu(), torch.tensor([0.3, 0.4]))
 
     @pytest.mark.parametrize("grads", [[], [None, None]])
@@ -215,19 +216,11 @@ def test_a_threshold_is_any_number_on_any_device(device, max_norm):
         torch.testing.assert_close(ours[0], theirs[0])
 
 
+ITERABLES = [list, tuple, set, iter, dict.fromkeys, torch.nn.ParameterList, lambda made: made[0]]
+
+
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize(
-    "listed",
-    [
-        list,
-        tuple,
-        set,
-        iter,
-        torch.nn.ParameterList,
-        lambda made: dict(enumerate(made)).values(),
-        lambda made: made[0],
-    ],
-)
+@pytest.mark.parametrize("listed", ITERABLES)
 def test_parameters_come_in_any_iterable(listed):
     grads = [torch.ones(2, 3), torch.full((2,), 2.0)]
     norm, theirs = clipped(lambda made: utils.clip_grad_norm_(listed(made), 0.5), grads)
@@ -237,10 +230,8 @@ def test_parameters_come_in_any_iterable(listed):
 
 @pytest.mark.skipif(_ops.extension is None, reason="not built")
 def test_foreach_takes_the_same_road(monkeypatch):
-    def look(*_):
-        raise AssertionError("looked at one by one")
-
-    monkeypatch.setattr(reading, "look", look)
+    # It would look at each gradient; it cannot.
+    monkeypatch.setattr(reading, "look", None)
     for foreach in (None, True, False):
         made = parameters([torch.ones(4), torch.ones(2, 3)])
         fastclip.clip_grad_norm_(made, 1.0, foreach=foreach)
@@ -286,13 +277,6 @@ def test_what_has_no_gradients_this_time_is_silent():
         for some in ([], [torch.nn.Parameter(torch.ones(3)), torch.ones(3)], [frozen], [master]):
             fastclip.clip_grads_with_norm_(some, 0.1, torch.tensor(9.0))
         assert fastclip.get_total_norm(g for g in []) == 0
-
-
-def test_bfloat16_total_norm_is_taken_as_it_is(device):
-    made = parameters([torch.ones(4, device=device)])
-    total_norm = torch.tensor(2.0, dtype=torch.bfloat16, device=device)
-    fastclip.clip_grads_with_norm_(made, 1.0, total_norm)
-    torch.testing.assert_close(made[0].grad, torch.full((4,), 0.5, device=device))
 
 
 @pytest.mark.usefixtures("reader")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLIPS, ORDERS, awkward, emulated, emulation_folder, name_of, oracle, parameters
+from test_subclasses import two_halves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,17 +80,12 @@ def test_halves_are_scaled_by_a_float32_on_any_device(dtype, monkeypatch):
         raise NotImplementedError
 
     tensors = [t.to(dtype) for t in (torch.randn(40), torch.randn(3, 5), torch.randn(()))]
-    made = [t.to("emulated") for t in tensors]
-    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", missing)
+    made, third = [t.to("emulated") for t in tensors], torch.tensor(1 / 3)
+    monkeypatch.setattr(reference, "foreach_unscale_", missing)
     with Narrow():
-        reference.scale_(made, torch.tensor(1 / 3, device="emulated"))
+        reference.scale_(made, third.to("emulated"))
     for one, other in zip(made, tensors, strict=True):
-        assert torch.equal(one.cpu(), (other.float() * torch.tensor(1 / 3)).to(dtype))
-
-
-def by_known_norm(ps: list[torch.nn.Parameter], n: float) -> None:
-    total_norm = fastclip.get_total_norm([p.grad for p in ps])
-    fastclip.clip_grads_with_norm_(ps, total_norm.new_tensor(n), total_norm)
+        assert torch.equal(one.cpu(), (other.float() * third).to(dtype))
 
 
 # An error waits.
@@ -99,7 +95,7 @@ CALLS = {name: clip for name, clip in CLIPS.items() if name != "error"} | {
     "norms": fastclip.clip_grad_norms_,
     "agc": fastclip.clip_grad_agc_,
     "value": lambda ps, n: fastclip.clip_grad_value_(ps, 0.1 * n),
-    "known norm": by_known_norm,
+    "known norm": lambda ps, n: two_halves(ps, ps[0].new_tensor(n)),
     "rules of groups": lambda ps, _: fastclip.GradClipper(
         groups=[{"params": p, "max_norm": fastclip.AutoClip()} for p in ps]
     ).clip_(),

@@ -34,6 +34,7 @@ def assert_near(found, exact):
 def layers(dtype, device="cpu"):
     shapes = [(8, 5), (8,), (6, 3, 3, 3), (), (7, 40000), (0, 4), (4, 0), (1, 9)]
     made = [(torch.randn(shape) * 0.1 * (i + 1)).to(dtype) for i, shape in enumerate(shapes)]
+    made[0][1] = 0.0
     made[2] = made[2].contiguous(memory_format=torch.channels_last)
     made.append(torch.randn(5, 8).to(dtype).t())
     return [tensor.to(device) for tensor in made]
@@ -83,17 +84,17 @@ def agc(weight, grad, clip_factor, eps):
 def test_adaptive_clipping_is_the_papers_formula(reader, device, dtype):
     grads = layers(dtype, device)
     made = weighted(grads)
-    fastclip.clip_grad_agc_(made, 0.1)
+    # One is given twice, and one has no gradient.
+    items = [*made, made[0], nn.Parameter(made[0].detach())]
+    fastclip.clip_grad_agc_(items, 0.1)
     for parameter, grad in zip(made, grads, strict=True):
         assert_near(parameter.grad, agc(parameter.detach().cpu(), grad.cpu(), 0.1, 1e-3))
-
-
-def test_adaptive_clipping_is_idempotent_and_leaves_what_is_small(reader):
-    made = weighted(layers(torch.float64))
-    fastclip.clip_grad_agc_(made, 0.1)
-    once = [p.grad.clone() for p in made]
-    fastclip.clip_grad_agc_(made, 0.1 * (1 + 1e-12))
-    assert all(torch.equal(p.grad, g) for p, g in zip(made, once, strict=True))
+    once = [parameter.grad.clone() for parameter in made]
+    fastclip.clip_grad_agc_(items, 0.1 + (1e-12 if dtype == torch.float64 else 1e-3))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(made, once, strict=True))
+    fastclip.clip_grad_agc_(items, 0.0)
+    assert not any(parameter.grad.any() for parameter in made)
+    fastclip.clip_grad_agc_([], 0.1)
 
 
 @without_emulation
@@ -138,14 +139,6 @@ def test_a_weight_without_a_norm_is_named_where_it_stands(reader):
     assert torch.equal(good.grad, torch.ones(3))
 
 
-def test_adaptive_clipping_skips_parameters_without_gradients_and_keeps_zeros(reader):
-    made = weighted([torch.tensor([[0.0, 0.0], [1.0, 0.0]]), None])
-    fastclip.clip_grad_agc_([*made, made[0]], 0.0)
-    assert made[1].grad is None
-    assert made[0].grad.tolist() == [[0, 0], [0, 0]]
-    fastclip.clip_grad_agc_([], 0.1)
-
-
 @pytest.mark.parametrize("wanted", [0.0, 1e-3, 1.0, 300.0])
 def test_normalised_gradients_have_the_norm_from_either_side(reader, device, dtype, wanted):
     grads = awkward(dtype, device)
@@ -176,6 +169,6 @@ def test_several_devices_have_their_own_norms(monkeypatch):
 
     monkeypatch.setattr(_ops, "extension", None)
     monkeypatch.setattr(local, "_by_device", by_device)
-    monkeypatch.setattr(local, "_are_on_several_devices", lambda tensors: True)
+    monkeypatch.setattr(local, "_are_on_several_devices", bool)
     test_each_tensor_is_clipped_by_its_own_norm(None, "cpu", torch.float32, 2.0)
     test_adaptive_clipping_is_the_papers_formula(None, "cpu", torch.float32)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import CLIPS, ORDERS, oracle, parameters
+from test_ops import told
 
 import fastclip
 from fastclip import AutoClip, _ops
@@ -28,16 +29,12 @@ def assert_scaled(found, before, coef: float) -> None:
 @pytest.mark.parametrize("max_norm", [1.0, 3e38, 1e39, 1e300])
 def test_a_norm_beyond_float32_clips_by_its_coefficient(ops, device, dtype, p, max_norm):
     values = torch.linspace(2e38, 3e38, 50).to(dtype)
-    tensors = [values.clone().to(device), torch.ones(5, dtype=dtype, device=device)]
-    norm = oracle(tensors, p)
+    norm = oracle([values], p)
     assert norm > LARGEST
-    assert ops.clip_norm_(tensors, max_norm, p).item() == math.inf
-    assert_scaled(tensors[0].cpu(), values, min(1, max_norm / norm))
-    if max_norm >= LARGEST:
-        return
-    tensors[0].copy_(values)
-    ops.clip_norm_(tensors, torch.tensor(max_norm, device=device), p)
-    assert_scaled(tensors[0].cpu(), values, max_norm / norm)
+    for limit in (max_norm, torch.tensor(max_norm, dtype=torch.float64, device=device)):
+        tensors = [values.clone().to(device), torch.ones(5, dtype=dtype, device=device)]
+        assert ops.clip_norm_(tensors, limit, p).item() == math.inf
+        assert_scaled(tensors[0].cpu(), values, min(1, max_norm / norm))
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
@@ -119,12 +116,8 @@ def test_squares_beyond_float64_have_a_norm_on_the_cpu(ops, p, size):
     assert ops.norm(tensors, p).item() == pytest.approx(norm, rel=1e-13)
     # The default op measures all, also the float32 ones, once a square is beyond float64.
     close = {"rel": 1e-13 if p == math.inf else 1e-6}
-    rows = [r for t in tensors for r in (t.unbind() if t.dim() > 1 else [t])]
-    for lists, group, by_row in (
-        ([[t] for t in tensors], None, False),
-        ([tensors[:2], tensors[2:]], [0, 0, 1], False),
-        ([[row] for row in rows], None, True),
-    ):
+    for by in ("each", "groups", "row"):
+        _, (group, by_row), lists = told(tensors, by)
         found = ops.norms(tensors, p, group, True, by_row).tolist()
         assert found == pytest.approx([oracle(some, p) for some in lists], **close)
     before = [t.clone() for t in tensors]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ORDERS
+from test_subclasses import two_halves
 from torch import Tensor
 
 import fastclip
@@ -51,11 +52,6 @@ def flat(grads: Iterable[Tensor]) -> Tensor:
     return torch.cat([g.reshape(-1) for g in grads])
 
 
-def by_known_norm(weights: list[Tensor]) -> None:
-    total_norm = fastclip.get_total_norm([w.grad for w in weights])
-    fastclip.clip_grads_with_norm_(weights, 1.0, total_norm)
-
-
 def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
     """What `call` makes of gradients, as a function of them: all elements as one vector."""
 
@@ -69,31 +65,32 @@ def clipped(call: Callable[[list[Tensor]], Any]) -> Callable[..., Tensor]:
     return function
 
 
-# Each function, and the formula that it stands for: of all elements as one vector, or of each one.
-WHOLE = {
-    "norm": (lambda ws: fastclip.clip_grad_norm_(ws, 1.0), lambda x: x * coef(norm(x, 2))),
+# Each function, and the formula that it stands for, of all elements as one vector and as gradients.
+CLIPS = {
+    "norm": (lambda ws: fastclip.clip_grad_norm_(ws, 1.0), lambda x, _: x * coef(norm(x, 2))),
     "factor": (
         lambda ws: fastclip.clip_grad_norm_(ws, 1.0, 1.0, grad_scale=0.5),
-        lambda x: x * 0.5 * coef(0.5 * norm(x, 1)),
+        lambda x, _: x * 0.5 * coef(0.5 * norm(x, 1)),
     ),
     "rule": (
         lambda ws: fastclip.clip_grad_norm_(ws, lambda total: total.sqrt()),
-        lambda x: x * coef(norm(x, 2), norm(x, 2).sqrt()),
+        lambda x, _: x * coef(norm(x, 2), norm(x, 2).sqrt()),
     ),
-    "known norm": (by_known_norm, lambda x: x * coef(norm(x, 2))),
-    "normalize": (lambda ws: fastclip.normalize_grad_(ws, 2.0), lambda x: x * 2 / norm(x, 2)),
-    "value": (lambda ws: fastclip.clip_grad_value_(ws, 0.5), lambda x: x.clamp(-0.5, 0.5)),
-}
-EACH = {
-    "norms": (lambda ws: fastclip.clip_grad_norms_(ws, 1.0), lambda g: g * coef(norm(g, 2))),
-    "agc": (lambda ws: fastclip.clip_grad_agc_(ws, 0.3), rows_by_weights),
+    "known norm": (lambda ws: two_halves(ws, 1.0), lambda x, _: x * coef(norm(x, 2))),
+    "normalize": (lambda ws: fastclip.normalize_grad_(ws, 2.0), lambda x, _: x * 2 / norm(x, 2)),
+    "value": (lambda ws: fastclip.clip_grad_value_(ws, 0.5), lambda x, _: x.clamp(-0.5, 0.5)),
+    "norms": (
+        lambda ws: fastclip.clip_grad_norms_(ws, 1.0),
+        lambda _, grads: flat(g * coef(norm(g, 2)) for g in grads),
+    ),
+    "agc": (
+        lambda ws: fastclip.clip_grad_agc_(ws, 0.3),
+        lambda _, grads: flat(map(rows_by_weights, grads)),
+    ),
 }
 FUNCTIONS = {
-    name: (clipped(call), lambda *grads, formula=formula: flat(map(formula, grads)))
-    for name, (call, formula) in EACH.items()
-} | {
-    name: (clipped(call), lambda *grads, formula=formula: formula(flat(grads)))
-    for name, (call, formula) in WHOLE.items()
+    name: (clipped(call), lambda *grads, formula=formula: formula(flat(grads), grads))
+    for name, (call, formula) in CLIPS.items()
 }
 
 
