@@ -17,7 +17,6 @@ from torch import Tensor
 import fastclip
 
 BATCH = 5
-EPS = 1e-6
 CLOSE = {"rtol": 2e-6, "atol": 0}
 
 
@@ -38,7 +37,7 @@ def norm(x: Tensor, p: float) -> Tensor:
 
 
 def coef(total_norm: Tensor, max_norm: float | Tensor = 1.0) -> Tensor:
-    return (max_norm / (total_norm + EPS)).clamp(max=1)
+    return (max_norm / (total_norm + 1e-6)).clamp(max=1)
 
 
 def rows_by_weights(g: Tensor) -> Tensor:
