@@ -28,7 +28,7 @@ def assert_near(found, exact):
     """Within the roundings of a coefficient and of an element."""
     info = torch.finfo(found.dtype)
     close = {"rtol": 4 * max(info.eps, 1e-13), "atol": info.smallest_normal, "equal_nan": True}
-    torch.testing.assert_close(found.to_dense().cpu().double(), exact, **close)
+    torch.testing.assert_close(found.cpu().to_dense().double(), exact, **close)
 
 
 def layers(dtype, device="cpu"):
