@@ -1,11 +1,10 @@
 """Lightning's Trainer; the callback; the recipe for fused optimizers with a scaler."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from loops import check_clipped, check_reached
+from loops import check_reached
 from torch import nn
 
 import fastclip
@@ -61,9 +60,7 @@ def test_trainer(precision, algorithm):
     how = {"precision": precision, "gradient_clip_algorithm": algorithm, "gradient_clip_val": 0.5}
     # torch's norm of bf16 gradients is rounded to bf16, ours is not.
     rtol = 2e-2 if precision == "bf16-true" else 1e-5
-    counted = check_reached(lambda steps: fitted(steps, **how).losses, rtol=rtol)
-    if algorithm == "norm":
-        check_clipped(counted)
+    check_reached(lambda steps: fitted(steps, **how).losses, rtol=rtol)
 
 
 def test_the_callback_clips_as_the_trainer_does_and_logs(tmp_path):
@@ -131,11 +128,13 @@ class Two(Module):
 
 
 def test_each_optimizer_is_clipped_by_itself():
-    clip = GradClip(0.5)
+    clip = GradClip(fastclip.AutoClip(50))
     trainer(40, clip).fit(Two(), data())
     first, last = (c.stats()["total_norm"] for c in clip.clippers)
     assert len(first) == len(last) == 20
     assert first != last
+    # And each has a rule of its own.
+    assert [int(c.max_norm.state_dict()["count"]) for c in clip.clippers] == [20, 20]
     with pytest.raises(ValueError, match="groups: expected one optimizer"):
         trainer(2, GradClip(groups=lambda module: [])).fit(Two(), data())
 
@@ -167,8 +166,6 @@ def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
     def half(*callbacks: Callback, **how: Any) -> list[float]:
         return fitted(20, *callbacks, plugins=[MixedPrecision("16-mixed", "cpu")], **how).losses
 
-    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
-        half(fused=True, gradient_clip_val=1.0)
     with pytest.raises(RuntimeError, match="are divided in its step"):
         half(GradClip(1.0), fused=True)
     plugin = ClippedStep("16-mixed", "cpu")
@@ -176,5 +173,4 @@ def test_a_fused_optimizer_with_a_scaler_is_clipped_in_its_step():
     plain = half(gradient_clip_val=1.0)
     assert fused == pytest.approx(plain, rel=1e-3)
     assert half(GradClip(1.0)) == pytest.approx(plain, rel=1e-3)
-    assert math.isfinite(fused[-1])
     assert plugin.scaler.get_scale() > 1

@@ -9,47 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import check_clipped, check_reached, losses_of
+from loops import batches, check_reached, distance, losses_of, net, sgd
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-import fastclip
-
-
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def batches(steps: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    return [torch.randn(4, 8, generator=generator) for _ in range(steps)]
-
-
-def distance(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return (model(x).float() - 3).square().mean()
-
-
-def total(tensor: torch.Tensor) -> float:
-    return float(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def numbers_of(model: nn.Module, clip: Callable[[list[nn.Parameter]], Any], steps: int) -> Any:
     """The losses of a loop, and the norms that its clip returned."""
     norms: list[float] = []
-    parameters = list(model.parameters())
-    losses = losses_of(
-        sgd(model),
-        batches(steps),
-        functools.partial(distance, model),
-        torch.Tensor.backward,
-        lambda: norms.append(total(clip(parameters))),
-    )
-    return losses + norms
+    parameters, data = list(model.parameters()), batches(steps, seed=dist.get_rank())
+
+    def clip_all() -> None:
+        norm = clip(parameters)
+        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+    return losses_of(sgd(model), data, functools.partial(distance, model), clip_all) + norms
 
 
 def lightnings_ddp() -> None:
@@ -66,10 +40,10 @@ def lightnings_ddp() -> None:
         model = net()
         model, optimizer = fabric.setup(model, sgd(model))
         clip = functools.partial(fabric.clip_gradients, model, optimizer, max_norm=0.5)
-        far = functools.partial(distance, model)
-        return losses_of(optimizer, batches(steps), far, fabric.backward, clip)
+        far, data = functools.partial(distance, model), batches(steps, seed=dist.get_rank())
+        return losses_of(optimizer, data, far, clip, fabric.backward)
 
-    check_clipped(check_reached(train))
+    check_reached(train)
 
 
 def accelerates_meshes() -> None:
@@ -85,11 +59,9 @@ def accelerates_meshes() -> None:
             fully_shard(part, mesh=dist.init_device_mesh("cpu", (2,), mesh_dim_names=(f"{part}",)))
         return numbers_of(model, lambda parameters: clip(parameters, 0.5), steps)
 
-    check_clipped(check_reached(functools.partial(train, several=False)))
+    check_reached(functools.partial(train, several=False))
     # A norm for each mesh, and one more scaling, of nothing.
-    check_clipped(
-        check_reached(functools.partial(train, several=True), calls=3, name="clip_grads_with_norm_")
-    )
+    check_reached(functools.partial(train, several=True), calls=3, name="clip_grads_with_norm_")
 
 
 def torchtitans_clip() -> None:
@@ -105,7 +77,7 @@ def torchtitans_clip() -> None:
         how = dict(max_norm=0.5, foreach=True, pp_mesh=mesh["pp"])
         return numbers_of(model, functools.partial(utils.clip_grad_norm_, **how), steps)
 
-    check_clipped(check_reached(train, name="clip_grads_with_norm_"))
+    check_reached(train, name="clip_grads_with_norm_")
 
 
 class CudaIsHere(TorchFunctionMode):
@@ -125,41 +97,29 @@ def megatrons_clip() -> None:
         warnings.simplefilter("ignore")
         from megatron.core.optimizer import clip_grads
 
-    def train(steps: int) -> list[float]:
-        model = net()
-        parameters, optimizer, found = list(model.parameters()), sgd(model), []
-        for x in batches(steps):
-            optimizer.zero_grad()
-            distance(model, x).backward()
-            with CudaIsHere():
-                norm = clip_grads.get_grad_norm_fp32(
-                    [p.grad for p in parameters], grad_stats_parallel_group=dist.group.WORLD
-                )
-                clip_grads.clip_grad_by_total_norm_fp32(parameters, 0.5, norm)
-            found.append(norm)
-            optimizer.step()
-        return [*found, *(float(p.detach().double().norm()) for p in parameters)]
+    def clip(parameters: list[nn.Parameter]) -> float:
+        with CudaIsHere():
+            grads = [p.grad for p in parameters]
+            norm = clip_grads.get_grad_norm_fp32(grads, grad_stats_parallel_group=dist.group.WORLD)
+            clip_grads.clip_grad_by_total_norm_fp32(parameters, 0.5, norm)
+        assert type(norm) is float
+        return norm
 
-    theirs = train(20)
-    with fastclip.patch():
-        assert clip_grads.l2_norm_impl.__module__ == "fastclip.integrations.megatron"
-        ours = train(20)
-    assert clip_grads.l2_norm_impl.__module__ != "fastclip.integrations.megatron"
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    assert all(type(norm) is float for norm in ours)
-    assert max(ours[:20]) > 0.5
+    counted = check_reached(
+        lambda steps: numbers_of(net(), clip, steps), name="multi_tensor_l2norm"
+    )
+    assert counted.calls["multi_tensor_scale"]
 
 
-LOOPS = {
-    "lightning": ("lightning", lightnings_ddp),
-    "accelerate's meshes": ("accelerate", accelerates_meshes),
-    "torchtitan": ("torchtitan", torchtitans_clip),
-    "megatron": ("megatron.core.optimizer.clip_grads", megatrons_clip),
-}
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_framework_on_two_ranks_is_clipped(world, name):
-    module, loop = LOOPS[name]
-    pytest.importorskip(module)
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        ("lightning", lightnings_ddp),
+        ("accelerate", accelerates_meshes),
+        ("torchtitan", torchtitans_clip),
+        ("megatron.core.optimizer.clip_grads", megatrons_clip),
+    ],
+)
+def test_a_framework_on_two_ranks_is_clipped(world, name, loop):
+    pytest.importorskip(name)
     world(2).run(loop, seconds=120)
