@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import python
-from test_house import cycle
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +31,3 @@ def test_the_headline_comes_first_and_the_rest_for_the_record():
     assert set(some) < set(every)
     assert "clip[cpu-Llama 1B / 4-fp16-clipped]" in every
     assert "step[cpu-clipped-scaled]" in some
-
-
-def test_files_of_benchmarks_do_not_import_each_other_in_a_circle():
-    files = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
-    graph = {
-        name: files.keys() & re.findall(r"^ *(?:from|import) (\w+)", text, re.M)
-        for name, text in files.items()
-    }
-    assert graph["gpu"] == {"gpu_targets", "report"}
-    assert not cycle(graph)

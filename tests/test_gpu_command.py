@@ -1,13 +1,12 @@
 """benchmarks/gpu.py and its report where there is no GPU: its steps on the CPU, or stand-ins."""
 
 import json
-import math
 import os
 import re
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,13 +54,12 @@ def row(work: str, dtype: str = "bf16", ms: float = 1.0, **facts: float) -> dict
     return {"work": work, "dtype": dtype, "ms": ms, "error": error, **facts}
 
 
-def launches(**times: float) -> list[dict]:
+def launches(apart: float = 10.0, fused: float = 10.0) -> list[dict]:
     """What launches.cu prints, under the names that its source has."""
     names = re.findall(r'\{"([^"]+)",\s+\[&\]', (BENCHMARKS / "launches.cu").read_text())
-    assert "copy" in names
-    us = {name: times.get(name.split(",")[0].split()[0], 10.0) for name in names}
+    us = {"apart": apart, "fused": fused}
     return [
-        {"launch": name, "megabytes": size, "us": us[name], "late": int(size == 160)}
+        {"launch": name, "megabytes": size, "us": us.get(name.split(",")[0], 10.0), "late": 1}
         for size in (1.0, 20.0, 160.0)
         for name in names
     ]
@@ -83,11 +81,7 @@ def test_a_rehearsal_checks_and_measures(gpu, monkeypatch, tmp_path, capsys):
     assert states == {"build": "done", "check": "done", "norm": "done", "launches": skipped}
     assert (found["complete"], found["where"]["commit"]) == (False, "abc")
     assert "quick, norm" in {row["work"] for row in found["rows"]}
-    assert found["check"]["facts"]["kernels"] == "compiled"
-    assert {target["met"] for target in found["targets"]} == {True}
-    printed = capsys.readouterr().out
-    assert "The run is not complete." in printed
-    assert re.search(r"^\| norm +\| \d+ passed", printed, re.M)
+    assert re.search(r"^\| norm +\| \d+ passed .*\| met", capsys.readouterr().out, re.M)
     assert "bench_norm[cpu-quick-fp32] PASSED" in (tmp_path / "gpu.log").read_text()
 
 
@@ -120,13 +114,11 @@ def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
             said = "\n".join(map(json.dumps, launches()))
         return "done", said
 
-    for name, value in {
-        "is_available": True,
-        "get_device_capability": (9, 0),
-        "get_device_name": "NVIDIA H100 80GB HBM3",
-        "get_device_properties": SimpleNamespace(L2_cache_size=50 << 20),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    cuda = Mock()
+    cuda.get_device_capability.return_value = (9, 0)
+    cuda.get_device_name.return_value = "NVIDIA H100 80GB HBM3"
+    cuda.get_device_properties.return_value.L2_cache_size = 50 << 20
+    monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(gpu, "run_limited", run_limited)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path: name)
     gpu.main(["--out", str(tmp_path / "gpu.json")])
@@ -135,63 +127,48 @@ def test_on_a_gpu_all_is_asked_in_this_order(gpu, monkeypatch, tmp_path):
     assert list(found["steps"]) == order.split()
     assert found["complete"]
     assert found["steps"]["tests"]["failures"] == ["tests/test_a.py::test_b[x y]"]
-    assert len(found["launches"]) == len(launches())
-    commands = {name: taken[i][0] for i, name in enumerate(found["steps"])}
-    assert "-arch=sm_90" in commands["launches"]
-    assert commands["sanitizer"][0] == "compute-sanitizer"
-    for name in ("norm", "clip", "host", "step", "compile", "tests", "sanitizer"):
-        assert "cuda" in commands[name]
+    assert len(found["launches"]) == len(launches()) > 0
+    for command, _ in taken[1:]:
+        assert {"cuda", "-arch=sm_90"} & {*command}
     assert taken[0][1]["FASTCLIP_CUDA"] == "1"
     assert taken[0][1]["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
 def test_a_step_that_cannot_be_taken_says_why(gpu, tmp_path):
-    env = {"PATH": os.environ["PATH"], "FASTCLIP_CUDA": "0"}
-    for program, least, needs_gpu, why in (
-        (sys.executable, 30, False, "there is no time left"),
-        ("no-such-program", 0, False, "there is no no-such-program"),
-        (sys.executable, 0, True, "it needs a GPU"),
-    ):
-        step = gpu.Step("a", [program], least, 60, needs_gpu)
-        assert gpu.run_step(step, 10, tmp_path / "log", env) == ({"state": f"skipped: {why}"}, "")
-
-
-def is_gone(process: int) -> bool:
-    for _ in range(50):
-        status = Path(f"/proc/{process}/status")
-        if not status.exists() or "State:\tZ" in status.read_text():
-            return True
-        time.sleep(0.1)
-    return False
+    for program, why in ((sys.executable, "time left"), ("no-program", "no-program")):
+        step = gpu.Step("a", [program], least=30, most=60)
+        found, _ = gpu.run_step(step, 10, tmp_path / "log", {"PATH": os.environ["PATH"]})
+        assert found == {"state": f"skipped: there is no {why}"}
 
 
 def test_a_command_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
     # What it has started does not hear of the interrupt.
-    child = ["sh", "-c", "trap '' INT; while :; do sleep 1; done"]
-    code = f"import subprocess; p = subprocess.Popen({child}); print(p.pid, flush=True)"
-    state, said = gpu.run_limited([sys.executable, "-c", f"{code}; p.wait()"], 2, tmp_path / "log")
-    assert state == "failed: no end after 2 s"
-    assert is_gone(int(said.split()[0]))
-    well = gpu.run_limited([sys.executable, "-c", "print('well')"], 30, tmp_path / "log")
-    assert well == ("done", "well\n")
-    assert (tmp_path / "log").read_text().endswith("well\n")
-    died = gpu.run_limited([sys.executable, "-c", "exit(7)"], 30, tmp_path / "log")
+    beat = tmp_path / "beat"
+    child = f"trap '' INT; while :; do touch {beat}; sleep 0.1; done"
+    command = ["sh", "-c", f"echo well; ({child}) & wait"]
+    assert gpu.run_limited(command, 2, tmp_path / "log") == ("failed: no end after 2 s", "well\n")
+    time.sleep(0.2)
+    beat.unlink()
+    time.sleep(1)
+    assert not beat.exists()
+    died = gpu.run_limited(["sh", "-c", "exit 7"], 30, tmp_path / "log")
     assert died == ("failed: exit status 7", "")
 
 
 def test_benchmarks_that_are_interrupted_keep_their_rows(gpu, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import os, signal\n"
-        "def test_first(benchmark):\n    benchmark.extra_info['row'] = 'a row'\n"
-        "    benchmark.pedantic(lambda: None)\n"
+        "def test_first(benchmark):\n"
+        "    benchmark.extra_info['row'] = 'a row'\n"
+        "    benchmark.pedantic(int)\n"
         "def test_hangs(benchmark):\n"
-        "    benchmark.pedantic(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "    benchmark.pedantic(os.kill, (os.getpid(), signal.SIGINT))\n"
     )
     command = [sys.executable, "-m", "pytest", str(tmp_path / "test_some.py"), "--benchmark-only"]
     command += ["-p", "conftest", "-p", "no:cacheprovider"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(ROOT)])}
-    written = f"--benchmark-json={tmp_path}/some.json"
-    state, said = gpu.run_limited([*command, written], 60, tmp_path / "log", env)
+    command += [f"--benchmark-json={tmp_path}/some.json"]
+    state, said = gpu.run_limited(command, 60, tmp_path / "log", env)
     assert state == "failed: exit status 2", said
     found = record()
     gpu.add_results(found, "some", tmp_path / "some.json", said)
@@ -208,20 +185,14 @@ def test_targets_are_met_or_not(gpu):
     assert all(t["met"] for t in gpu.targets(record(launches=launches())))
     slow = gpu.targets(record(launches=launches(apart=9.0, fused=20.0)))
     assert [t["met"] for t in slow] == [False, False, False, True, False]
-    assert slow[4]["value"] == "10"
 
 
-def test_targets_are_of_published_lists_with_their_sizes(gpu):
+def test_targets_are_of_lists_that_are_measured(gpu):
     import gpu_targets
-    from models import CUDA, HEADLINE, matrices, table
+    from models import CUDA, HEADLINE
 
-    lists = {**CUDA, **HEADLINE}
-    for work in {*gpu_targets.BANDWIDTH, *gpu_targets.H100_MS}:
-        assert work.rsplit(", ", 1)[0] in lists
-    for work, dtype in gpu_targets.SPEEDUPS:
-        assert dtype in lists[work.rsplit(", ", 1)[0]][1]
-    sizes = [math.prod(shape) for shape in matrices()]
-    assert (len(sizes), sum(sizes), table()) == (500, 225_181_696, [(6_000_261, 256)])
+    works = [*gpu_targets.BANDWIDTH, *gpu_targets.H100_MS, *(w for w, _ in gpu_targets.SPEEDUPS)]
+    assert {work.rsplit(", ", 1)[0] for work in works} <= {*CUDA, *HEADLINE}
 
 
 def test_the_report_takes_the_record_and_what_pytest_writes(gpu, monkeypatch, tmp_path):
@@ -232,9 +203,9 @@ def test_the_report_takes_the_record_and_what_pytest_writes(gpu, monkeypatch, tm
     found |= {"complete": False, "targets": gpu.targets(found)}
     measured = row("w", "fp32", device="cpu", of_limit=None, gbps=1.0, speedup=2.0)
     measured["ms"] = {"fastclip": 1.0, "default": 4.0, "foreach": 2.0, "loop": 3.0}
-    machine = {"cpu": {"brand_raw": "A CPU"}, "machine": "x86_64", "threads": 2, "gpu": None}
+    cpu = {"cpu": {"brand_raw": "A CPU"}, "machine": "", "threads": 2, "gpu": None, "torch": "2"}
     run = {
-        "machine_info": {**machine, "torch": "2"},
+        "machine_info": cpu,
         "commit_info": {"id": "0123456789"},
         "benchmarks": [{"extra_info": {"row": measured}}, {"extra_info": {"text": "a text"}}],
     }
@@ -243,14 +214,14 @@ def test_the_report_takes_the_record_and_what_pytest_writes(gpu, monkeypatch, tm
     for some in (found, found, run):
         (tmp_path / "run.json").write_text(json.dumps(some))
         report.main(str(tmp_path / "run.json"), "what changed")
-    *blocks, block = (tmp_path / "RESULTS.md").read_text().split("\n## ")[1:]
+    _, _, gpus, block = (tmp_path / "RESULTS.md").read_text().split("\n## ")
     for part in (
         "· abc · Some H100 80GB HBM3 · torch 2\n\nwhat changed\n\nDriver 1.2, nvcc 13.0",
         "tests: failed: exit status 1; test_a.",
         "The run is not complete.",
         *("| NOT met |", "apex ms", "| w, CUDA |", "160 MB", "10.0 *", "\n\na text\n"),
     ):
-        assert all(part in block for block in blocks)
+        assert part in gpus
     assert "· 0123456 · A CPU, 2 threads · torch 2\n\nwhat changed\n\n| work" in block
     assert "| w    | fp32  | 1.000       | 4.000      | 2.000      | 3.000   | 2.00      |" in block
     assert block.endswith("\n\na text\n")
