@@ -37,14 +37,14 @@ PATHS = {
 }
 ATTRIBUTES = {
     "DTensors": "_spec _local_tensor _get_root_mesh",
-    "all DTensors over ranks": "pg_group_ranks",
     "NormAccumulator under DDP": "_use_python_reducer _join_config _divide_by_initial_world_size",
     "sparse gradients": "_indices _values",
     "GradClipper of a module": "_parameters _modules",
     "steps with a scaler": "_check_scale_growth_tracker _per_optimizer_states",
+    "clipped_step, which then refuses all optimizers": "_step_supports_amp_scaling",
+    "the norm in the log of transformers": "_get_grad_norm",
+    "whether kernels are called": "_to_copy _local_scalar_dense",
 }
-# Without it no optimizer divides gradients: clipped_step refuses all of them.
-SAID_OTHERWISE = "_step_supports_amp_scaling"
 # Headers of C++ that torch does not promise, and what of each is used; a build says what is gone.
 HEADERS = {
     "torch/csrc/autograd/python_variable.h",  # tensors in Python
@@ -55,6 +55,7 @@ HEADERS = {
 OTHERS = {
     "FuncTorchDynamicLayerFrontMode",  # ops inside torch.func
     "vars(torch.ops.fastclip)",  # where torch keeps ops
+    "pg_group_ranks",  # all DTensors over ranks
     "real_obj",  # the mesh behind its stand-in in a graph
     "DTensor(value",  # the norm of DTensors as a DTensor
     "get_backend_config",  # where a group communicates
@@ -73,8 +74,8 @@ OTHERS = {
     "redispatch",  # kernels leave what they cannot do to the default
     "GOMP_parallel",  # torch's own threads
 }
-# Python's own.
-PYTHONS = {"_xoptions", "_getframe", "_exit", "get_ident", "_replace"}
+# Python's own, and the name under which ours are kept on a module of torch.
+PYTHONS = {"_xoptions", "_getframe", "_exit", "_replace", "_thread", "_initializing", "_kept"}
 PYTHONS |= {"_args_from_interpreter_flags"}
 ROOT = Path(__file__).parent.parent
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
@@ -88,54 +89,29 @@ def nodes(kind):
     ]
 
 
-def asked_for(function: str) -> dict[str, set[str]]:
-    """The names that calls of `private` or `attribute` give, and the files with those calls."""
-    found: dict[str, set[str]] = {}
-    constants = {
-        n.targets[0].id: n.value.value
-        for _, n in nodes(ast.Assign)
-        if isinstance(n.targets[0], ast.Name) and isinstance(n.value, ast.Constant)
-    }
-    loops = {"kind": ("_parameters", "_modules")}
-    for file, node in nodes(ast.Call):
-        if isinstance(node.func, ast.Name) and node.func.id == function and file != "_private.py":
-            name = node.args[-1]
-            names = [name.value] if isinstance(name, ast.Constant) else loops.get(name.id)
-            for one in names or [constants[name.id]]:
-                found.setdefault(one, set()).add(file)
-    return found
-
-
-def test_the_inventory_is_complete_and_each_name_is_used_in_one_file():
-    attributes = {*" ".join(ATTRIBUTES.values()).split()}
-    for function, inventory in (("private", PATHS), ("attribute", attributes)):
-        found = asked_for(function)
-        assert found.keys() == inventory
-        assert not {name: files for name, files in found.items() if len(files) > 1}
-
-
 def own_names() -> set[str]:
     names = {n.name for _, n in nodes(ast.FunctionDef | ast.ClassDef)}
     names |= {n.attr for _, n in nodes(ast.Attribute) if isinstance(n.ctx, ast.Store)}
     return names | {n.id for _, n in nodes(ast.Name) if isinstance(n.ctx, ast.Store)}
 
 
+def test_each_name_is_listed_and_is_asked_for_in_one_file():
+    files: dict[str, set[str]] = {}
+    for file, node in nodes(ast.Constant):
+        if re.fullmatch(r"torch[\w.]*\._[\w.]+|_[a-z]\w+", str(node.value)):
+            files.setdefault(node.value, set()).add(file)
+    listed = PATHS | {*" ".join(ATTRIBUTES.values()).split()}
+    assert not files.keys() - listed - own_names() - PYTHONS
+    assert {name: len(files.get(name, ())) for name in listed} == dict.fromkeys(listed, 1)
+
+
 def test_no_private_name_is_used_in_another_way():
-    own = own_names() | PYTHONS
+    known = own_names() | PYTHONS
     used = [(file, n.attr) for file, n in nodes(ast.Attribute)]
     for file, node in nodes(ast.ImportFrom):
-        parts = (node.module or "").split(".")
-        is_private = not node.level and any(re.match("_[^_]", part) for part in parts)
-        is_ours = node.level or parts[0] == "fastclip"
-        used += [(file, a.name) for a in node.names if not is_ours]
-        assert not is_private or {a.name for a in node.names} <= PYTHONS, (file, node.module)
-    assert not [(f, name) for f, name in used if re.match("_[^_]", name) and name not in own]
-    attributes = " ".join([*ATTRIBUTES.values(), SAID_OTHERWISE]).split()
-    named = {name: set() for name in attributes}
-    for file, node in nodes(ast.Constant):
-        if node.value in named:
-            named[node.value].add(file)
-    assert not {name: files for name, files in named.items() if len(files) != 1}
+        if not node.level and not node.module.startswith("fastclip"):
+            used += [(file, name) for a in node.names for name in (*node.module.split("."), a.name)]
+    assert not [(f, name) for f, name in used if re.match("_[^_]", name) and name not in known]
 
 
 def test_what_is_promised_as_little_is_used_in_one_file():
