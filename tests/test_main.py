@@ -21,17 +21,13 @@ def final_losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(rf"^(?:{names}) +(\S+)", printed, re.M)]
 
 
-@pytest.fixture
-def info(capsys):
-    def told() -> dict[str, str]:
-        main(["info"])
-        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-
-    return told
+def info(capsys) -> dict[str, str]:
+    main(["info"])
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_info_names_versions_and_devices(info):
-    rows = info()
+def test_info_names_versions_and_devices(capsys):
+    rows = info(capsys)
     assert rows["fastclip"] == fastclip.__version__
     assert rows["torch"] == torch.__version__
     assert rows["patched"] == "no"
@@ -42,34 +38,29 @@ def test_info_names_versions_and_devices(info):
     assert _ops.has_kernels("cpu") == built
 
 
-def test_info_says_what_serves_each_cuda_device_and_why(info, monkeypatch):
+def test_info_says_what_serves_each_cuda_device_and_why(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for architectures in ([800, 900], []):
         extension = SimpleNamespace(
             cuda_architectures=architectures, __file__="_C", built_for="torch 2"
         )
         monkeypatch.setattr(_ops, "extension", extension)
-        told = info()["cuda"]
+        told = info(capsys)["cuda"]
         assert told.startswith("torch sees no device")
         assert (_ops.NVCC in told) == (not architectures)
         assert ("8.0, 9.0 and later" in told) == bool(architectures)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     why = [None, "no code for its architecture"]
     monkeypatch.setattr(_ops, "refusal", lambda device: why[device.index])
-    rows = info()
+    rows = info(capsys)
     assert (rows["cuda:0"], rows["cuda:1"]) == ("compiled kernels", f"plain PyTorch: {why[1]}")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """The demo computes on one thread."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def demo(picture: Path, steps: int) -> None:
+    before = torch.get_num_threads()
     main(["demo", "--device", "cpu", "--steps", str(steps), "--out", str(picture)])
+    # It computes on one thread.
+    torch.set_num_threads(before)
 
 
 def test_demo_draws_and_the_clipped_runs_agree(capsys, tmp_path):

