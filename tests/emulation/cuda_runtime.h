@@ -37,10 +37,10 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   static_assert(sizeof(T) <= 8);
   if (mask != 0xffffffffu) emulation::fail("a shuffle of part of a warp");
-  std::memcpy(emulation::lane(0), &value, sizeof(T));
-  emulation::wait_for_warp();
-  std::memcpy(&value, emulation::lane(lanes), sizeof(T));
-  emulation::wait_for_warp();
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = emulation::exchange(bits, lanes);
+  std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 

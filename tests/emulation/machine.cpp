@@ -35,7 +35,7 @@ struct Grid {
   std::barrier<>* barrier;
 };
 
-enum class Waits { kNot, kWarp, kBlock, kGrid, kDone };
+enum class Waits : char { kNot, kWarp, kBlock, kGrid, kDone };
 
 class Block;
 thread_local Block* current = nullptr;
@@ -44,12 +44,13 @@ thread_local Block* current = nullptr;
 class Block {
  public:
   Block() : fibers_(kThreads) {
-    for (Fiber& fiber : fibers_) {
+    for (unsigned i = 0; i < kThreads; ++i) {
+      Fiber& fiber = fibers_[i];
       void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED || getcontext(&fiber.start) != 0) fail("no memory for fibers");
       fiber.start.uc_stack.ss_sp = stack;
-      fiber.start.uc_stack.ss_size = kStack;
+      fiber.start.uc_stack.ss_size = kStack - i * 128;
       fiber.start.uc_link = nullptr;
       makecontext(&fiber.start, &Block::life, 0);
     }
@@ -74,32 +75,35 @@ class Block {
 
   // Called by a fiber: the scheduler goes on.
   void wait(Waits what) {
-    Fiber& fiber = fibers_[thread_];
-    fiber.waits = what;
-    if (what == Waits::kWarp) {
-      const unsigned first = thread_ / kWarp * kWarp;
-      unsigned arrived = 0;
-      for (unsigned i = first; i < first + kWarp; ++i) arrived += fibers_[i].waits == Waits::kWarp;
-      if (arrived == kWarp)
-        for (unsigned i = first; i < first + kWarp; ++i) make_ready(i);
+    const unsigned warp = thread_ / kWarp;
+    waits_[thread_] = what;
+    if (what == Waits::kWarp && ++arrived_[warp] == kWarp) {
+      arrived_[warp] = 0;
+      for (unsigned lane = 0; lane < kWarp; ++lane) make_ready(warp * kWarp + lane);
     } else if (what == Waits::kDone) {
       ++done_;
     }
-    if (_setjmp(fiber.at) == 0) _longjmp(scheduler_, 1);
+    if (_setjmp(fibers_[thread_].at) == 0) _longjmp(scheduler_, 1);
+  }
+
+  uint64_t exchange(uint64_t bits, int lanes) {
+    const unsigned thread = thread_;
+    auto& sent = sent_[turns_[thread]];
+    turns_[thread] = !turns_[thread];
+    sent[thread] = bits;
+    wait(Waits::kWarp);
+    return sent[thread ^ lanes];
   }
 
   unsigned thread() const { return thread_; }
   unsigned index() const { return index_; }
   const Grid& grid() const { return *grid_; }
-  void* lane(int lanes) { return fibers_[thread_ ^ lanes].mailbox; }
 
  private:
   struct Fiber {
     ucontext_t start;
     jmp_buf at;
     bool started = false;
-    Waits waits = Waits::kNot;
-    char mailbox[8];
   };
 
   static void life() {
@@ -117,7 +121,7 @@ class Block {
   }
 
   void make_ready(unsigned i) {
-    fibers_[i].waits = Waits::kNot;
+    waits_[i] = Waits::kNot;
     warps_[i / kWarp].push_back(i);
     ++ready_;
   }
@@ -136,9 +140,9 @@ class Block {
 
   // Nobody can run: every thread of the block must be at the same barrier.
   void release_all() {
-    const Waits what = fibers_[0].waits;
-    for (const Fiber& fiber : fibers_)
-      if (fiber.waits != what || what == Waits::kWarp) fail("a barrier that not all threads reach");
+    const Waits what = waits_[0];
+    for (const Waits each : waits_)
+      if (each != what || what == Waits::kWarp) fail("a barrier that not all threads reach");
     if (what == Waits::kGrid) {
       if (!grid_->together) fail("a grid barrier in a launch that is not cooperative");
       grid_->barrier->arrive_and_wait();
@@ -147,6 +151,11 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
+  std::array<Waits, kThreads> waits_;
+  // What threads exchange by turns: none writes twice before the others of its warp have read.
+  std::array<std::array<uint64_t, kThreads>, 2> sent_;
+  std::array<bool, kThreads> turns_ = {};
+  std::array<unsigned, kWarps> arrived_ = {};        // lanes that wait for the others of their warp
   std::array<std::vector<unsigned>, kWarps> warps_;  // the lanes that are ready
   std::array<unsigned, kWarps> ranks_;
   bool ahead_ = false;
@@ -218,10 +227,9 @@ int run(unsigned blocks, unsigned threads, bool together, const std::function<vo
 uint3 thread_index() { return {current->thread(), 0, 0}; }
 uint3 block_index() { return {current->index(), 0, 0}; }
 dim3 grid_size() { return {current->grid().blocks, 1, 1}; }
-void wait_for_warp() { current->wait(Waits::kWarp); }
 void wait_for_block() { current->wait(Waits::kBlock); }
 void wait_for_grid() { current->wait(Waits::kGrid); }
-void* lane(int lanes) { return current->lane(lanes); }
+uint64_t exchange(uint64_t bits, int lanes) { return current->exchange(bits, lanes); }
 
 void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s\n", what);

@@ -42,11 +42,10 @@ int run(unsigned blocks, unsigned threads, bool together, const std::function<vo
 uint3 thread_index();
 uint3 block_index();
 dim3 grid_size();
-void wait_for_warp();
 void wait_for_block();
 void wait_for_grid();
-// Eight bytes through which it speaks with the lane whose number differs by `lanes` (xor).
-void* lane(int lanes);
+// Waits for its warp; what the lane has given whose number differs by `lanes` (xor).
+uint64_t exchange(uint64_t bits, int lanes);
 
 [[noreturn]] void fail(const char* what);
 
