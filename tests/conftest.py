@@ -144,7 +144,7 @@ EMULATED = [
     )
     for name in MACHINES
 ]
-# For tests of what the emulated device does not have: sparse and complex tensors.
+# For tests of what the emulated device does not have (sparse and complex tensors, speed).
 without_emulation = pytest.mark.parametrize("device", DEVICES, indirect=True)
 
 

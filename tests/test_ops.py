@@ -7,7 +7,16 @@ import sys
 
 import pytest
 import torch
-from conftest import ORDERS, awkward, name_of, oracle, precision, python, ulps
+from conftest import (
+    ORDERS,
+    awkward,
+    name_of,
+    oracle,
+    precision,
+    python,
+    ulps,
+    without_emulation,
+)
 
 from fastclip import _ops
 from fastclip._ops import measure, reference
@@ -99,6 +108,7 @@ def test_norm_over_gaps_is_as_exact(ops, device, size, p, value):
 
 
 @pytest.mark.slow
+@without_emulation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("fill", ["random", "equal"])
 def test_norm_of_a_hundred_million_elements_is_exact(device, dtype, fill):

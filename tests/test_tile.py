@@ -23,6 +23,7 @@ ARM = "aarch64-linux-gnu-"
 # A compiler, and what runs the result. The loops are cloned for three generations of x86-64.
 PROCESSORS = {
     "this": ["g++"],
+    "this, by clang": ["clang++-19"],
     "x86-64": ["g++", "qemu-x86_64", "-cpu", "qemu64"],
     "x86-64-v3": ["g++", "qemu-x86_64", "-cpu", "Haswell"],
     "aarch64": [f"{ARM}g++", "qemu-aarch64"],
