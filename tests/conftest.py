@@ -56,7 +56,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if config.option.markexpr == "not slow" and not hasattr(config, "workerinput"):
-        line = "Slow tests were left out; `pytest -m ''` runs all, in some 15 minutes on two cores."
+        line = "Slow tests were left out; `pytest -m ''` runs all, in some 10 minutes on two cores."
         config.get_terminal_writer().line(line)
 
 
