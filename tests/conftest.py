@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in as many processes as there are cores, four at most.
+    """Run the whole suite in as many processes as there are cores, four at most, file by file.
 
     One file alone runs in this process. Not in pyproject.toml, which holds for benchmarks too.
     """
@@ -51,7 +51,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     cores = min(4, len(os.sched_getaffinity(0)))
     if is_whole and can_start and not is_worker and option.numprocesses is None and cores > 1:
-        option.numprocesses = cores
+        # The ranks of a file start once if one process runs all of it.
+        option.numprocesses, option.dist = cores, "loadfile"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -337,7 +337,7 @@ MUTANTS = [
      "may_fuse = !has_process_groups()", "may_fuse = true", "emulation: does_not_pay"),
     ("spans of groups have no holes", "csrc/cuda/partition.h",
      "if (apart && room > 0 && item.group", "if (!apart && room > 0 && item.group",
-     "ops: norms_match"),
+     "emulation: kept_apart"),
     ("a NaN is smaller than a number", "csrc/cuda/reduce.cuh",
      "return a > b || a != a ? a : b;", "return a > b ? a : b;", "ops: keeps_nan"),
     ("CUDA multiplies by no coefficient above 1", "csrc/cuda/scale.cuh",

@@ -140,6 +140,8 @@ def dry_run(monkeypatch):
             shutil, "which", lambda name, **how: None if name == missing else which(name, **how)
         )
         monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+        for name in ("FASTCLIP_CPU", "FASTCLIP_CUDA", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         if missing == "torch":

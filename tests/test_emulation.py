@@ -150,6 +150,14 @@ def test_many_rows_need_no_finish(machine, width, rows):
     torch.testing.assert_close(norms[0].cpu().double(), expected, rtol=1e-6, atol=0)
 
 
+def test_groups_of_more_tiles_than_there_can_be_spans_are_kept_apart(machine):
+    # Spans of two tiles, and a group of an odd number of them.
+    tensors = list(torch.randn(4099, 3, device="emulated").unbind())
+    norms = _ops.norms(tensors, 2.0, [i % 3 for i in range(4099)])
+    for first, norm in enumerate(norms):
+        assert ulps(norm, oracle(tensors[first::3], 2.0)) <= 2
+
+
 def test_parameters_of_4_kib_take_fewer_tensors_a_launch(machine):
     tensors = list(torch.randn(251, 5, device="emulated").unbind())
     machine.driver = 12000
