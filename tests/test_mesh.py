@@ -228,9 +228,13 @@ def test_ranks_may_list_their_parameters_in_another_order():
 # Partial gradients.
 
 
-def with_partial(mesh: Any) -> list[nn.Parameter]:
-    """The second gradient is a sum that ranks have still to take, as SequenceParallel leaves it."""
-    parameters = [spread((5, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
+def with_partial(rows: int) -> list[nn.Parameter]:
+    """The second gradient is a sum that ranks have still to take, as SequenceParallel leaves it.
+
+    Each test has its own number of rows: of equal layouts only the first call warns.
+    """
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [spread((rows, 3), mesh, Shard(0)), spread((4,), mesh, Replicate()), plain(3)]
     local = torch.tensor([1.0, -1.0, 0.1, 0.2])
     parameters[1].grad = DTensor.from_local(local, mesh, [Partial()], run_check=False)
     return parameters
@@ -238,7 +242,7 @@ def with_partial(mesh: Any) -> list[nn.Parameter]:
 
 @on_ranks(2)
 def test_partial_gradients_are_reduced_first():
-    parameters = with_partial(init_device_mesh("cpu", (2,)))
+    parameters = with_partial(5)
     grads = [q.grad for q in parameters]
     expected = oracle(grads_of(parameters), 2)
     with pytest.warns(UserWarning, match=r"tensors\[1\] is placed \(Partial.*redistributed"):
@@ -277,7 +281,7 @@ def test_gradients_of_equal_layouts_are_read_at_once():
 
 @on_ranks(2)
 def test_values_are_clipped_after_the_reduction():
-    parameters = with_partial(init_device_mesh("cpu", (2,)))
+    parameters = with_partial(6)
     before = grads_of(parameters)
     versions = [q.grad._version for q in (parameters[0], *parameters[2:])]
     with pytest.warns(UserWarning, match="redistributed"):
