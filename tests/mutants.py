@@ -2,7 +2,7 @@
 
 Each mutant is a slip that a maintainer could make. In a copy of the working tree one text is
 replaced by another, the extension is rebuilt if it needs to be, and the named tests are run: they
-pass without the mutant, and one of them has to fail with it, or to hang. All take about an hour
+pass without the mutant, and one of them has to fail with it, or to hang. All take about 40 minutes
 on two cores.
 """
 
