@@ -51,8 +51,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     cores = min(4, len(os.sched_getaffinity(0)))
     if is_whole and can_start and not is_worker and option.numprocesses is None and cores > 1:
-        # The ranks of a file start once if one process runs all of it. In this order the files of
-        # few and long tests do not come last.
+        # The ranks of a file start once if one process runs all of it. pytest-xdist would reorder
+        # the files so that those with few tests come last, and these tests are the long ones.
         option.numprocesses, option.dist, option.loadscopereorder = cores, "loadfile", False
 
 

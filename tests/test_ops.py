@@ -39,14 +39,17 @@ def equal(value):
     return lambda dtype, device: [torch.full((50_000,), value, dtype=dtype, device=device)]
 
 
-# Of a list with more tiles than there can be spans on the CPU: a span holds several tensors, all of
-# one group. On the emulated device it takes several launches, or one.
-COUNTS = {"emulated": 600}
+def many(dtype, device):
+    """More tiles than the CPU can have spans; on the emulated device one launch or several."""
+    count = 600 if device == "emulated" else 2_100
+    return [*torch.randn(count, 3).to(dtype).to(device)]
+
+
 LISTS = {
     "awkward": awkward,
     "reversed": lambda dtype, device: awkward(dtype, device)[::-1],
     "mixed": lambda dtype, device: [t for d in (*HALF, dtype) for t in awkward(d, device)],
-    "many": lambda dtype, device: [*torch.randn(COUNTS.get(device, 2_100), 3).to(dtype).to(device)],
+    "many": many,
     "dense": lambda dtype, device: layered(dtype, device)[:5],
     "any layout": layered,
 }

@@ -58,9 +58,9 @@ def tiles(dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
             yield offset, finite.to(dtype)
             yield offset, torch.randn(size, dtype=torch.float64).mul(info.smallest_normal).to(dtype)
         for bad in (math.inf, -math.inf, math.nan):
-            ones = torch.randn(size).to(dtype)
-            ones[torch.randint(size, ())] = bad
-            yield 1, ones
+            tile = torch.randn(size).to(dtype)
+            tile[torch.randint(size, ())] = bad
+            yield 1, tile
         yield 1, torch.full((size,), 1 / 3, dtype=dtype)
     # Each that a dtype of 16 bits has.
     every = torch.arange(-(1 << 15), 1 << 15).to(DTYPES[dtype])

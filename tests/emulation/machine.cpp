@@ -50,6 +50,7 @@ class Block {
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED || getcontext(&fiber.start) != 0) fail("no memory for fibers");
       fiber.start.uc_stack.ss_sp = stack;
+      // Each stack begins at another offset: at the same one they would evict each other's lines.
       fiber.start.uc_stack.ss_size = kStack - i * 128;
       fiber.start.uc_link = nullptr;
       makecontext(&fiber.start, &Block::life, 0);
